@@ -1,0 +1,22 @@
+"""What happens at the borders of a stage."""
+
+from callbacks.checkpoints import StageCheckpoint
+from callbacks.expert_extension import ExpertExtension
+from callbacks.frozen_guard import FrozenGuard
+from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt, WritePredictions
+from callbacks.progress import StageProgress
+from callbacks.train_only import TrainOnly
+from callbacks.usage_report import UsageReport
+
+__all__ = [
+    "ExpertExtension",
+    "FrozenGuard",
+    "SaveDelta",
+    "SavePretrained",
+    "StageCheckpoint",
+    "StageProgress",
+    "StageReceipt",
+    "TrainOnly",
+    "UsageReport",
+    "WritePredictions",
+]

@@ -1,0 +1,141 @@
+"""The face of the method: picks layers in a probe run, grows experts in an extend run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from moextend_pl.plots import plot_scores, plot_usage
+from callbacks.usage_report import USAGE_FILE, Counts, measure_usage, usage_lists
+from moextend_pl.checkpoint import write_atomically
+from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UserError, run_directory
+from moextend_pl.moe.growth import router_parameters
+from moextend_pl.moe.selection import LayerRule, source_experts
+from moextend_pl.module import MoExtend
+
+log = logging.getLogger(__name__)
+
+
+class ExpertExtension(Callback):
+    """With `rule` it picks, with `plan` it grows.
+
+    *Probe run* (`rule`): measures expert usage over the validation set before training and after it,
+    chooses layers by the rule and source experts by usage, puts the routers back as they were, and
+    writes `extension_plan.yaml`, `usage.json` and the heat maps.
+
+    *Extend run* (`plan`): reads a plan in `setup` and declares it; the module grows when it is built,
+    so that resuming and distributed training see the grown model from the start.
+
+    Args:
+        rule: Layer rule of a probe run.
+        plan: Plan file of an extend run.
+        new_experts: New experts in each chosen layer.
+        source: Whether source experts are the most used `after` the probe (as the paper's code) or
+            `before` it (as its Eq. 8).
+        init: `copy` or `preserving`; in an extend run it replaces the plan's.
+        routing: `masked` or `open`; likewise.
+        calibration: `additive` or `none`; likewise.
+        seed: Seed of the calibration weights; likewise.
+
+    Raises:
+        UserError: If neither or both of `rule` and `plan` are given.
+
+    Example:
+        callbacks:
+          - class_path: callbacks.ExpertExtension
+            init_args: {plan: runs/probe/extension_plan.yaml, routing: masked}
+    """
+
+    def __init__(
+        self,
+        rule: LayerRule | None = None,
+        plan: str | None = None,
+        new_experts: int = 1,
+        source: str = "after",
+        init: str | None = None,
+        routing: str | None = None,
+        calibration: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if (rule is None) == (plan is None):
+            raise UserError("Expected exactly one of `rule` (probe run) and `plan` (extend run) in ExpertExtension.")
+        if source not in ("after", "before"):
+            raise UserError(f"Expected `source` of ExpertExtension to be after or before, got {source!r}.")
+        if new_experts < 1:
+            raise UserError(f"Expected `new_experts` >= 1, got {new_experts}.")
+        self.rule, self.new_experts, self.source = rule, new_experts, source
+        options = {"init": init, "routing": routing, "calibration": calibration, "seed": seed}
+        self.options = {name: value for name, value in options.items() if value is not None}
+        self.plan = ExtensionPlan.load(Path(plan)).with_options(**self.options) if plan is not None else None
+        self._routers: list[torch.Tensor] = []
+        self._before: Counts = {}
+
+    def setup(self, trainer: Trainer, pl_module: MoExtend, stage: str) -> None:
+        """Declares the plan of an extend run."""
+        if self.plan is not None:
+            pl_module.extension_plan = self.plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keeps what a resumed probe can no longer see: routers and usage from before it."""
+        return {"routers": self._routers, "before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over routers and usage from before the probe."""
+        self._routers, self._before = list(state_dict["routers"]), dict(state_dict["before"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
+        """Remembers the routers and measures usage, at the first start of a probe."""
+        if self.rule is not None and not self._routers:
+            self._routers = [p.detach().clone() for p in router_parameters(pl_module.language.model)]
+            self._before = measure_usage(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
+        """Measures again, puts the routers back and writes the plan of a probe."""
+        if self.rule is None:
+            return
+        after = measure_usage(trainer, pl_module)
+        with torch.no_grad():
+            for parameter, original in zip(router_parameters(pl_module.language.model), self._routers, strict=True):
+                parameter.copy_(original)
+        plan = self.choose(self._before, after)
+        if trainer.is_global_zero:
+            self._write(run_directory(trainer), plan, after)
+
+    def choose(self, before: Counts, after: Counts) -> ExtensionPlan:
+        """Applies the rule.
+
+        Args:
+            before: Counts by token kind and layer before the probe.
+            after: The same after it.
+
+        Returns:
+            The plan with its report.
+        """
+        assert self.rule is not None
+        layers = self.rule.choose(before["all"], after["all"])
+        used = after["all"] if self.source == "after" else before["all"]
+        growth = tuple(LayerGrowth(layer, source_experts(used[layer], self.new_experts)) for layer in layers)
+        report = {
+            "rule": type(self.rule).__name__,
+            "source": self.source,
+            "scores": {layer: round(score, 6) for layer, score in self.rule.scores(before["all"], after["all"]).items()},
+        }
+        return ExtensionPlan(layers=growth, report=report, **self.options)
+
+    def _write(self, run: Path, plan: ExtensionPlan, after: Counts) -> None:
+        data = {"before": usage_lists(self._before), "after": usage_lists(after)}
+        write_atomically(run / USAGE_FILE, lambda path: path.write_text(json.dumps(data, indent=1) + "\n"))
+        write_atomically(run / PLAN_FILE, plan.save)
+        plot_usage({"before": self._before, "after": after}, run / "plots" / "usage.png")
+        chosen = [growth.layer for growth in plan.layers]
+        plot_scores(plan.report["scores"], chosen, plan.report["rule"], run / "plots" / "shift.png")
+        lines = [
+            f"  layer {layer}: shift {score:.4f}" + ("  extended" if layer in chosen else "")
+            for layer, score in plan.report["scores"].items()
+        ]
+        log.info("%s chose layers %s:\n%s", plan.report["rule"], chosen, "\n".join(lines))

@@ -1,0 +1,59 @@
+"""Proves that what is frozen stays as it was, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from moextend_pl.checkpoint import fingerprints, frozen_tensors, write_atomically
+from moextend_pl.contracts import run_directory
+from moextend_pl.stage import StageModule
+
+log = logging.getLogger(__name__)
+RECEIPT = "frozen.json"
+
+
+class FrozenGuard(Callback):
+    """Takes the SHA-256 of every frozen tensor before and after training; a difference is an error.
+
+    A resumed run compares with the first start of the run, not with its own. Writes `frozen.json`
+    with the number of tensors and whether they are unchanged. Put it before the callbacks that save.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, str] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keeps the fingerprints of the first start."""
+        return {"before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the fingerprints of the first start."""
+        self._before = dict(state_dict["before"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: StageModule) -> None:
+        """Takes the fingerprints, or compares with those of the first start."""
+        now = fingerprints(frozen_tensors(pl_module))
+        self._compare(self._before or now, now)
+        self._before = now
+
+    def on_train_end(self, trainer: Trainer, pl_module: StageModule) -> None:
+        """Compares, and writes the receipt."""
+        now = fingerprints(frozen_tensors(pl_module))
+        self._compare(self._before, now)
+        if trainer.is_global_zero:
+            text = json.dumps({"unchanged": True, "tensors": len(now)}, indent=1) + "\n"
+            write_atomically(run_directory(trainer) / RECEIPT, lambda path: path.write_text(text))
+            log.info("all %d frozen tensors are unchanged", len(now))
+
+    @staticmethod
+    def _compare(before: dict[str, str], now: dict[str, str]) -> None:
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if changed:
+            raise RuntimeError(
+                f"{len(changed)} of {len(before)} frozen tensors changed, for example {changed[:3]}. Nothing may write "
+                "to a frozen tensor; the result of this run is not to be trusted."
+            )

@@ -1,0 +1,129 @@
+"""What a stage writes when it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from moextend_pl.checkpoint import file_sha256, save_delta, write_atomically
+from moextend_pl.contracts import run_directory
+from moextend_pl.encoder import VisionEncoder
+from moextend_pl.language import MoELanguageModel
+from moextend_pl.module import MoExtend
+
+log = logging.getLogger(__name__)
+RECEIPT = "stage.json"
+
+
+class SaveDelta(Callback):
+    """Writes the new weights and the manifest when training ends."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
+        """Writes `delta.safetensors`, then `manifest.json`."""
+        if trainer.is_global_zero:
+            save_delta(pl_module, run_directory(trainer))
+
+
+class SavePretrained(Callback):
+    """Writes a whole tower or language model when training ends.
+
+    Args:
+        folder: Name of the folder inside the run directory.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: VisionEncoder | MoELanguageModel) -> None:
+        """Writes the folder."""
+        if trainer.is_global_zero:
+            pl_module.save_pretrained(run_directory(trainer) / self.folder)
+
+
+class StageReceipt(Callback):
+    """Writes `stage.json` when training ends: steps, seconds, and the SHA-256 of every output.
+
+    Put it last: a run directory with a receipt is a finished stage, and its outputs can be checked.
+    Seconds are training time, summed over restarts.
+
+    Args:
+        outputs: Files of the run directory, or folders of it with all their files.
+    """
+
+    def __init__(self, outputs: list[str]) -> None:
+        self.outputs = outputs
+        self._seconds = 0.0
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keeps the seconds spent so far."""
+        return {"seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the seconds of earlier starts."""
+        self._seconds = float(state_dict["seconds"])
+
+    def _elapsed(self) -> float:
+        return self._seconds + (time.monotonic() - self._started if self._started else 0.0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
+        """Starts the clock."""
+        self._started = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
+        """Writes the receipt, and then the final checkpoint, which ends the stage for good."""
+        if trainer.is_global_zero:
+            self._write(trainer)
+        trainer.save_checkpoint(run_directory(trainer) / "checkpoints" / "last.ckpt")
+
+    def _write(self, trainer: Trainer) -> None:
+        run = run_directory(trainer)
+        places = [run / name for name in self.outputs]
+        files = sorted(f for p in places for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
+        data = {
+            "steps": trainer.global_step,
+            "seconds": round(self._elapsed(), 2),
+            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+            "outputs": {str(file.relative_to(run)): file_sha256(file) for file in files},
+        }
+        write_atomically(run / RECEIPT, lambda path: path.write_text(json.dumps(data, indent=1) + "\n"))
+
+
+class WritePredictions(Callback):
+    """Writes each generated answer of test and predict runs to `predictions_<set>.jsonl`."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, list[dict[str, Any]]] = {}
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: MoExtend, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Collects the rows of a batch."""
+        self._rows.setdefault(dataloader_idx, []).extend(outputs)
+
+    on_predict_batch_end = on_test_batch_end
+
+    def _write(self, trainer: Trainer) -> None:
+        names = getattr(trainer.datamodule, "test_names", [])
+        for index, rows in self._rows.items():
+            name = names[index] if index < len(names) else str(index)
+            suffix = f"_rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            path = run_directory(trainer) / f"predictions_{name}{suffix}.jsonl"
+            write_atomically(path, lambda temporary, text=text: Path(temporary).write_text(text))
+            log.info("%d predictions in %s", len(rows), path)
+        self._rows = {}
+
+    def on_test_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
+        """Writes the files."""
+        self._write(trainer)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
+        """Writes the files."""
+        self._write(trainer)

@@ -1,0 +1,274 @@
+"""Conversation -> ids and labels: the only place that knows chat templates, placeholders and label masks.
+
+What is learned follows from the tokenizer's own chat template. The conversation is rendered in growing
+steps; the text that a step adds after the generation prompt is the answer, end token included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+
+from datamodules.turns import IMAGE_MARK, Turn
+from moextend_pl.contracts import IGNORE_INDEX, Sample, SampleSpec, UserError
+
+CACHED_TEXTS = 4096
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as one text.
+
+    Attributes:
+        text: What the chat template made of it; images still stand as `<image>`.
+        answers: (start, end) of each learned span, in characters.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as ids; every image stands as its placeholders.
+
+    Attributes:
+        ids: S ids.
+        labels: S labels.
+        images: How many images the ids hold; fewer than the conversation has if it was truncated.
+        supervised: Whether any label is left to learn.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    images: int
+    supervised: bool
+
+
+class ConversationEncoder:
+    """Turns conversations and pixels into samples.
+
+    Args:
+        spec: What the model asks of its data.
+        max_length: Longest sequence, in positions; None for no limit.
+
+    Raises:
+        UserError: If the tokenizer has no chat template, or `max_length` is not positive.
+    """
+
+    def __init__(self, spec: SampleSpec, max_length: int | None = None) -> None:
+        if not spec.tokenizer.chat_template:
+            raise UserError(
+                "Expected a tokenizer with a chat template, got one without. Set `tokenizer.chat_template`, or add "
+                "`chat_template.jinja` to the tokenizer's folder."
+            )
+        if max_length is not None and max_length < 1:
+            raise UserError(
+                f"Expected `max_length` of at least 1, got {max_length}. Raise it, or give null for no limit."
+            )
+        self.spec = spec
+        self.max_length = max_length
+        self._forget()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def encode(self, key: str, turns: tuple[Turn, ...], pixels: Sequence[torch.Tensor], names: Sequence[str]) -> Sample:
+        """Encodes a conversation for training or for measuring a loss.
+
+        Args:
+            key: Name of the sample.
+            turns: All questions and answers.
+            pixels: I images, each (3, H, W), in the order of their `<image>`.
+            names: I names of the images.
+
+        Raises:
+            UserError: If the template cannot be used, or nothing is left to learn.
+        """
+        encoded = self._encode(turns)
+        if not encoded.supervised:
+            raise UserError(
+                f"Sample {key!r}: no supervised token is left within `max_length={self.max_length}`. Raise it, or "
+                "leave the sample out."
+            )
+        return self._sample(key, encoded, pixels, names, "", "")
+
+    def encode_prompt(
+        self, key: str, turns: tuple[Turn, ...], pixels: Sequence[torch.Tensor], names: Sequence[str]
+    ) -> Sample:
+        """Encodes everything left of the last answer, for generation; labels are all ignored.
+
+        Args:
+            key: Name of the sample.
+            turns: All questions and answers; the last answer becomes `answer`.
+            pixels: I images, each (3, H, W), in the order of their `<image>`.
+            names: I names of the images.
+
+        Raises:
+            UserError: If the template cannot be used, or the prompt is longer than `max_length`.
+        """
+        encoded = self._encode_prompt(turns)
+        if self.max_length is not None and len(encoded.ids) > self.max_length:
+            raise UserError(
+                f"Sample {key!r}: expected a prompt of at most `max_length={self.max_length}`, got "
+                f"{len(encoded.ids)} positions; a cut prompt would ask something else. Raise it."
+            )
+        question = turns[-1].human.replace(IMAGE_MARK, "").strip()
+        return self._sample(key, encoded, pixels, names, question, turns[-1].gpt)
+
+    def filler(self) -> Sample:
+        """Returns the sample that stands where a rank has none left: empty key, nothing to learn."""
+        ids = torch.tensor([self.pad_id])
+        size = self.spec.image_size
+        return Sample("", ids, torch.full_like(ids, IGNORE_INDEX), torch.zeros(0, 3, size, size), [])
+
+    @property
+    def pad_id(self) -> int:
+        """Id of padding; the end token's where a tokenizer has none, which is masked all the same."""
+        tokenizer = self.spec.tokenizer
+        for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def render(self, turns: tuple[Turn, ...]) -> Rendered:
+        """Renders a conversation and finds its answers.
+
+        Raises:
+            UserError: If the template is not usable: an earlier part of the text changes as turns are added.
+        """
+        messages = [
+            message
+            for turn in turns
+            for message in ({"role": "user", "content": turn.human}, {"role": "assistant", "content": turn.gpt})
+        ]
+        ends = range(2, len(messages) + 1, 2)
+        prompts = self._apply([messages[: end - 1] for end in ends], add_generation_prompt=True)
+        fulls = self._apply([messages[:end] for end in ends], add_generation_prompt=False)
+        text = ""
+        answers: list[tuple[int, int]] = []
+        for prompt, full in zip(prompts, fulls, strict=True):
+            if not prompt.startswith(text) or not full.startswith(prompt):
+                raise UserError(
+                    "Expected a chat template whose text only grows as turns are added, got one that changes what it "
+                    f"wrote before, at turn {len(answers)} of {len(turns)} (templates that hide earlier thoughts do "
+                    'so). Use `turns: "single"`, or give the tokenizer a simpler template.'
+                )
+            answers.append((len(prompt), len(full)))
+            text = full
+        if text.count(IMAGE_MARK) != sum(turn.human.count(IMAGE_MARK) for turn in turns):
+            raise UserError(f"Expected a chat template that keeps every `{IMAGE_MARK}` of the text, got: {text!r}.")
+        return Rendered(text, tuple(answers))
+
+    def _forget(self) -> None:
+        """Sets up the caches, which are not pickled; sets of short questions repeat the same texts."""
+        self._encode = lru_cache(maxsize=CACHED_TEXTS)(self._encode_uncached)
+        self._encode_prompt = lru_cache(maxsize=CACHED_TEXTS)(self._encode_prompt_uncached)
+
+    def _apply(self, steps: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[str]:
+        tokenizer = self.spec.tokenizer
+        try:
+            return list(
+                tokenizer.apply_chat_template(steps, tokenize=False, add_generation_prompt=add_generation_prompt)
+            )
+        except Exception as error:  # templates are programs, and raise what they like
+            raise UserError(
+                f"The tokenizer's chat template refuses a conversation of questions and answers: {error}."
+            ) from error
+
+    def _encode_uncached(self, turns: tuple[Turn, ...]) -> Encoded:
+        return self._expand(self.render(turns))
+
+    def _encode_prompt_uncached(self, turns: tuple[Turn, ...]) -> Encoded:
+        rendered = self.render(turns)
+        prompt = rendered.text[: rendered.answers[-1][0]]
+        encoded = self._expand(Rendered(prompt, rendered.answers[:-1]), truncate=False)
+        return Encoded(encoded.ids, torch.full_like(encoded.ids, IGNORE_INDEX), encoded.images, supervised=False)
+
+    def _expand(self, rendered: Rendered, truncate: bool = True) -> Encoded:
+        """Tokenises the text between images, and puts placeholders where images are."""
+        limit = self.max_length if truncate and self.max_length is not None else None
+        ids: list[int] = []
+        labels: list[int] = []
+        images = 0
+        start = 0
+        for number, piece in enumerate(rendered.text.split(IMAGE_MARK)):
+            if number:
+                if limit is not None and len(ids) + self.spec.tokens_per_image > limit:
+                    break  # a cut image would be noise: the text ends before it
+                ids += [self.spec.image_token_id] * self.spec.tokens_per_image
+                labels += [IGNORE_INDEX] * self.spec.tokens_per_image
+                images += 1
+            piece_ids, learned = self._tokenise(piece, [(a - start, b - start) for a, b in rendered.answers])
+            ids += piece_ids
+            labels += [token if learn else IGNORE_INDEX for token, learn in zip(piece_ids, learned, strict=True)]
+            start += len(piece) + len(IMAGE_MARK)
+            if limit is not None and len(ids) >= limit:
+                break
+        supervised = any(label != IGNORE_INDEX for label in labels[:limit])
+        return Encoded(torch.tensor(ids[:limit]), torch.tensor(labels[:limit]), images, supervised)
+
+    def _tokenise(self, piece: str, answers: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Returns ids of a text, and which of them lie inside an answer.
+
+        The text is tokenised as a whole, as it was when the language model was trained. Only where a
+        token would lie across the border of an answer, or a tokenizer cannot tell where its tokens lie,
+        each side of the border is tokenised alone, which is what generation does.
+        """
+        if not piece:
+            return [], []
+        borders = [border for pair in answers for border in pair if 0 < border < len(piece)]
+
+        def inside(place: int) -> bool:
+            return any(start <= place < end for start, end in answers)
+
+        tokenizer = self.spec.tokenizer
+        if tokenizer.is_fast:
+            output = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            offsets = output["offset_mapping"]
+            if not any(start < border < end for border in borders for start, end in offsets):
+                return list(output["input_ids"]), [inside(start) for start, _ in offsets]
+        ids: list[int] = []
+        learned: list[bool] = []
+        edges = [0, *borders, len(piece)]
+        for first, last in pairwise(edges):
+            part = list(tokenizer(piece[first:last], add_special_tokens=False)["input_ids"])
+            ids += part
+            learned += [inside(first)] * len(part)
+        return ids, learned
+
+    def _sample(
+        self,
+        key: str,
+        encoded: Encoded,
+        pixels: Sequence[torch.Tensor],
+        names: Sequence[str],
+        prompt: str,
+        answer: str,
+    ) -> Sample:
+        kept = list(pixels[: encoded.images])
+        size = self.spec.image_size
+        # Clones: the cached tensors must survive whatever is done to a sample.
+        return Sample(
+            key=key,
+            input_ids=encoded.ids.clone(),
+            labels=encoded.labels.clone(),
+            pixel_values=_stack(kept, size),
+            image_keys=list(names[: encoded.images]),
+            prompt=prompt,
+            answer=answer,
+        )
+
+
+def _stack(pixels: list[torch.Tensor], side: int) -> torch.Tensor:
+    if len(pixels) == 1:
+        return pixels[0][None]  # no copy in the common case
+    return torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)

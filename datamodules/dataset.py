@@ -1,0 +1,166 @@
+"""Units of one or several shard folders as a torch dataset, and the loader that carries errors home."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datamodules.collate import collate_generation, collate_training
+from datamodules.conversation import ConversationEncoder
+from datamodules.order import FILLER
+from datamodules.pixels import PixelTransform, decode_image
+from datamodules.reader import ShardReader
+from datamodules.turns import single_turn
+from moextend_pl.contracts import Batch, Sample, UserError
+
+TURNS = ("together", "single")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A user's mistake met in a worker, on its way to the main process.
+
+    Attributes:
+        message: The sentence for the user.
+    """
+
+    message: str
+
+
+class UnitTable:
+    """Which unit is which: shard folders in a row, and with `single` every turn a unit of its own.
+
+    Args:
+        folders: Shard folders; their units follow each other.
+        turns: `together` (a unit is a conversation) or `single` (a unit is one turn).
+
+    Raises:
+        UserError: If `turns` is unknown, or a folder is no valid shard set.
+    """
+
+    def __init__(self, folders: Sequence[Path], turns: str = "together") -> None:
+        if turns not in TURNS:
+            raise UserError(f"Expected `turns` in {list(TURNS)}, got {turns!r}.")
+        self.single = turns == "single"
+        self.readers = [ShardReader(folder) for folder in folders]
+        counts = np.concatenate([reader.turns() if self.single else np.ones(len(reader)) for reader in self.readers])
+        counts = counts.astype(np.int64)
+        self.sample = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        first = np.concatenate([[0], np.cumsum(counts)])
+        self.turn = np.arange(len(self.sample), dtype=np.int64) - first[self.sample]
+        self.ends = np.cumsum([len(reader) for reader in self.readers])
+        shards = [len(shard) for reader in self.readers for shard in reader.shards]
+        self.sizes = np.diff(first[np.concatenate([[0], np.cumsum(shards)])]).tolist()
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def locate(self, unit: int) -> tuple[ShardReader, int, int | None]:
+        """Returns reader, sample number inside it, and turn (None: all turns) of a unit."""
+        number = int(self.sample[unit])
+        folder = int(np.searchsorted(self.ends, number, side="right"))
+        inside = number - (int(self.ends[folder - 1]) if folder else 0)
+        return self.readers[folder], inside, int(self.turn[unit]) if self.single else None
+
+    def fingerprint(self) -> str:
+        """Returns a short digest of all shards and of what a unit is; equal for equal data."""
+        text = [f"{shard.sha256} {len(shard)}" for reader in self.readers for shard in reader.shards]
+        return hashlib.sha256("\n".join([str(self.single), *text]).encode()).hexdigest()[:16]
+
+
+class ConversationDataset(Dataset[Sample]):
+    """Reads, decodes and encodes units.
+
+    Args:
+        table: Which unit is which.
+        encoder: Conversation -> ids and labels.
+        generation: Whether samples are prompts for generation instead of training samples.
+    """
+
+    def __init__(self, table: UnitTable, encoder: ConversationEncoder, generation: bool = False) -> None:
+        self.table = table
+        self.encoder = encoder
+        self.generation = generation
+        self.transform = PixelTransform(encoder.spec)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, unit: int) -> Sample:
+        """Returns one sample; `FILLER` gives the empty one.
+
+        Raises:
+            UserError: If the sample is damaged or cannot be encoded.
+        """
+        if unit == FILLER:
+            return self.encoder.filler()
+        reader, number, turn = self.table.locate(unit)
+        raw = reader.read(number)
+        key, turns, images = raw.key, raw.turns, raw.images
+        if turn is not None:
+            one, which = single_turn(turns, turn, len(images))
+            key, turns, images = f"{key}#{turn}", (one,), tuple(images[i] for i in which)
+        pixels = [self.transform(decode_image(data, raw.origin)) for data in images]
+        # Named by content: the same picture has the same name in whatever sample it lies.
+        names = [hashlib.blake2b(data, digest_size=8).hexdigest() for data in images]
+        encode = self.encoder.encode_prompt if self.generation else self.encoder.encode
+        return encode(key, turns, pixels, names)
+
+    def __getitems__(self, units: Sequence[int]) -> list[Sample] | Failure:
+        """Returns the samples of a batch, or the first mistake met; torch's fetcher calls this."""
+        try:
+            return [self[unit] for unit in units]
+        except UserError as error:
+            return Failure(str(error))
+
+    def collate(self, samples: list[Sample] | Failure) -> Batch | Failure:
+        """Pads and stacks; lets a failure pass."""
+        if isinstance(samples, Failure):
+            return samples
+        collate: Callable[..., Batch] = collate_generation if self.generation else collate_training
+        return collate(samples, self.encoder.pad_id)
+
+
+class BatchLoader:
+    """Batches of a dataset; a worker's `UserError` arrives as it is, without the worker's traceback.
+
+    Not a torch loader but around one: Lightning takes torch's loaders apart to put samplers of its own
+    into them, for predictions even when told not to.
+
+    Args:
+        dataset: The samples.
+        batches: Which units form which batch.
+        num_workers: Processes that read and encode; 0 does it in this one.
+    """
+
+    def __init__(self, dataset: ConversationDataset, batches: Sampler[list[int]], num_workers: int) -> None:
+        self.dataset = dataset
+        self.loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=dataset.collate,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=one_thread,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)  # the endless sampler has no length, so neither has its loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            if isinstance(batch, Failure):
+                raise UserError(batch.message)
+            yield batch
+
+
+def one_thread(_worker: int) -> None:
+    """Keeps each worker to one thread: many workers with many threads each slow each other down."""
+    torch.set_num_threads(1)

@@ -1,0 +1,237 @@
+"""`ImageTextShards`: shard folders in, training, validation and generation batches out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+
+from datamodules.conversation import ConversationEncoder
+from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
+from datamodules.order import EndlessBatches, EveryUnitOnce, Order, shuffled, slice_of_rank
+from moextend_pl.contracts import SampleSpec, UserError
+
+STATE_SCHEMA = 1
+
+
+class ImageTextShards(pl.LightningDataModule):
+    """Conversations about images, or without any, from folders of shards.
+
+    Training never ends: give the trainer `max_steps`, `use_distributed_sampler=False`, and validate with
+    an integer `val_check_interval` and `check_val_every_n_epoch=None`. What was consumed is kept in the
+    checkpoint, so that a run resumed with `ckpt_path` goes on at exactly the next global batch, with any
+    number of workers and any number of ranks that divides the batch.
+
+    Args:
+        train: Folder or folders to train on; several are concatenated.
+        val: Folder or folders to validate on.
+        test: Name -> folder; each gets a generation loader of its own, in the order of `test_names`.
+        predict: As `test`, for `trainer.predict`; names in `predict_names`.
+        batch_size: Samples of a batch over all ranks together.
+        eval_batch_size: The same for validation, test and predict; `batch_size` if None.
+        turns: `together` (a sample is a whole conversation) or `single` (each question with its answer is
+            a sample; for sets whose questions do not depend on each other).
+        max_length: Longest sequence; longer ones are cut, but never inside an image. None for no limit.
+        num_workers: Processes that read and encode.
+        seed: Seed of the order.
+        val_samples: Validate on this many samples only, drawn once; None for all.
+        spec: What the model asks of its data; asked from the trainer's module if None.
+
+    Example::
+
+        data:
+          class_path: datamodules.ImageTextShards
+          init_args:
+            train: data/vqa/train
+            test: {vqa: data/vqa/test}
+            turns: single
+            batch_size: 64
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: dict[str, str] | None = None,
+        predict: dict[str, str] | None = None,
+        *,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        turns: str = "together",
+        max_length: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_samples: int | None = None,
+        spec: SampleSpec | None = None,
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self.val = val
+        self.test = test or {}
+        self.predict = predict or {}
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.turns = turns
+        self.max_length = max_length
+        self.num_workers = num_workers
+        self.seed = seed
+        self.val_samples = val_samples
+        self.spec = spec
+        self._tables: dict[tuple[str, ...], UnitTable] = {}
+        self._start = 0
+        self._processed_at_start: int | None = None
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the test loaders, in order."""
+        return list(self.test)
+
+    @property
+    def predict_names(self) -> list[str]:
+        """Names of the predict loaders, in order."""
+        return list(self.predict)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens and checks the folders that a stage needs.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`; None for all that are given.
+
+        Raises:
+            UserError: If a folder is missing or no valid shard set, or a batch size cannot be shared.
+        """
+        self.sample_spec()
+        slice_of_rank(self.batch_size, *self._ranks())
+        slice_of_rank(self.eval_batch_size, *self._ranks())
+        self._check_trainer()
+        if stage == "fit":
+            self._start, self._processed_at_start = 0, None
+            self._table(self.train, "train")
+        wanted = {
+            "fit": [self.val],
+            "validate": [self.val],
+            "test": self.test.values(),
+            "predict": self.predict.values(),
+        }
+        groups = wanted.values() if stage is None else [wanted[stage]]
+        for folders in (folders for group in groups for folders in group if folders):
+            self._table(folders, stage or "data")
+
+    def sample_spec(self) -> SampleSpec:
+        """Returns what the model asks of its data.
+
+        Raises:
+            UserError: If no spec was given and there is no module to ask.
+        """
+        if self.spec is not None:
+            return self.spec
+        module = getattr(self.trainer, "lightning_module", None)
+        if not callable(getattr(module, "sample_spec", None)):
+            raise UserError(
+                f"Expected a module with `sample_spec()`, got {type(module).__name__}. Give `spec` to the data module."
+            )
+        spec: SampleSpec = module.sample_spec()  # type: ignore[union-attr]
+        return spec
+
+    @property
+    def consumed(self) -> int:
+        """Training samples consumed over all ranks and restarts: the whole state of the data."""
+        processed = self._processed_batches()
+        if self._processed_at_start is None:
+            self._processed_at_start = processed
+        return self._start + (processed - self._processed_at_start) * self.batch_size
+
+    @property
+    def epoch(self) -> int:
+        """How often the training set was seen as a whole."""
+        return self.consumed // len(self._table(self.train, "train"))
+
+    def train_dataloader(self) -> BatchLoader:
+        """Returns the endless loader; every iteration over it starts at the first sample not yet consumed."""
+        table = self._table(self.train, "train")
+        order = Order(table.sizes, self.seed)
+        batches = EndlessBatches(order, self.batch_size, *self._ranks(), consumed=lambda: self.consumed)
+        return BatchLoader(self._dataset(table, generation=False), batches, self.num_workers)
+
+    def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
+        """Returns a loader of training-like batches, once over the validation set; none if there is none."""
+        if not self.val:
+            return []
+        table = self._table(self.val, "val")
+        units = np.arange(len(table))
+        if self.val_samples is not None:
+            units = np.sort(shuffled(len(table), self.seed)[: self.val_samples])
+        return self._once(table, units, generation=False)
+
+    def test_dataloader(self) -> list[BatchLoader]:
+        """Returns one loader of generation batches for each test set."""
+        return [self._generation(folder, "test") for folder in self.test.values()]
+
+    def predict_dataloader(self) -> list[BatchLoader]:
+        """Returns one loader of generation batches for each predict set."""
+        return [self._generation(folder, "predict") for folder in self.predict.values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint has to keep; it holds for every rank and any number of workers."""
+        if not self.train:
+            return {}
+        fingerprint = self._table(self.train, "train").fingerprint()
+        return {"schema": STATE_SCHEMA, "consumed": self.consumed, "seed": self.seed, "data": fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up where a checkpoint stopped.
+
+        Raises:
+            UserError: If the checkpoint was written with other data, other turns, or another seed.
+        """
+        if not self.train or not state_dict:
+            return
+        now = self.state_dict()
+        for name, what in (("schema", "format of the data state"), ("seed", "`seed`"), ("data", "training shards")):
+            if state_dict.get(name) != now[name]:
+                raise UserError(
+                    f"Cannot resume: the checkpoint was written with {what} {state_dict.get(name)!r}, this run has "
+                    f"{now[name]!r}. Resume with the same data, `turns` and `seed`, or start a new run."
+                )
+        self._start, self._processed_at_start = int(state_dict["consumed"]), None
+
+    def _table(self, folders: str | Sequence[str] | None, name: str) -> UnitTable:
+        if not folders:
+            raise UserError(f"Expected a folder of shards under `{name}` of the data module, got none. Set it.")
+        names = (folders,) if isinstance(folders, str) else tuple(folders)
+        if names not in self._tables:
+            self._tables[names] = UnitTable([Path(folder) for folder in names], self.turns)
+        return self._tables[names]
+
+    def _dataset(self, table: UnitTable, generation: bool) -> ConversationDataset:
+        encoder = ConversationEncoder(self.sample_spec(), self.max_length)
+        return ConversationDataset(table, encoder, generation)
+
+    def _generation(self, folder: str, name: str) -> BatchLoader:
+        table = self._table(folder, name)
+        return self._once(table, np.arange(len(table)), generation=True)
+
+    def _once(self, table: UnitTable, units: np.ndarray, generation: bool) -> BatchLoader:
+        batches = EveryUnitOnce(units, self.eval_batch_size, *self._ranks())
+        return BatchLoader(self._dataset(table, generation), batches, self.num_workers)
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _processed_batches(self) -> int:
+        # Not a counter of our own: this one counts a batch when its step is done, prefetched ones never.
+        if self.trainer is None:
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(progress.processed)
+
+    def _check_trainer(self) -> None:
+        connector = getattr(self.trainer, "_accelerator_connector", None)
+        if self._ranks()[1] > 1 and getattr(connector, "use_distributed_sampler", False):
+            raise UserError(
+                "Expected `use_distributed_sampler: false` in the trainer, got true: the data module shares batches "
+                "between ranks itself."
+            )

@@ -1,0 +1,99 @@
+"""LLaVA conversations as plain data: what a valid one is, and how one becomes single questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moextend_pl.contracts import UserError
+
+IMAGE_MARK = "<image>"
+"""Stands in a human turn where an image belongs."""
+
+ROLES = ("human", "gpt")
+"""Who speaks, in turn."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question with its answer.
+
+    Attributes:
+        human: What is asked; holds one `<image>` for each image shown with it.
+        gpt: What is to be answered.
+    """
+
+    human: str
+    gpt: str
+
+
+def conversation_problems(conversations: Any, images: int) -> list[str]:
+    """Lists everything that is wrong with a conversation; an empty list means it is valid.
+
+    Args:
+        conversations: List of `{"from": "human" | "gpt", "value": text}`, as LLaVA writes it.
+        images: How many images the sample has.
+    """
+    if not isinstance(conversations, list) or not conversations:
+        return ["expected a list of turns under `conversations`, got none"]
+    problems = []
+    if len(conversations) % 2:
+        problems.append(f"expected an even number of turns (human, gpt, ...), got {len(conversations)}")
+    marks = 0
+    for position, turn in enumerate(conversations):
+        expected = ROLES[position % 2]
+        if not isinstance(turn, dict) or turn.get("from") != expected:
+            got = turn.get("from") if isinstance(turn, dict) else type(turn).__name__
+            problems.append(f"turn {position}: expected it from {expected!r}, got {got!r}")
+            continue
+        value = turn.get("value")
+        count = value.count(IMAGE_MARK) if isinstance(value, str) else 0
+        if not isinstance(value, str) or not (value.replace(IMAGE_MARK, "") if count else value).strip():
+            problems.append(f"turn {position}: expected a text, got {value!r}")
+            continue
+        if count and expected == "gpt":
+            problems.append(f"turn {position}: `{IMAGE_MARK}` stands in an answer; it may stand in questions only")
+        marks += count
+    if marks != images:
+        problems.append(f"{marks} `{IMAGE_MARK}` in the text for {images} image(s)")
+    return problems
+
+
+def parse_turns(conversations: Any, images: int, origin: str) -> tuple[Turn, ...]:
+    """Turns LLaVA's list into pairs.
+
+    Args:
+        conversations: As for `conversation_problems`.
+        images: How many images the sample has.
+        origin: Name of sample and shard, for the error message.
+
+    Raises:
+        UserError: If the conversation is not valid.
+    """
+    problems = conversation_problems(conversations, images)
+    if problems:
+        raise UserError(f"{origin}: {'; '.join(problems)}. Mend the sample and build the shards again.")
+    values = [turn["value"] for turn in conversations]
+    return tuple(Turn(human, gpt) for human, gpt in zip(values[::2], values[1::2], strict=True))
+
+
+def single_turn(turns: tuple[Turn, ...], position: int, images: int) -> tuple[Turn, range]:
+    """Takes one turn out of its conversation, to stand alone.
+
+    A turn that marks images keeps exactly those; a turn that marks none is given all images of the
+    sample, with their marks at its start.
+
+    Args:
+        turns: The whole conversation.
+        position: Which turn, counted from 0.
+        images: How many images the sample has.
+
+    Returns:
+        The turn, and the positions of its images among the sample's.
+    """
+    turn = turns[position]
+    marks = turn.human.count(IMAGE_MARK)
+    if marks or not images:
+        first = sum(earlier.human.count(IMAGE_MARK) for earlier in turns[:position])
+        return turn, range(first, first + marks)
+    return Turn(f"{IMAGE_MARK}\n" * images + turn.human, turn.gpt), range(images)

@@ -1,0 +1,50 @@
+"""Batch normalisation over the batches of all ranks, on any device.
+
+torch's own SyncBatchNorm needs a GPU. Shapes: B images of this rank, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """`BatchNorm2d` whose statistics in training are those of the global batch.
+
+    Every rank has the same number of images, so that a mean over ranks is a mean over images.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Normalises (B, C, H, W)."""
+        if not self.training:
+            return super().forward(x_BCHW)
+        moments_2C = torch.stack([x_BCHW.mean((0, 2, 3)), x_BCHW.square().mean((0, 2, 3))])
+        # The mean over ranks has to let gradients through: every rank's loss depends on every rank's images.
+        mean_C, square_C = all_reduce(moments_2C) / dist.get_world_size()
+        var_C = square_C - mean_C.square()
+        with torch.no_grad():
+            count = x_BCHW.numel() / x_BCHW.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean_C, self.momentum)
+            self.running_var.lerp_(var_C * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return F.batch_norm(x_BCHW, mean_C, var_C, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def share_statistics(module: nn.Module) -> None:
+    """Lets every `BatchNorm2d` of a module use the statistics of all ranks, where there are several.
+
+    Args:
+        module: Changed in place; parameters and buffers stay as they are.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                wide = GlobalBatchNorm2d(child.num_features, child.eps, child.momentum)
+                wide.load_state_dict(child.state_dict())
+                setattr(parent, name, wide)

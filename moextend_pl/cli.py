@@ -1,0 +1,158 @@
+"""The commands of `python -m moextend_pl`.
+
+This file imports neither torch nor Lightning, so that the overview and a mistyped command answer at
+once; every command imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+from moextend_pl.contracts import UserError
+
+if TYPE_CHECKING:
+    from moextend_pl.stage_cli import MoExtendCLI
+
+STAGE_COMMANDS = {
+    "fit": "train one stage; continues an interrupted run by itself",
+    "validate": "measure a stage on its validation split",
+    "test": "measure a stage on its test split",
+    "predict": "write the answers of a stage to a file",
+}
+TOOL_COMMANDS = {
+    "quickstart": ("moextend_pl.quickstart", "run the whole method on easy-VQA and write a report"),
+    "generate": ("moextend_pl.generate", "ask a trained model about a picture"),
+    "shards": ("datamodules.command", "build, check and show shards of samples"),
+}
+OWN_LOGGERS = ("moextend_pl", "datamodules", "callbacks")
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+OVERVIEW = """\
+usage: python -m moextend_pl COMMAND [OPTIONS]
+
+Extends a mixture-of-experts language model to see, without changing what it knows.
+
+{commands}
+
+  python -m moextend_pl quickstart
+  python -m moextend_pl fit --config configs/easy_vqa/1_align.yaml --trainer.max_steps 10
+  python -m moextend_pl COMMAND --help
+
+A mistake in a config or an option ends in one line and exit code 2. MOEXTEND_TRACEBACK=1 shows
+where it was noticed.
+"""
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever `sys.stderr` is at that moment, which notebooks and tests replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def overview() -> str:
+    """Returns the list of commands, one line each."""
+    lines = {**STAGE_COMMANDS, **{name: text for name, (_, text) in TOOL_COMMANDS.items()}}
+    return OVERVIEW.format(commands="\n".join(f"  {name:<12}{text}" for name, text in lines.items()))
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command for the shell.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user, 130 when interrupted. Bugs keep their traceback.
+    """
+    try:
+        result = run(argv)
+    except UserError as error:
+        if os.environ.get("MOEXTEND_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {_one_line(str(error))}\n")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command continues where it stopped\n")
+        return EXIT_INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def run(argv: list[str]) -> MoExtendCLI | int:
+    """Runs one command inside this process; may be called any number of times.
+
+    A strategy that launches its own processes (DDP outside SLURM) starts them from `sys.argv`, so it
+    belongs on the shell's command line.
+
+    Args:
+        argv: What would follow `python -m moextend_pl`.
+
+    Returns:
+        The finished CLI with its `model`, `datamodule` and `trainer`, or the exit code of a command that has none.
+
+    Raises:
+        UserError: For every mistake that the user can mend.
+    """
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help", "help"):
+        sys.stdout.write(overview())
+        return 0
+    configure_logging()
+    if command in STAGE_COMMANDS:
+        from moextend_pl.stage_cli import run_stage
+
+        return run_stage(argv)
+    if command not in TOOL_COMMANDS:
+        raise UserError(_unknown_command(command))
+    # by name, because the core never imports a data set's package
+    return int(importlib.import_module(TOOL_COMMANDS[command][0]).main(argv[1:]) or 0)
+
+
+def configure_logging() -> None:
+    """Sends our own messages to stderr in a short format and drops a few lines that tell the user nothing."""
+    for name in OWN_LOGGERS:
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+            handler = _StderrHandler()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+            logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    _silence_noise()
+
+
+def _silence_noise() -> None:
+    """Hides third-party advice that does not apply here; each entry says why."""
+    # Samples are decoded from one streamed shard set: more workers than cores do not help on a laptop.
+    warnings.filterwarnings("ignore", message=r".*does not have many workers which may be a bottleneck.*")
+    # Finding last.ckpt in the run directory is how a run continues.
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty.*")
+    # Frozen towers are in eval mode on purpose.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training.*")
+    # Short stages log fewer steps than Lightning's default interval.
+    warnings.filterwarnings("ignore", message=r"The number of training batches .* smaller than the logging interval")
+    # Lightning calls torch's older name of a tree test; nothing here can change that.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).* is deprecated.*")
+    # Lightning's advertising line and its note about TPUs, which this project does not run on.
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if _is_worth_reading not in logger.filters:
+        logger.addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return "Tip:" not in message and not message.startswith("TPU available: False")
+
+
+def _unknown_command(command: str) -> str:
+    known = [*STAGE_COMMANDS, *TOOL_COMMANDS]
+    close = difflib.get_close_matches(command, known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(known)}."
+    return f"there is no command '{command}'; {hint}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

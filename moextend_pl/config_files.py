@@ -1,0 +1,206 @@
+"""Reading of stage files before they are parsed: layers, positions, and the classes they may name.
+
+A config file may begin with `base: [../base.yaml]`: the files it is layered on, relative to itself.
+Later files win; a list is extended with `key+:`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from moextend_pl.contracts import UserError
+
+ALLOWED_PREFIXES = ("moextend_pl.", "datamodules.", "callbacks.", "lightning.", "torch.")
+BASE_KEY = "base"
+CONFIG_OPTIONS = ("--config", "-c")
+ALLOW_OPTION = "--allow-class-path"
+_CLASS_LIKE = re.compile(r"[a-z_]\w*(\.\w+)*\.[A-Z]\w*")  # package.module.ClassName, the short form of class_path
+
+
+@dataclass(frozen=True)
+class StageArguments:
+    """A command line whose layers are spelled out.
+
+    Attributes:
+        argv: The command line for the parser, with one `--config` for each layer.
+        files: Those layers in the order in which they are applied.
+    """
+
+    argv: list[str]
+    files: list[Path]
+
+
+def prepare_arguments(argv: Sequence[str]) -> StageArguments:
+    """Expands the layers of every `--config` and checks every class that the run would import.
+
+    The check is a guard against surprises, not a sandbox: an allowed class can do harm with the right
+    arguments, and files that a config names as values are not followed.
+
+    Args:
+        argv: Command line of `fit`, `validate`, `test` or `predict`.
+
+    Raises:
+        UserError: If a file is missing, is not valid YAML, is based on itself, or names a class outside
+            of the allowed packages.
+    """
+    expanded: list[str] = []
+    files: list[Path] = []
+    allowed = list(ALLOWED_PREFIXES)
+    values: list[tuple[str, str]] = []
+    tokens = iter(argv)
+    for token in tokens:
+        option, has_value, value = token.partition("=")
+        if option in (*CONFIG_OPTIONS, ALLOW_OPTION) and not has_value:
+            value = next(tokens, "")
+        if option in (*CONFIG_OPTIONS, ALLOW_OPTION) and not value:
+            raise UserError(f"expected a value after {option}, got none.")
+        if option in CONFIG_OPTIONS:
+            layers = [layer for layer in expand_layers(Path(value), "--config") if layer not in files]
+            layers = layers or [Path(value)]  # given twice on purpose: it is applied again
+            files.extend(layers)
+            expanded.extend(f"--config={layer}" for layer in layers)
+        elif option == ALLOW_OPTION:
+            allowed.append(_as_prefix(value))
+        elif option == f"--{BASE_KEY}":
+            raise UserError("`base` belongs into a config file; on the command line give several `--config`.")
+        else:
+            expanded.append(token)
+            values.append((option, value) if has_value else (expanded[-2] if len(expanded) > 1 else "", token))
+    for path in files:
+        _check_classes(read_config(path, "--config"), str(path), allowed)
+    for option, value in values:
+        _check_value(option, value, allowed)
+    return StageArguments(expanded, files)
+
+
+def expand_layers(path: Path, asked_by: str, chain: tuple[Path, ...] = ()) -> list[Path]:
+    """Returns a config file after all the files it is layered on, each once.
+
+    Args:
+        path: The config file.
+        asked_by: Who named it, for the error message.
+        chain: Files that are being expanded around it.
+
+    Raises:
+        UserError: If a file is missing, broken or based on itself.
+    """
+    if any(path.resolve() == earlier.resolve() for earlier in chain):
+        circle = " -> ".join(str(step) for step in (*chain, path))
+        raise UserError(f"{asked_by}: the `base` files form a circle: {circle}. Remove one of the links.")
+    layers: list[Path] = []
+    for base in _bases(read_config(path, asked_by), path):
+        for layer in expand_layers(base, str(path), (*chain, path)):
+            if layer not in layers:
+                layers.append(layer)
+    return [*layers, path]
+
+
+def read_config(path: Path, asked_by: str) -> yaml.MappingNode:
+    """Reads a YAML file as nodes that know their line.
+
+    Raises:
+        UserError: If it is missing, empty, not a mapping, not valid YAML or has the same key twice.
+    """
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else "nothing"
+        raise UserError(f"{asked_by}: expected a config file at '{path}', found {kind} (looking from {Path.cwd()}).")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML, {error.problem or error.context}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML text in UTF-8 ({error}).") from error
+    if not isinstance(node, yaml.MappingNode):
+        got = "an empty file" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else "one value"
+        raise UserError(f"{path}: expected keys such as `model:` and `data:`, got {got}.")
+    _refuse_double_keys(node, path)
+    return node
+
+
+def locate_key(key: str, files: Sequence[Path]) -> str:
+    """Returns `FILE:LINE: ` of the last place where a key stands, or nothing if no file has it."""
+    for path in reversed(files):
+        lines = [k.start_mark.line + 1 for k, _ in _pairs(read_config(path, "--config")) if k.value.rstrip("+") == key]
+        if lines:
+            return f"{path}:{lines[-1]}: "
+    return ""
+
+
+def _bases(node: yaml.MappingNode, path: Path) -> list[Path]:
+    for key, value in node.value:
+        if key.value != BASE_KEY:
+            continue
+        names = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if not all(isinstance(name, yaml.ScalarNode) and name.value for name in names):
+            line = value.start_mark.line + 1
+            raise UserError(f"{path}:{line}: expected `base` to be a list of files, for example [../base.yaml].")
+        return [_tidy(path.parent / name.value) for name in names]
+    return []
+
+
+def _tidy(path: Path) -> Path:
+    """Returns the path without detours, relative to the current directory where that is shorter."""
+    resolved = path.resolve()
+    return resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved
+
+
+def _pairs(node: yaml.Node) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+    """Yields every (key, value) below a node."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key, value
+            yield from _pairs(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _pairs(value)
+
+
+def _refuse_double_keys(node: yaml.Node, path: Path) -> None:
+    mappings = [node, *(value for _, value in _pairs(node))]
+    for mapping in (item for item in mappings if isinstance(item, yaml.MappingNode)):
+        seen: dict[str, int] = {}
+        for key, _ in mapping.value:
+            line = key.start_mark.line + 1
+            if str(key.value) in seen:
+                first = seen[str(key.value)]
+                raise UserError(f"{path}:{line}: the key '{key.value}' stands twice (first in line {first}).")
+            seen[str(key.value)] = line
+
+
+def _as_prefix(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*\.?", value):
+        raise UserError(f"expected a package after {ALLOW_OPTION}, for example `my_package`, got '{value}'.")
+    return value.rstrip(".") + "."
+
+
+def _check_value(option: str, value: str, allowed: Sequence[str]) -> None:
+    """Checks the classes named by one option of the command line."""
+    try:
+        node = yaml.compose(value, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return  # the parser will name the option in its own message
+    if node is not None:
+        _check_classes(node, option, allowed, "class_path" if option.endswith("class_path") else "")
+
+
+def _check_classes(node: yaml.Node, origin: str, allowed: Sequence[str], key: str = "") -> None:
+    """Raises if a node names a class outside of the allowed packages."""
+    for name, value in ((key, node), *((k.value, v) for k, v in _pairs(node))):
+        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        for item in (item for item in items if isinstance(item, yaml.ScalarNode)):
+            text = str(item.value)
+            is_class = name == "class_path" or _CLASS_LIKE.fullmatch(text)
+            if is_class and "." in text and not text.startswith(tuple(allowed)):
+                where = origin if origin.startswith("--") else f"{origin}:{item.start_mark.line + 1}"
+                raise UserError(
+                    f"{where}: '{text}' is outside of the packages that a config may import "
+                    f"({', '.join(prefix.rstrip('.') for prefix in allowed)}). A config runs code: if you trust it, "
+                    f"add `{ALLOW_OPTION} {text.split('.')[0]}`."
+                )

@@ -1,0 +1,221 @@
+"""Words that every room of the house shares; plain data only, no networks.
+
+Shape legend used across the project: B batch, S sequence, T = B * S tokens, D width, E experts of
+the base layer, N new experts, K experts selected per token, L layers, I images in a batch,
+P placeholder tokens of one image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+
+import yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+"""Label of a position that is not learned; the value `torch.nn.functional.cross_entropy` ignores."""
+
+PLAN_SCHEMA = 1
+PLAN_FILE = "extension_plan.yaml"
+
+INITS = ("copy", "preserving")
+ROUTINGS = ("open", "masked")
+CALIBRATIONS = ("additive", "none")
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the command line prints it as one sentence and exits with 2."""
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What a model asks of its data: one fact in one place, handed to the datamodule by the model.
+
+    Attributes:
+        tokenizer: Turns text into ids; must carry a chat template.
+        image_token_id: Id that stands on every position that an image feature will fill. It may lie
+            outside the vocabulary: the model never embeds it.
+        tokens_per_image: P, number of placeholders one image expands to.
+        image_size: Side of the square, in pixels, that images are resized to.
+        image_mean: Per channel mean of the pixel values in [0, 1].
+        image_std: Per channel standard deviation of the pixel values in [0, 1].
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    tokens_per_image: int
+    image_size: int
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+@dataclass
+class Sample:
+    """One conversation, expanded to its final length by the data worker.
+
+    Attributes:
+        key: Name of the sample inside its shard set.
+        input_ids: (S,) ids; every image already stands as `tokens_per_image` placeholders.
+        labels: (S,) ids to predict, `IGNORE_INDEX` where nothing is learned.
+        pixel_values: (I, 3, H, W) normalised images in the order of their placeholders.
+        image_keys: I names, one an image, equal for equal pictures of one shard set.
+        prompt: Text asked when the sample is used for generation, without its answer.
+        answer: Text expected when the sample is used for generation.
+    """
+
+    key: str
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor
+    image_keys: list[str]
+    prompt: str = ""
+    answer: str = ""
+
+
+class Batch(TypedDict):
+    """Collated samples; text-only batches have I = 0.
+
+    Training batches are padded on the right. Generation batches hold prompts only, are padded on the
+    left, and carry `prompts` and `answers`.
+    """
+
+    keys: list[str]
+    input_ids: Tensor  # (B, S) int64
+    attention_mask: Tensor  # (B, S) int64, 1 on real tokens
+    labels: Tensor  # (B, S) int64
+    pixel_values: Tensor  # (I, 3, H, W) float32
+    image_keys: list[str]  # I
+    prompts: NotRequired[list[str]]  # B
+    answers: NotRequired[list[str]]  # B
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Names of the parts that learn in this run; every other parameter is frozen.
+
+    Attributes:
+        parts: Names out of the module's `parts()`, for example `projector`, `routers`, `new_experts`.
+    """
+
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerGrowth:
+    """Growth of one decoder layer.
+
+    Attributes:
+        layer: 0-based index that counts decoder layers of the model, dense ones included.
+        sources: Experts of the layer that the new ones are copied from; its length is N.
+    """
+
+    layer: int
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExtensionPlan:
+    """Which layers grow, from which experts, and how the new experts join the routing.
+
+    Attributes:
+        layers: Growth of each extended layer, by rising layer index.
+        init: `copy` (the paper: a new expert competes with all others) or `preserving` (a new expert
+            competes with its source only, so that the function at step 0 is the base's).
+        routing: `open` (every token may reach new experts) or `masked` (sequences without an image
+            never do).
+        calibration: `additive` (the paper's module on the routing probabilities) or `none`.
+        seed: Seed of the calibration's random weights.
+        report: How the layers were chosen: scores by layer, rule, numbers of samples. Not read back.
+    """
+
+    layers: tuple[LayerGrowth, ...]
+    init: str = "copy"
+    routing: str = "masked"
+    calibration: str = "additive"
+    seed: int = 0
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("init", self.init, INITS),
+            ("routing", self.routing, ROUTINGS),
+            ("calibration", self.calibration, CALIBRATIONS),
+        ):
+            if value not in allowed:
+                raise UserError(f"Expected `{name}` of the extension plan in {list(allowed)}, got {value!r}.")
+        indices = [growth.layer for growth in self.layers]
+        if indices != sorted(set(indices)):
+            raise UserError(f"Expected every layer of the extension plan once and in rising order, got {indices}.")
+        for growth in self.layers:
+            if growth.layer < 0 or not growth.sources or min(growth.sources) < 0:
+                raise UserError(
+                    f"Expected a layer >= 0 with at least one source expert >= 0, got layer {growth.layer} "
+                    f"with sources {list(growth.sources)}."
+                )
+
+    def with_options(self, **changes: Any) -> ExtensionPlan:
+        """Returns the plan with some of its fields changed."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as plain lists and numbers, ready for YAML or JSON."""
+        data = asdict(self)
+        data["layers"] = [{"layer": g.layer, "sources": list(g.sources)} for g in self.layers]
+        return {"schema": PLAN_SCHEMA, **data}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], origin: str = "extension plan") -> ExtensionPlan:
+        """Reads a plan from plain data.
+
+        Args:
+            data: As returned by `to_dict`.
+            origin: Where the data came from, for the error message.
+
+        Raises:
+            UserError: If the schema is unknown, a key is missing or unknown, or a value is not allowed.
+        """
+        if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:
+            got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise UserError(f"{origin}: expected `schema: {PLAN_SCHEMA}`, got {got!r}. Write the plan anew.")
+        body = {key: value for key, value in data.items() if key != "schema"}
+        try:
+            layers = tuple(
+                LayerGrowth(layer=int(item["layer"]), sources=tuple(int(s) for s in item["sources"]))
+                for item in body.pop("layers")
+            )
+            return cls(layers=layers, **body)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{origin}: not a valid extension plan ({error}).") from error
+
+    def save(self, path: Path) -> None:
+        """Writes the plan as YAML."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: Path) -> ExtensionPlan:
+        """Reads a plan written by `save`.
+
+        Raises:
+            UserError: If the file is missing or is not a valid plan.
+        """
+        if not path.is_file():
+            raise UserError(f"Expected an extension plan at {path}, found no file. Run the probe stage first.")
+        try:
+            data = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not valid YAML ({error}).") from error
+        return cls.from_dict(data, origin=str(path))
+
+
+def run_directory(trainer: Any) -> Path:
+    """Returns the folder of a run; everything a stage writes lies in it.
+
+    Args:
+        trainer: A Lightning trainer.
+    """
+    return Path(trainer.default_root_dir)

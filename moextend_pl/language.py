@@ -1,0 +1,285 @@
+"""The mixture-of-experts language model: any transformers v5 one, frozen or learning, grown or not.
+
+Shapes: B batch, S sequence, T = B * S tokens, D width, V vocabulary, A learned positions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_utils,
+)
+
+from moextend_pl.answers import AnswerMixin
+from moextend_pl.contracts import IGNORE_INDEX, Batch, SampleSpec, UserError
+from moextend_pl.losses import balance_loss, token_loss
+from moextend_pl.moe.blocks import find_blocks
+from moextend_pl.moe.extended import ExtendedRouter, Reach
+from moextend_pl.moe.growth import grow, new_parameters, router_parameters
+from moextend_pl.moe.usage import RouterRecord
+from moextend_pl.optim import OptimSpec
+from moextend_pl.stage import StageModule
+
+log = logging.getLogger(__name__)
+
+# Older releases keep whole columns of the batch only; then the mask is applied to what they return.
+_KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")
+
+
+@dataclass(frozen=True)
+class LanguageOutput:
+    """Result of a forward pass with labels.
+
+    Attributes:
+        loss: What is minimised: `token` + `balance_weight` * `balance`.
+        token: Mean cross-entropy of the learned tokens.
+        balance: Balance loss; 0 where it was not asked for.
+        accuracy: Share of learned tokens predicted right.
+    """
+
+    loss: Tensor
+    token: Tensor
+    balance: Tensor
+    accuracy: Tensor
+
+
+class MoELanguageModel(AnswerMixin, StageModule):
+    """A causal language model with mixture-of-experts layers; trained alone by next-token prediction.
+
+    Args:
+        base: Folder of a transformers model with its tokenizer.
+        config: Configuration of a model built from scratch instead; needs `model_type`.
+        tokenizer: Folder of the tokenizer; by default that of the base.
+        experts_implementation: How transformers computes experts: `grouped_mm`, `eager` or `batched_mm`.
+        balance_weight: Weight of the balance loss; the paper uses 0.001.
+        max_new_tokens: Longest generated answer in test and predict runs.
+        optim: Optimizer, where the model is trained alone.
+
+    Raises:
+        UserError: If neither or both of `base` and `config` are given, or a folder is missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        experts_implementation: str = "grouped_mm",
+        balance_weight: float = 0.001,
+        max_new_tokens: int = 8,
+        optim: OptimSpec | None = None,
+    ) -> None:
+        super().__init__(optim)
+        if (base is None) == (config is None):
+            raise UserError("Expected exactly one of `base` (a folder) and `config` (a new model), got both or neither.")
+        if base is not None and not (Path(base) / "config.json").is_file():
+            raise UserError(f"Expected a transformers model in {base}, found no config.json. Run the stage that makes it.")
+        if tokenizer is None and base is None:
+            raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
+        self.base, self.config = base, dict(config or {})
+        self.tokenizer_path = tokenizer or str(base)
+        self.experts_implementation = experts_implementation
+        self.balance_weight, self.max_new_tokens = balance_weight, max_new_tokens
+        self.reach = Reach()
+        self._records: list[RouterRecord] | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._opened_to_text = False
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, read once."""
+        if self._tokenizer is None:
+            if not Path(self.tokenizer_path).is_dir():
+                raise UserError(f"Expected a tokenizer folder at {self.tokenizer_path}, found none. Build the shards first.")
+            self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
+        return self._tokenizer
+
+    def model_config(self) -> PreTrainedConfig:
+        """Returns the transformers configuration, read or made from `config`; needs no built network."""
+        if self.base is not None:
+            return AutoConfig.from_pretrained(self.base, local_files_only=True)
+        words = self.tokenizer
+        ids = {"pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+        return AutoConfig.for_model(**{"vocab_size": len(words), **ids, **self.config})
+
+    @property
+    def width(self) -> int:
+        """D, width of the embeddings; needs no built network."""
+        return int(self.model_config().get_text_config().hidden_size)
+
+    @cached_property
+    def image_token_id(self) -> int:
+        """Id of the image placeholder: the first one outside the vocabulary, so that the base stays as it is."""
+        return max(int(self.model_config().get_text_config().vocab_size), len(self.tokenizer))
+
+    def sample_spec(self) -> SampleSpec:
+        """Returns what the model asks of text-only data."""
+        return SampleSpec(self.tokenizer, self.image_token_id, tokens_per_image=0, image_size=0)
+
+    def build(self) -> None:
+        """Reads or makes the model, grows it by the extension plan, and starts to watch its routers."""
+        if self.base is None:
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.model_config())
+        else:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                self.base, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
+        self.model.set_experts_implementation(self.experts_implementation)
+        find_blocks(self.model)
+        if self.extension_plan is not None:
+            grow(self.model, self.extension_plan, self.reach)
+        for block in find_blocks(self.model):
+            self._watch(block.router, block.layer, block.num_experts)
+        self.model.train()
+
+    def _watch(self, router: nn.Module, layer: int, num_experts: int) -> None:
+        def record(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            if self._records is not None:
+                self._records.append(RouterRecord(layer, num_experts, output[0], output[2]))
+
+        router.register_forward_hook(record)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[RouterRecord]]:
+        """Collects what every router does inside the `with` block, in the order of the layers."""
+        self._records = records = []
+        try:
+            yield records
+        finally:
+            self._records = None
+
+    @property
+    def num_experts(self) -> dict[int, int]:
+        """Number of experts of each mixture-of-experts layer, new ones included."""
+        return {block.layer: block.num_experts for block in find_blocks(self.model)}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Returns `language`, `routers` (of the base), `new_experts`, `new_routers` and `calibration`."""
+        parts = {"routers": router_parameters(self.model), **new_parameters(self.model)}
+        listed = {id(parameter) for parameters in parts.values() for parameter in parameters}
+        return {"language": [p for p in self.model.parameters() if id(p) not in listed], **parts}
+
+    def open_to_text(self, is_open: bool) -> None:
+        """Lets text-only sequences reach new experts too, or forbids it, whatever the plan says."""
+        self._opened_to_text = is_open
+
+    def set_reach(self, has_image_B: Tensor | None, batch_size: int) -> None:
+        """Declares which sequences of the next passes may reach new experts.
+
+        Args:
+            has_image_B: True for each sequence with an image; None if there is none.
+            batch_size: B.
+        """
+        plan = self.extension_plan
+        if plan is not None and (plan.routing == "open" or self._opened_to_text):
+            has_image_B = torch.ones(batch_size, dtype=torch.bool, device=self.device)
+        self.reach.set(has_image_B)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embeds ids; image placeholders, which lie outside the vocabulary, become the embedding of id 0."""
+        return self.model.get_input_embeddings()(input_ids.masked_fill(input_ids == self.image_token_id, 0))
+
+    def forward(self, batch: Batch, embeddings: Tensor | None = None, logits_at: Tensor | None = None) -> Tensor:
+        """Predicts the next token.
+
+        Args:
+            batch: `input_ids` and `attention_mask` (B, S).
+            embeddings: (B, S, D) with image features in place; by default the embedded ids.
+            logits_at: (B, S) booleans, positions to predict from; by default all.
+
+        Returns:
+            (B, S, V) logits, or (A, V) at the A chosen positions.
+        """
+        input_ids = batch["input_ids"]
+        has_image_B = (input_ids == self.image_token_id).any(dim=1)
+        self.set_reach(has_image_B, len(input_ids))
+        inputs = {"input_ids": input_ids} if embeddings is None else {"inputs_embeds": embeddings}
+        inputs["attention_mask"] = batch["attention_mask"]
+        if logits_at is None:
+            return self.model(**inputs, use_cache=False).logits
+        if _KEEPS_BY_MASK:
+            return self.model(**inputs, use_cache=False, logits_to_keep=logits_at).logits
+        columns = logits_at.any(dim=0).nonzero().squeeze(-1)
+        return self.model(**inputs, use_cache=False, logits_to_keep=columns).logits[logits_at[:, columns]]
+
+    def losses(self, batch: Batch, embeddings: Tensor | None = None, balanced: bool = True) -> LanguageOutput:
+        """Computes the losses of a batch; the head is applied to learned positions only.
+
+        Args:
+            batch: With labels.
+            embeddings: As in `forward`.
+            balanced: Whether the balance loss is added.
+        """
+        labels_BS = torch.full_like(batch["labels"], IGNORE_INDEX)
+        labels_BS[:, :-1] = batch["labels"][:, 1:]
+        learned_BS = labels_BS != IGNORE_INDEX
+        with self.recording() as records:
+            logits_AV = self(batch, embeddings, learned_BS)
+        labels_A = labels_BS[learned_BS]
+        token = token_loss(logits_AV, labels_A)
+        wanted = balanced and self.balance_weight > 0
+        balance = self._balance(records, batch["attention_mask"]) if wanted else token.new_zeros(())
+        accuracy = (logits_AV.argmax(dim=-1) == labels_A).float().mean() if len(labels_A) else token.new_zeros(())
+        return LanguageOutput(token + self.balance_weight * balance, token, balance, accuracy)
+
+    def _balance(self, records: list[RouterRecord], attention_mask: Tensor) -> Tensor:
+        real_T = attention_mask.reshape(-1).bool()
+        grown = {block.layer for block in find_blocks(self.model) if isinstance(block.router, ExtendedRouter)}
+        # A token that may not reach new experts says nothing about how they are used.
+        open_T = real_T if self.reach.nowhere else real_T & self.reach.tokens(len(real_T))
+        return balance_loss(records, [open_T if record.layer in grown else real_T for record in records])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Learns to predict the supervised tokens."""
+        output = self.losses(batch)
+        self.log_dict({"train/loss": output.token, "train/balance": output.balance}, prog_bar=True, sync_dist=True)
+        return output.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs loss and accuracy of the supervised tokens."""
+        output = self.losses(batch, balanced=False)
+        values = {"val/loss": output.token, "val/token_accuracy": output.accuracy}
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(batch["keys"]))
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, embeddings: Tensor | None = None) -> list[str]:
+        """Generates greedily.
+
+        Args:
+            batch: Prompts, padded on the left.
+            embeddings: As in `forward`.
+
+        Returns:
+            B texts without special tokens.
+        """
+        self.set_reach((batch["input_ids"] == self.image_token_id).any(dim=1), len(batch["input_ids"]))
+        tokens = self.model.generate(
+            inputs_embeds=self.embed(batch["input_ids"]) if embeddings is None else embeddings,
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def save_pretrained(self, path: Path) -> None:
+        """Writes model and tokenizer in the transformers layout."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)

@@ -1,0 +1,214 @@
+"""The whole: images are encoded, projected, put between the words, and answered by the language model.
+
+Shapes: B batch, S sequence, I images, P placeholders of one image, C channels of the tower, D width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from moextend_pl.answers import AnswerMixin
+from moextend_pl.checkpoint import load_delta, read_manifest
+from moextend_pl.contracts import Batch, SampleSpec, UserError
+from moextend_pl.encoder import VisionEncoder
+from moextend_pl.fusion import scatter_features
+from moextend_pl.language import LanguageOutput, MoELanguageModel
+from moextend_pl.moe.extended import touch
+from moextend_pl.optim import OptimSpec
+from moextend_pl.projector import Projector
+from moextend_pl.prompt import prompt_batch
+from moextend_pl.stage import StageModule
+
+ENCODE_TOGETHER = 16
+
+
+class MoExtend(AnswerMixin, StageModule):
+    """A vision tower, a projector and a mixture-of-experts language model as one.
+
+    Args:
+        encoder: The tower; frozen unless the training plan names `encoder`.
+        projector: From features to embeddings; its widths are filled in.
+        language: The language model; grown by the extension plan.
+        init_from: Run directory (or delta file) of an earlier stage whose new weights are the start.
+        cache_features: Whether features of a frozen tower are computed once an image and kept.
+        optim: Optimizer of the stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: VisionEncoder,
+        projector: Projector,
+        language: MoELanguageModel,
+        init_from: str | None = None,
+        cache_features: bool = True,
+        optim: OptimSpec | None = None,
+    ) -> None:
+        super().__init__(optim)
+        self.encoder, self.projector, self.language = encoder, projector, language
+        self.init_from = Path(init_from) if init_from else None
+        self.cache_features = cache_features
+        self._features: dict[str, Tensor] = {}
+        if self.init_from is not None:
+            read_manifest(self.init_from)
+
+    @classmethod
+    def load(cls, run: str | Path) -> MoExtend:
+        """Loads the model of a finished run: its base, its extension plan and its delta.
+
+        Args:
+            run: Run directory with `manifest.json` and `delta.safetensors`.
+
+        Returns:
+            The model, built and in evaluation mode.
+
+        Raises:
+            UserError: If the directory holds no finished run or its base has changed.
+
+        Example:
+            model = MoExtend.load("runs/quickstart/3_extend")
+            model.generate(Image.open("shape.png"), "what color is the shape?")
+        """
+        manifest = read_manifest(Path(run))
+        parts = manifest.model_arguments()
+        model = cls(
+            encoder=VisionEncoder(**parts["encoder"]),
+            projector=Projector(**parts["projector"]),
+            language=MoELanguageModel(**parts["language"]),
+            init_from=str(run),
+        )
+        model.configure_model()
+        manifest.check_base(model)
+        return model.eval()
+
+    def model_arguments(self) -> dict[str, dict[str, Any]]:
+        """Returns what `load` needs to build the three parts again; folders as they are named now."""
+        if self.encoder.path is None or self.language.base is None:
+            raise UserError("Expected `encoder.path` and `language.base`, so that the run can be loaded again.")
+        return {
+            "encoder": {"path": str(self.encoder.path)},
+            "projector": {"kind": self.projector.kind, "merge": self.projector.merge},
+            "language": {
+                "base": self.language.base,
+                "experts_implementation": self.language.experts_implementation,
+                "balance_weight": self.language.balance_weight,
+                "max_new_tokens": self.language.max_new_tokens,
+            },
+        }
+
+    def sample_spec(self) -> SampleSpec:
+        """Returns what the model asks of its data; tokenizer and image size have this one source."""
+        tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
+        side = int(self.encoder.config["image_size"])
+        return SampleSpec(self.language.tokenizer, self.language.image_token_id, tokens, side)
+
+    def build(self) -> None:
+        """Builds tower, projector and language model, grows it, and reads the weights of `init_from`."""
+        if self.extension_plan is None and self.init_from is not None:
+            # A run without a plan of its own goes on with the one of the run it starts from.
+            self.extension_plan = read_manifest(self.init_from).plan
+        self.language.extension_plan = self.extension_plan
+        self.encoder.build()
+        self.encoder.eval()
+        self.projector.in_features, self.projector.out_features = self.encoder.channels, self.language.width
+        self.projector.build()
+        self.language.build()
+        if self.init_from is not None:
+            load_delta(self, self.init_from)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Returns `encoder`, `projector` and the parts of the language model."""
+        return {"encoder": list(self.encoder.parameters()), **self.projector.parts(), **self.language.parts()}
+
+    def base_names(self) -> set[str]:
+        """Returns the names of the parameters that the base's own files hold; all others are new."""
+        parts = self.parts()
+        base = {id(p) for part in ("encoder", "language", "routers") for p in parts[part]}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in base}
+
+    def encode(self, pixels_I3HW: Tensor, image_keys: list[str]) -> Tensor:
+        """Encodes images, each only once where the tower is frozen.
+
+        Args:
+            pixels_I3HW: Normalised images.
+            image_keys: Their names.
+
+        Returns:
+            (I, P, C) features.
+        """
+        frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
+        if not frozen:
+            return self.encoder(pixels_I3HW)
+        keys = image_keys if self.cache_features else [f"{n}" for n in range(len(image_keys))]
+        known = self._features if self.cache_features else {}
+        missing = [n for n, key in enumerate(keys) if key not in known]
+        with torch.no_grad():
+            # Always the same number at a time: the last bit of a convolution may depend on it, and a
+            # resumed run, which meets the images in other company, has to see the same features.
+            for first in range(0, len(missing), ENCODE_TOGETHER):
+                chosen = missing[first : first + ENCODE_TOGETHER]
+                padded = pixels_I3HW.new_zeros(ENCODE_TOGETHER, *pixels_I3HW.shape[1:])
+                padded[: len(chosen)] = pixels_I3HW[chosen]
+                known.update(zip([keys[n] for n in chosen], self.encoder(padded), strict=False))
+        return torch.stack([known[key] for key in keys])
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Embeds a batch with its image features in place.
+
+        Args:
+            batch: Ids with placeholders, and images.
+
+        Returns:
+            (B, S, D); the projector takes part with a zero where the batch has no image, so that no
+            rank waits for its gradient.
+        """
+        embeddings_BSD = self.language.embed(batch["input_ids"])
+        if len(batch["image_keys"]) == 0:
+            zero = touch(self.projector.parameters())
+            return embeddings_BSD if zero is None else embeddings_BSD + zero
+        features_IPC = self.encode(batch["pixel_values"], batch["image_keys"])
+        is_image_BS = batch["input_ids"] == self.language.image_token_id
+        return scatter_features(embeddings_BSD, self.projector(features_IPC), is_image_BS)
+
+    def forward(self, batch: Batch) -> LanguageOutput:
+        """Computes the losses of a batch."""
+        return self.language.losses(batch, self.embed(batch))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Learns to predict the supervised tokens."""
+        output = self(batch)
+        self.log_dict({"train/loss": output.token, "train/balance": output.balance}, prog_bar=True, sync_dist=True)
+        return output.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs loss and accuracy of the supervised tokens."""
+        output = self.language.losses(batch, self.embed(batch), balanced=False)
+        values = {"val/loss": output.token, "val/token_accuracy": output.accuracy}
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(batch["keys"]))
+
+    @torch.no_grad()
+    def answer(self, batch: Batch) -> list[str]:
+        """Generates greedily, one text for each prompt of the batch."""
+        return self.language.answer(batch, self.embed(batch))
+
+    def generate(self, image: Image.Image | None, question: str) -> str:
+        """Answers one question.
+
+        Args:
+            image: A picture, or None for a question about text alone.
+            question: The question, without any image mark.
+
+        Returns:
+            The answer.
+
+        Example:
+            >>> model.generate(Image.open("shape.png"), "what color is the shape?")  # doctest: +SKIP
+            'blue'
+        """
+        self.eval()
+        return self.answer(prompt_batch(self.sample_spec(), image, question, self.device))[0]

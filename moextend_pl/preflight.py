@@ -1,0 +1,150 @@
+"""What is settled before a model is built: which checkpoint a run starts from, and whether it may."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moextend_pl.contracts import UserError
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINT_FOLDER = "checkpoints"
+LAST_CHECKPOINT = "last.ckpt"
+LIGHTNING_KEYWORDS = ("best", "hpc")
+RESULT_SECTIONS = ("model", "data", "seed_everything")
+# The order of samples is a function of seed and epoch alone, so these change speed and nothing else.
+SPEED_KEYS = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers")
+PLAN_ARGUMENTS = ("parts", "plan")  # a callback with one of these decides what learns or grows
+RUN_RECORDS = (CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "stage.json")
+MISSING = "(not set)"
+_SHOWN_DIFFERENCES = 6
+_SHOWN_LENGTH = 80
+
+_log = logging.getLogger(__name__)
+
+
+def run_directory(config: dict[str, Any]) -> Path:
+    """Returns the run directory of a parsed config.
+
+    Raises:
+        UserError: If there is none.
+    """
+    folder = (config.get("trainer") or {}).get("default_root_dir")
+    if not folder:
+        raise UserError(
+            "expected `trainer.default_root_dir`, the directory of this run, found none. "
+            "Set it in the stage file or add for example `--trainer.default_root_dir runs/my_run`."
+        )
+    return Path(folder)
+
+
+def choose_checkpoint(run: Path, asked: str | None, fresh: bool) -> str | None:
+    """Returns the checkpoint a command starts from: the one asked for, else the run's last one, else none.
+
+    Args:
+        run: The run directory.
+        asked: Value of `--ckpt_path`.
+        fresh: Whether earlier checkpoints of the run are to be ignored.
+
+    Raises:
+        UserError: If a checkpoint and `--fresh` are both asked for, or the checkpoint is not there.
+    """
+    if asked and fresh:
+        raise UserError("choose one of `--ckpt_path` (start from that file) and `--fresh` (start from nothing).")
+    last = run / CHECKPOINT_FOLDER / LAST_CHECKPOINT
+    if asked in LIGHTNING_KEYWORDS:
+        return asked
+    if asked and asked != "last":
+        if not Path(asked).exists():
+            raise UserError(f"expected a checkpoint at '{asked}', found none. {_list_checkpoints(run)}")
+        return asked
+    if fresh:
+        return None
+    if asked == "last" and not last.exists():
+        raise UserError(f"expected a checkpoint at '{last}', found none. {_list_checkpoints(run)}")
+    return str(last) if last.exists() else None
+
+
+def set_aside(run: Path) -> None:
+    """Moves the records of an earlier run into `old<n>/`, so that a fresh run never continues or extends them."""
+    records = [run / name for name in RUN_RECORDS if (run / name).exists()]
+    if not records:
+        return
+    number = 1
+    while (aside := run / f"old{number}").exists():
+        number += 1
+    aside.mkdir()
+    for record in records:
+        record.rename(aside / record.name)
+    _log.info("records of the earlier run moved to %s", aside)
+
+
+def refuse_changed_config(run: Path, config: dict[str, Any]) -> None:
+    """Compares a run that is about to continue with the config it was started with.
+
+    Only what defines the result counts: model, data, seed, and callbacks that decide what learns or
+    grows. Steps, loggers and devices may change.
+
+    Raises:
+        UserError: If they differ; names the keys with both values.
+    """
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        _log.warning("%s is missing: cannot tell whether the run continues with the settings it began with", path)
+        return
+    try:
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: the earlier run's config is not valid YAML. Start again with `--fresh`.") from error
+    differences = compare_configs(earlier or {}, config)
+    if differences:
+        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+        more = f"; and {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""
+        raise UserError(
+            f"{run} holds a run that was started with other settings: {shown}{more}. Use another "
+            "`trainer.default_root_dir`, or `--fresh` to start this one again."
+        )
+
+
+def compare_configs(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns one phrase for each setting that defines the result and differs."""
+    before, after = _result_settings(earlier), _result_settings(now)
+    phrases = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, MISSING), after.get(key, MISSING)
+        if old != new and key.rsplit(".", 1)[-1] not in SPEED_KEYS:
+            phrases.append(f"{key} was {_shorten(old)}, now {_shorten(new)}")
+    return phrases
+
+
+def _result_settings(config: dict[str, Any]) -> dict[str, Any]:
+    settings = {section: config.get(section) for section in RESULT_SECTIONS}
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        arguments = (callback.get("init_args") or {}) if isinstance(callback, dict) else {}
+        if any(name in arguments for name in PLAN_ARGUMENTS):
+            settings[callback["class_path"].rsplit(".", 1)[-1]] = arguments
+    return _flatten(settings)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = prefix if key == "init_args" else f"{prefix}.{key}" if prefix else str(key)
+        flat.update(_flatten(item, name))
+    return flat
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
+
+
+def _list_checkpoints(run: Path) -> str:
+    found = sorted(str(path) for path in (run / CHECKPOINT_FOLDER).glob("*.ckpt"))
+    return f"This run has: {', '.join(found)}." if found else f"The run directory {run} has no checkpoint either."

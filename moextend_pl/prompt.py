@@ -1,0 +1,33 @@
+"""One question about one picture as a batch of prompts, encoded exactly as the data is."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+
+from datamodules.collate import collate_generation
+from datamodules.conversation import ConversationEncoder
+from datamodules.pixels import PixelTransform
+from datamodules.turns import IMAGE_MARK, Turn
+from moextend_pl.contracts import Batch, SampleSpec
+
+
+def prompt_batch(spec: SampleSpec, image: Image.Image | None, question: str, device: torch.device) -> Batch:
+    """Encodes a question.
+
+    Args:
+        spec: What the model asks of its data.
+        image: A picture, or None.
+        question: Text without any image mark.
+        device: Where the tensors go.
+
+    Returns:
+        A generation batch of one prompt.
+    """
+    pixels = [PixelTransform(spec)(image.convert("RGB"))] if image is not None else []
+    text = f"{IMAGE_MARK}\n{question}" if pixels else question
+    sample = ConversationEncoder(spec).encode_prompt("prompt", (Turn(text, "?"),), pixels, ["prompt"] * len(pixels))
+    batch = collate_generation([sample], 0)
+    for name in ("input_ids", "attention_mask", "labels", "pixel_values"):
+        batch[name] = batch[name].to(device)
+    return batch

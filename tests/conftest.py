@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_world import TinyWorld, build_tiny_world
+
+# Tiny models lose time when several threads share an operation.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fixtures() -> Path:
+    """Folder of the golden files; `MOEXTEND_FIXTURES` names another of the same layout."""
+    return Path(os.environ.get("MOEXTEND_FIXTURES", Path(__file__).parent / "fixtures"))
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    """A language model, a vision tower and shards, read-only."""
+    return build_tiny_world(tmp_path_factory.mktemp("tiny_world"))

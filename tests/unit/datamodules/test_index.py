@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from datamodules.index import INDEX_FILE, build_index, index_shard, load_index
+from moextend_pl.contracts import UserError
+
+TEXT = json.dumps({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}).encode()
+
+
+def write_tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_an_index_survives_being_written_and_read(folder):
+    before = build_index(folder)
+    after = load_index(folder)
+    assert [shard.to_dict() for shard in after] == [shard.to_dict() for shard in before]
+    assert [len(shard) for shard in after] == [4, 4, 3]
+    assert sum(int(shard.turns.sum()) for shard in after) == sum(1 + i % 2 for i in range(11))
+
+
+def test_shards_of_other_writers_are_indexed(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a/b.png", b"1"), ("a/b.json", TEXT), ("c.json", TEXT), ("c.10.jpg", b"22")])
+    (shard,) = build_index(tmp_path)
+    assert shard.keys == ["a/b", "c"]
+    assert [(m.extension, m.size) for m in shard.sample(1)] == [("json", len(TEXT)), ("10.jpg", 2)]
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        ([("/a.json", TEXT)], "Absolute"),
+        ([("x/../../a.json", TEXT)], "refused"),
+        ([("a.pickle", b"x")], "expected members named"),
+        ([("a.json.gz", b"x")], "expected members named"),
+        ([("a.0.json", TEXT)], "expected members named"),
+        ([("a.json", TEXT), ("b.json", TEXT), ("a.json", TEXT)], "stands twice"),
+        ([("a.json", TEXT), ("a.json", TEXT)], "stands twice"),
+        ([("a.png", b"x")], "expected a.json beside"),
+        ([("a.json", b"\xff{}")], "UTF-8"),
+        ([("a.json", b"[" * 100_000)], "JSON"),
+        ([("a.json", b"[1]")], "conversations"),
+    ],
+)
+def test_members_that_are_no_samples_are_refused(tmp_path, members, sentence):
+    write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(UserError, match=sentence):
+        index_shard(tmp_path / "x.tar")
+
+
+def test_links_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        info = tarfile.TarInfo("a.json")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(UserError, match="no regular file"):
+        index_shard(tmp_path / "x.tar")
+
+
+def test_the_same_key_in_two_shards_is_refused(tmp_path):
+    for name in ("x.tar", "y.tar"):
+        write_tar(tmp_path / name, [("a.json", TEXT)])
+    with pytest.raises(UserError, match=r"'a' stands in x.tar and y.tar"):
+        build_index(tmp_path)
+
+
+def test_every_cut_and_every_broken_header_is_noticed(folder):
+    path = folder / "00000.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        members = [(info.offset, info.offset_data, info.size) for info in tar]
+    end = members[-1][1] + -(-members[-1][2] // 512) * 512
+    cuts = {end, end + 512}
+    for header, data, size in members:
+        cuts |= {header, header + 100, data, data + size // 2}
+    for cut in sorted(cuts):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"00000.tar"):
+            index_shard(path)
+    for header, _, _ in members:
+        broken = bytearray(whole)
+        broken[header + 150] ^= 1  # inside the header's checksum
+        path.write_bytes(bytes(broken))
+        with pytest.raises(UserError, match=r"00000.tar"):
+            index_shard(path)
+
+
+def test_a_compressed_tar_is_refused(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.json", TEXT)], "w:gz")
+    with pytest.raises(UserError, match="plain tar"):
+        index_shard(tmp_path / "x.tar")
+
+
+def test_a_missing_folder_or_index_names_the_place_and_the_next_command(tmp_path):
+    for place in (tmp_path / "none", tmp_path):
+        with pytest.raises(UserError, match=r"cwd .*shards build") as caught:
+            load_index(place)
+        assert str(place) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "not a readable index"),
+        ("[]", "not a readable index"),
+        ('{"schema": 99}', "schema: 1"),
+        ('{"schema": 1}', "not a readable index"),
+        ('{"schema": 1, "shards": []}', "at least one sample"),
+        ('{"schema": 1, "shards": [{"name": "../x.tar", "bytes": 1, "sha256": "", "samples": []}]}', "refused"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path, content, sentence):
+    (tmp_path / INDEX_FILE).write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        load_index(tmp_path)
+
+
+def test_a_folder_without_samples_is_refused(tmp_path):
+    with pytest.raises(UserError, match="Expected samples"):
+        build_index(tmp_path)

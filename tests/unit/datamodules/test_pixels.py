@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.pixels import PixelTransform, decode_image
+from moextend_pl.contracts import SampleSpec, UserError
+
+
+def save(image, kind="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def noise(size=(6, 5)):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def test_lossless_kinds_give_back_their_pixels():
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        assert np.array_equal(np.asarray(decode_image(save(noise(), kind, **options), "x")), np.asarray(noise()))
+    assert decode_image(save(noise(), "JPEG"), "x").size == (6, 5)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK"])
+def test_other_modes_become_rgb(mode):
+    image = decode_image(save(noise().convert(mode), "JPEG" if mode == "CMYK" else "PNG"), "x")
+    assert (image.mode, image.size) == ("RGB", (6, 5))
+
+
+def test_sixteen_bit_greys_keep_their_upper_bits():
+    greys = np.array([[0, 255, 256, 65535]], dtype=np.uint16)
+    pixels = np.asarray(decode_image(save(Image.fromarray(greys)), "x"))
+    assert pixels[0].tolist() == [[0] * 3, [0] * 3, [1] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
+def test_other_formats_are_refused(kind):
+    with pytest.raises(UserError, match=r"shard: key.*PNG, JPEG, WEBP"):
+        decode_image(save(noise(), kind), "shard: key")
+
+
+def test_damaged_images_are_refused_wherever_the_damage_is():
+    data = save(noise((40, 40)))
+    for cut in (0, 4, 20, 40, len(data) // 2, len(data) - 60):
+        with pytest.raises(UserError, match="key"):
+            decode_image(data[:cut], "key")
+    jpeg = save(noise((40, 40)), "JPEG")
+    with pytest.raises(UserError, match="key"):
+        decode_image(jpeg[: len(jpeg) // 2], "key")
+
+
+def test_a_large_image_is_refused_before_its_pixels_are_decoded(monkeypatch):
+    data = save(noise((40, 40)))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="at most 1599 pixels, got 40 x 40"):
+        decode_image(data, "key", max_pixels=1599)
+
+
+def test_pixels_are_normalised_channel_by_channel(words):
+    spec = SampleSpec(words, 99, 4, image_size=6, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7))
+    image = noise((6, 6))
+    found = PixelTransform(spec)(image)
+    assert (found.dtype, found.shape) == (torch.float32, (3, 6, 6))
+    for y in range(6):
+        for x in range(6):
+            red, green, blue = (value / 255 for value in image.getpixel((x, y)))
+            expected = torch.tensor([(red - 0.1) / 0.5, (green - 0.2) / 0.6, (blue - 0.3) / 0.7])
+            torch.testing.assert_close(found[:, y, x], expected, rtol=0, atol=1e-6)
+
+
+def test_other_sizes_are_resized_to_the_square_as_pillow_does(words):
+    spec = SampleSpec(words, 99, 4, image_size=4, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
+    expected = np.asarray(noise((9, 7)).resize((4, 4), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(PixelTransform(spec)(noise((9, 7))).numpy(), expected, atol=1e-6)

@@ -1,0 +1,149 @@
+"""Losses of one process, against torch and plain loops, and of two processes against one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moextend_pl.contracts import IGNORE_INDEX
+from moextend_pl.losses import balance_loss, global_mean, token_loss
+from moextend_pl.moe.usage import RouterRecord
+
+ROOT = Path(__file__).parents[3]
+
+
+def record(layer: int, experts: int, seed: int, tokens: int = 12) -> RouterRecord:
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
+    return RouterRecord(layer, experts, logits, logits.topk(2).indices)
+
+
+def loop_balance(record: RouterRecord, mask: Tensor) -> float:
+    """E times the sum over slots k and experts e of (share of tokens whose k-th choice is e) * (mean probability)."""
+    rows = [n for n, real in enumerate(mask.tolist()) if real]
+    experts = record.logits.shape[1]
+    probs = record.logits.softmax(-1)
+    total = 0.0
+    for slot in range(record.indices.shape[1]):
+        for expert in range(experts):
+            share = sum(int(record.indices[n, slot]) == expert for n in rows) / len(rows)
+            total += share * sum(float(probs[n, expert]) for n in rows) / len(rows)
+    return experts * total
+
+
+def test_token_loss_equals_torchs_mean_and_ignores_unlearned_positions() -> None:
+    logits, labels = torch.randn(6, 9, requires_grad=True), torch.tensor([1, IGNORE_INDEX, 8, 0, IGNORE_INDEX, 2])
+    got = token_loss(logits, labels)
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(got, expected)
+    (gradient,) = torch.autograd.grad(got, logits)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_token_loss_of_nothing_is_zero_and_differentiable() -> None:
+    logits = torch.zeros(0, 9, requires_grad=True)
+    loss = token_loss(logits, torch.zeros(0, dtype=torch.long))
+    assert loss.item() == 0.0
+    loss.backward()
+
+
+def test_token_loss_of_half_precision_is_taken_in_single() -> None:
+    logits, labels = torch.randn(4, 9).bfloat16(), torch.tensor([1, 2, 3, 4])
+    assert token_loss(logits, labels).dtype == torch.float32
+    torch.testing.assert_close(token_loss(logits, labels), F.cross_entropy(logits.float(), labels))
+
+
+def test_mean_of_no_items_is_zero() -> None:
+    assert global_mean(torch.tensor(0.0), torch.tensor(0)).item() == 0.0
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 1), (4, 2), (6, 3)])
+def test_balance_of_uniform_routing_is_the_number_of_choices(experts: int, top_k: int) -> None:
+    indices = torch.tensor([[(t + k) % experts for k in range(top_k)] for t in range(experts)])
+    uniform = RouterRecord(0, experts, torch.zeros(experts, experts), indices)
+    assert balance_loss([uniform], [torch.ones(experts, dtype=torch.bool)]).item() == pytest.approx(top_k)
+
+
+def test_balance_uses_each_layers_own_number_of_experts_and_ignores_padding() -> None:
+    records = [record(0, 4, 0), record(1, 5, 1), record(2, 4, 2)]
+    masks = [torch.rand(12, generator=torch.Generator().manual_seed(n)) < 0.6 for n in range(3)]
+    expected = sum(loop_balance(r, m) for r, m in zip(records, masks, strict=True)) / 3
+    assert balance_loss(records, masks).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_balance_pulls_tokens_away_from_a_crowded_expert() -> None:
+    logits = torch.zeros(8, 4)
+    logits[:, 0] = 1.0
+    logits.requires_grad_()
+    loss = balance_loss([RouterRecord(0, 4, logits, logits.topk(1).indices)], [torch.ones(8, dtype=torch.bool)])
+    loss.backward()
+    assert (logits.grad[:, 0] > 0).all()
+    assert (logits.grad[:, 1:] < 0).all()
+
+
+def test_balance_of_layers_where_no_token_counts_is_finite() -> None:
+    loss = balance_loss([record(0, 4, 0)], [torch.zeros(12, dtype=torch.bool)])
+    assert loss.item() == 0.0
+
+
+# Run by each of two processes: both take a share of a joined batch, uneven in learned tokens.
+RANK = """
+import json, os, sys
+import torch, torch.distributed as dist
+from moextend_pl.contracts import IGNORE_INDEX
+from moextend_pl.losses import balance_loss, token_loss
+from moextend_pl.moe.usage import RouterRecord
+
+rank, world, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+if world > 1:
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+torch.manual_seed(0)
+x, labels, head, gate = torch.randn(12, 6), torch.randint(0, 9, (12,)), torch.randn(9, 6), torch.randn(5, 6)
+labels[1:6] = IGNORE_INDEX  # the first half learns one token, the second half six
+mask = torch.ones(12, dtype=torch.bool)
+mask[2:5] = False
+part = slice(rank * 12 // world, (rank + 1) * 12 // world)
+x, labels, mask = x[part], labels[part], mask[part]
+head.requires_grad_(), gate.requires_grad_()
+logits = x @ gate.T
+token = token_loss(x @ head.T, labels)
+balance = balance_loss([RouterRecord(0, 5, logits, logits.topk(2).indices)], [mask])
+(token + balance).backward()
+values = {"token": token.detach(), "balance": balance.detach(), "head": head.grad, "gate": gate.grad}
+for value in values.values():
+    if world > 1:
+        dist.all_reduce(value)  # the mean over ranks, as DDP takes it
+        value /= world
+if rank == 0:
+    torch.save(values, out)
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def values_of(world: int, folder: Path) -> dict[str, Tensor]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    out = folder / f"{world}.pt"
+    command = [sys.executable, "-c", RANK]
+    ranks = [subprocess.Popen([*command, str(r), str(world), str(out)], env=environment) for r in range(world)]
+    assert [process.wait(timeout=240) for process in ranks] == [0] * world
+    return torch.load(out, weights_only=True)
+
+
+def test_two_processes_have_loss_and_gradients_of_one_on_the_joined_batch(tmp_path: Path) -> None:
+    one, two = values_of(1, tmp_path), values_of(2, tmp_path)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, msg=lambda text, name=name: f"{name}: {text}")

@@ -31,7 +31,8 @@ def measure_usage(trainer: Trainer, module: MoExtend) -> Counts:
         Counts (E,) on the CPU by token kind (`image`, `text`, `all`) and layer, summed over ranks.
     """
     usage = ExpertUsage(module.language.num_experts).to(module.device)
-    learning = module.training
+    # One by one: a frozen tower stays in evaluation mode while the rest of the model learns.
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     for batch in trainer.datamodule.val_dataloader():
         batch = module.transfer_batch_to_device(batch, module.device, 0)
@@ -39,7 +40,8 @@ def measure_usage(trainer: Trainer, module: MoExtend) -> Counts:
             module.language(batch, module.embed(batch), batch["labels"] >= 0)
         is_image_T = (batch["input_ids"] == module.language.image_token_id).reshape(-1)
         usage.update(records, is_image_T, batch["attention_mask"].reshape(-1).bool())
-    module.train(learning)
+    for part, mode in modes.items():
+        part.training = mode
     counts = usage.compute()
     return {kind: {layer: c.cpu() for layer, c in layers.items()} for kind, layers in counts.items()}
 

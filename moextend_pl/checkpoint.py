@@ -162,12 +162,15 @@ def read_manifest(run: Path) -> Manifest:
     path = _manifest_path(run)
     if not path.is_file():
         raise UserError(f"Expected a finished run in {run}, found no {MANIFEST_FILE}. Run that stage to its end first.")
-    data = json.loads(path.read_text())
-    if data.get("schema") != MANIFEST_SCHEMA:
-        raise UserError(f"{path}: expected schema {MANIFEST_SCHEMA}, got {data.get('schema')!r}. Train the stage again.")
-    plan = ExtensionPlan.from_dict(data["plan"], origin=str(path)) if data["plan"] else None
     names = ("model", "trained", "frozen", "delta_sha256", "versions")
-    return Manifest(plan=plan, run=path.parent, **{name: data[name] for name in names})
+    try:
+        data = json.loads(path.read_text())
+        if data.get("schema") != MANIFEST_SCHEMA:
+            raise UserError(f"{path}: expected schema {MANIFEST_SCHEMA}, got {data.get('schema')!r}. Train the stage again.")
+        plan = ExtensionPlan.from_dict(data["plan"], origin=str(path)) if data["plan"] else None
+        return Manifest(plan=plan, run=path.parent, **{name: data[name] for name in names})
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}). Train the stage again.") from error
 
 
 def save_delta(module: MoExtend, run: Path) -> Manifest:

@@ -136,15 +136,16 @@ def _silence_noise() -> None:
     warnings.filterwarnings("ignore", message=r"The number of training batches .* smaller than the logging interval")
     # Lightning calls torch's older name of a tree test; nothing here can change that.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).* is deprecated.*")
-    # Lightning's advertising line and its note about TPUs, which this project does not run on.
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if _is_worth_reading not in logger.filters:
-        logger.addFilter(_is_worth_reading)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logger = logging.getLogger(f"lightning.pytorch.{name}")
+        if _is_worth_reading not in logger.filters:
+            logger.addFilter(_is_worth_reading)
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Drops Lightning's advertising, its note about TPUs, and one about saving that sounds like unsafe loading."""
     message = record.getMessage()
-    return "Tip:" not in message and not message.startswith("TPU available: False")
+    return not ("Tip:" in message or message.startswith(("TPU available: False", "`weights_only` was not set")))
 
 
 def _unknown_command(command: str) -> str:

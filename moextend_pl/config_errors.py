@@ -11,17 +11,16 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from moextend_pl.config_files import locate_key
+from moextend_pl.config_files import locate_key, readable_key
 
 _KEY = re.compile(r'Parser key "([^"]+)":?\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':?\s*(.*)")
 _UNKNOWN = re.compile(
     r"(?:Subcommand '(?P<command>\w+)' |Group '[^']+' )?(?:does not accept )?[Oo]ption '(?P<key>[^']+)'"
-    r"(?: is not accepted)?"
+    r"(?: is not accepted)?|unrecognized arguments: --(?P<nested>[\w.]+)"
 )
 _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$")
 _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value type:", "Expected a path but", "tip:")
-_HIDDEN_KEYS = ("init_args.", "dict_kwargs.")
 
 
 @dataclass
@@ -56,7 +55,7 @@ def explain(message: str, parser: ArgumentParser, files: Sequence[Path]) -> str:
         return f"the run lacks {missing}. Give a stage file, for example `--config configs/easy_vqa/1_align.yaml`."
     report = _read(message)
     leaf = report.leaves[0] if report.leaves else " ".join(message.split())
-    key = _readable(".".join(report.keys))
+    key = readable_key(".".join(report.keys))
     if unknown := _UNKNOWN.match(leaf):
         return _explain_unknown(report, unknown, parser, files)
     if report.owner and re.search(r"No module named|has no attribute|cannot import|Not a valid import path", leaf):
@@ -99,15 +98,17 @@ def _read(message: str) -> _Report:
 
 
 def _explain_unknown(report: _Report, match: re.Match[str], parser: ArgumentParser, files: Sequence[Path]) -> str:
-    name = match["key"]
+    name = match["key"] or match["nested"]
     if report.owner and not match["command"]:
         known = _arguments_of(report.owner)
         owner = report.owner
     else:
         known = _options_of(parser)
         owner = f"`{match['command']}`" if match["command"] else "the command"
-    where = locate_key(name.rsplit(".", 1)[-1], files)
-    return f"{where}{owner} does not accept '{_readable('.'.join([*report.keys, name]))}'{_suggest(name, known)}"
+    key = readable_key(".".join([*report.keys, name]))
+    # what stands on the command line is not to be looked for in the files
+    where = "" if "NestedArg" in report.value else locate_key(key, files)
+    return f"{where}{owner} does not accept '{key}'{_suggest(name, known)}"
 
 
 def _explain_unrecognized(message: str, parser: ArgumentParser) -> str:
@@ -157,12 +158,6 @@ def _suggest_class(class_path: str) -> str:
         return "; is the package installed and the name spelled right?"
     close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean '{module}.{close[0]}'?" if close else "."
-
-
-def _readable(key: str) -> str:
-    for hidden in _HIDDEN_KEYS:
-        key = key.replace(hidden, "")
-    return key
 
 
 def _type_names(types: Sequence[str]) -> str:

@@ -125,12 +125,34 @@ def read_config(path: Path, asked_by: str) -> yaml.MappingNode:
 
 
 def locate_key(key: str, files: Sequence[Path]) -> str:
-    """Returns `FILE:LINE: ` of the last place where a key stands, or nothing if no file has it."""
+    """Returns `FILE:LINE: ` of the last place where a key stands, or nothing if no file has it.
+
+    Args:
+        key: Dotted, as the user reads it: without `init_args` and without places in lists.
+        files: Config files in the order in which they are applied.
+    """
     for path in reversed(files):
-        lines = [k.start_mark.line + 1 for k, _ in _pairs(read_config(path, "--config")) if k.value.rstrip("+") == key]
+        lines = [line for name, line in _dotted_keys(read_config(path, "--config")) if name == key]
         if lines:
             return f"{path}:{lines[-1]}: "
     return ""
+
+
+def readable_key(key: str) -> str:
+    """Returns a dotted key without the levels that only the parser needs."""
+    return ".".join(part for part in key.split(".") if part not in ("init_args", "dict_kwargs"))
+
+
+def _dotted_keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yields (readable key, line) of every key below a node."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = readable_key(f"{prefix}.{key.value}".strip(".")).rstrip("+")
+            yield name, key.start_mark.line + 1
+            yield from _dotted_keys(value, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _dotted_keys(value, prefix)
 
 
 def _bases(node: yaml.MappingNode, path: Path) -> list[Path]:

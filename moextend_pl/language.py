@@ -242,7 +242,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         real_T = attention_mask.reshape(-1).bool()
         grown = {block.layer for block in find_blocks(self.model) if isinstance(block.router, ExtendedRouter)}
         # A token that may not reach new experts says nothing about how they are used.
-        open_T = real_T if self.reach.nowhere else real_T & self.reach.tokens(len(real_T))
+        open_T = torch.zeros_like(real_T) if self.reach.nowhere else real_T & self.reach.tokens(len(real_T))
         return balance_loss(records, [open_T if record.layer in grown else real_T for record in records])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

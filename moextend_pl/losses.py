@@ -81,8 +81,9 @@ def balance_loss(
 
 
 def _layer_balance(record: RouterRecord, mask_T: Tensor, reference_scale: int | None) -> Tensor:
-    experts = record.logits.shape[-1]
-    probs_TE = record.logits.float().softmax(dim=-1)[mask_T]
+    # All of the layer's experts, also where this rank's tokens reach no new one: ranks sum the same shapes.
+    experts = record.num_experts
+    probs_TE = F.pad(record.logits.float().softmax(dim=-1)[mask_T], (0, experts - record.logits.shape[-1]))
     counts_E = sum_over_ranks(selection_counts(record.indices, experts, mask_T).float())
     tokens = sum_over_ranks(mask_T.sum().float()).clamp(min=1.0)
     mean_probs_E = global_mean(probs_TE.sum(dim=0), mask_T.sum())

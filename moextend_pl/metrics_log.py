@@ -30,7 +30,8 @@ class RunLogger(CSVLogger):
     """
 
     def __init__(self, save_dir: str) -> None:
-        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=50)
+        # At once: a run that is killed does not take the steps before its checkpoint again.
+        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=1)
 
     @property
     @rank_zero_experiment

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from PIL import Image
 
@@ -26,7 +28,9 @@ def prompt_batch(spec: SampleSpec, image: Image.Image | None, question: str, dev
     """
     pixels = [PixelTransform(spec)(image.convert("RGB"))] if image is not None else []
     text = f"{IMAGE_MARK}\n{question}" if pixels else question
-    sample = ConversationEncoder(spec).encode_prompt("prompt", (Turn(text, "?"),), pixels, ["prompt"] * len(pixels))
+    # Named by content, as in the data: features are kept by name.
+    names = [hashlib.blake2b(values.numpy().tobytes(), digest_size=8).hexdigest() for values in pixels]
+    sample = ConversationEncoder(spec).encode_prompt("prompt", (Turn(text, "?"),), pixels, names)
     batch = collate_generation([sample], 0)
     for name in ("input_ids", "attention_mask", "labels", "pixel_values"):
         batch[name] = batch[name].to(device)

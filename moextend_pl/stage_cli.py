@@ -145,7 +145,10 @@ class MoExtendCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Hands the chosen checkpoint to the trainer's method."""
-        self.config_init[str(self.subcommand)]["ckpt_path"] = self._checkpoint
+        settings = self.config_init[str(self.subcommand)]
+        settings["ckpt_path"] = self._checkpoint
+        if settings.get("weights_only") is None:
+            settings["weights_only"] = True  # never unpickle; Lightning's default depends on where the file lies
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Builds the trainer; its arguments all come from the user, so its complaints are theirs to mend."""

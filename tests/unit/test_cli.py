@@ -125,6 +125,7 @@ def test_real_process_exits_with_two_one_line_and_no_traceback(stage: Path) -> N
             ["--model.inner.class_path=toy_stage.Inner", "--model.inner.init_args.widht=3"],
             "toy_stage.Inner does not accept 'model.inner.widht'; did you mean 'width'?",
         ),
+        (["--model.inne.class_path=x"], "toy_stage.Toy does not accept 'model.inne.class_path'; did you mean 'inner'?"),
         (["--model.n_experts=three"], "`model.n_experts`: expected int, got 'three'."),
         (["--trainer.max_steps=three"], "`trainer.max_steps`: expected int, got 'three'."),
         (["--trainer.max_step=3"], "there is no option '--trainer.max_step'; did you mean 'max_steps'?"),
@@ -176,6 +177,7 @@ def test_mistake_in_an_option_names_key_and_value(
             "model:\n  init_args:\n    n_expert: 3\n",
             "{file}:3: toy_stage.Toy does not accept 'model.n_expert'; did you",
         ),
+        ("data:\n  lr: 3\nmodel:\n  init_args: {lr: 3}\n", "{file}:2: toy_stage.ToyData does not accept 'data.lr'"),
         ("modell:\n  a: 3\n", "{file}:2: `fit` does not accept 'modell.a'; did you mean 'model'?"),
         ("trainer:\n  max_step: 3\n", "{file}:2: `fit` does not accept 'trainer.max_step'; did you mean 'max_steps'?"),
         (

@@ -125,6 +125,14 @@ def test_a_template_that_hides_earlier_thoughts_is_refused_with_the_way_out(piec
     encoder.encode("k", (Turn("a", "b"),), [], [])
 
 
+def test_a_template_whose_generation_prompt_is_not_the_start_of_its_answers_is_refused(pieces, templates):
+    thinking = templates["qwen"].replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}"
+    )
+    with pytest.raises(UserError, match="at turn 0 of 1"):
+        ConversationEncoder(with_template(pieces, thinking)).encode("k", (Turn("a", "b"),), [], [])
+
+
 def test_unusable_templates_are_refused(pieces):
     with pytest.raises(UserError, match="chat template"):
         ConversationEncoder(SampleSpec(pieces, 999, 4, 8))

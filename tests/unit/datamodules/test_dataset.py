@@ -32,6 +32,16 @@ def test_single_makes_one_unit_of_each_turn_and_gives_each_the_images(folder, sp
         assert learned == ("blue </s>" if sample.key.endswith("#0") else "no </s>")
 
 
+def test_single_turns_with_marks_of_their_own_get_their_own_images(tmp_path, spec, picture):
+    turns = conversation(("<image> what ?", "red"), ("<image> what ?", "blue"), ("what ?", "no"))
+    write_shards([Entry("a", turns, (picture(1), picture(2)))], tmp_path)
+    samples = dataset(tmp_path, spec, "single")
+    first, second, third = (samples[i] for i in range(3))
+    assert torch.equal(torch.cat([first.pixel_values, second.pixel_values]), third.pixel_values)
+    assert third.image_keys == first.image_keys + second.image_keys
+    assert not torch.equal(first.pixel_values, second.pixel_values)
+
+
 def test_sizes_of_shards_count_units(folder):
     assert UnitTable([folder]).sizes == [4, 4, 3]
     assert UnitTable([folder], "single").sizes == [6, 6, 4]

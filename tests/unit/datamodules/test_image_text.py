@@ -109,10 +109,11 @@ def test_epochs_of_limited_length_go_on_where_the_last_one_ended(tmp_path, folde
 
 
 def test_a_new_run_with_the_same_object_starts_at_the_beginning(tmp_path, folder, spec):
-    module = run(tmp_path, folder, spec, 3)
+    first = run(tmp_path, folder, spec, 3, save_at=2)
+    resumed = run(tmp_path, folder, spec, 5, str(tmp_path / "ckpt/step=2.ckpt"), batch_size=2)
     again = Ledger(spec)
-    trainer(tmp_path, 3).fit(again, datamodule=module.data)
-    assert again.trained == module.trained
+    trainer(tmp_path, 6).fit(again, datamodule=resumed.data)
+    assert [key for batch in again.trained for key in batch] == [key for batch in first.trained for key in batch]
 
 
 def test_an_epoch_shows_every_unit_once_and_the_seed_changes_the_order(tmp_path, folder, spec):
@@ -150,6 +151,16 @@ def test_ranks_share_each_global_batch(folder, spec, world):
     ranks = [iter(ranked(folder, spec, rank, world).train_dataloader()) for rank in range(world)]
     for _ in range(9):
         assert next(alone)["keys"] == [key for rank in ranks for key in next(rank)["keys"]]
+
+
+def test_what_was_consumed_counts_the_samples_of_all_ranks(folder, spec):
+    whole = iter(ranked(folder, spec, 0, 1).train_dataloader())
+    batches = [next(whole)["keys"] for _ in range(4)]
+    module = ranked(folder, spec, 1, 2)
+    assert module.consumed == 0
+    module.trainer.fit_loop.epoch_loop.batch_progress.total.processed = 3
+    assert module.state_dict()["consumed"] == 12
+    assert next(iter(module.train_dataloader()))["keys"] == batches[3][2:]
 
 
 def test_ranks_validate_each_unit_once_in_as_many_batches(folder, spec):

@@ -71,6 +71,11 @@ def test_units_of_a_block_stay_together():
     assert len({unit // 50 for unit in big[:20]}) == 2  # shards of one block are mixed
 
 
+def test_blocks_of_equal_size_are_shuffled_differently():
+    order = Order([20] * 4, seed=0, block=1).epoch(0).reshape(4, 20) % 20
+    assert len({tuple(block) for block in order.tolist()}) == 4
+
+
 def test_batches_are_consecutive_positions_of_endless_epochs():
     order = Order(SIZES, 3, block=2)
     stream = [unit for epoch in range(8) for unit in order.epoch(epoch).tolist()]

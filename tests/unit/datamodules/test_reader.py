@@ -53,6 +53,10 @@ def test_a_missing_shard_is_named(folder):
         ShardReader(folder)
 
 
+READS = 3000
+"""Enough that readers which shared a file position would trip over each other."""
+
+
 def open_handles() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -83,10 +87,10 @@ def test_forked_children_do_not_disturb_each_other(folder):
     for first in range(3):
         child = os.fork()
         if child == 0:
-            good = all(reader.read((first + i) % 4).key == f"s{(first + i) % 4:02d}" for i in range(200))
+            good = all(reader.read((first + i) % 4).key == f"s{(first + i) % 4:02d}" for i in range(READS))
             os._exit(0 if good else 1)
         children.append(child)
-    assert all(reader.read(i % 4).key == f"s{i % 4:02d}" for i in range(200))
+    assert all(reader.read(i % 4).key == f"s{i % 4:02d}" for i in range(READS))
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
 
 
@@ -95,7 +99,7 @@ def test_threads_do_not_disturb_each_other(folder):
     wrong: list[int] = []
 
     def read() -> None:
-        wrong.extend(i for i in range(200) if reader.read(i % 4).key != f"s{i % 4:02d}")
+        wrong.extend(i for i in range(READS) if reader.read(i % 4).key != f"s{i % 4:02d}")
 
     threads = [threading.Thread(target=read) for _ in range(3)]
     for thread in threads:

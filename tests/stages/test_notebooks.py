@@ -1,0 +1,30 @@
+"""Every notebook runs from top to bottom on the results of a quickstart."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path: Path) -> None:
+    run = ROOT / os.environ.get("MOEXTEND_RUN", "runs/quickstart")
+    if not (run / "report.json").is_file():
+        pytest.skip(f"needs the results of `make quickstart` in {run}; MOEXTEND_RUN names another folder")
+    notebook = nbformat.read(path, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "commit notebooks without outputs"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    answers = [cell for cell in notebook.cells if "model.generate(None" in cell.source]
+    assert answers[0].outputs[0]["data"]["text/plain"] == "'blue'"

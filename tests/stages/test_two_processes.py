@@ -1,0 +1,54 @@
+"""Every stage on two processes takes the same steps as on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.stages import finish, metrics, write_stage
+from helpers.tiny_world import TinyWorld, make_plan
+from safetensors.torch import load_file
+
+from moextend_pl import cli
+from moextend_pl.contracts import ExtensionPlan
+
+pytestmark = pytest.mark.slow
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+def has_image(world: TinyWorld, steps: int) -> list[list[bool]]:
+    """Tells for the first batches of `mixed` which half of each has an image."""
+    model = world.unbuilt()
+    data = world.datamodule("mixed", spec=model.sample_spec())
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    ids = [next(batches)["input_ids"] == model.language.image_token_id for _ in range(steps)]
+    return [[bool(half.any()) for half in batch.chunk(2)] for batch in ids]
+
+
+def test_tiny_data_has_batches_of_which_one_rank_sees_no_image(tiny_world: TinyWorld) -> None:
+    halves = has_image(tiny_world, 8)
+    assert [True, False] in halves or [False, True] in halves
+    assert [True, True] in halves
+
+
+@pytest.mark.parametrize("stage", ["align", "probe", "extend"])
+def test_losses_of_two_processes_are_those_of_one(tiny_world: TinyWorld, tmp_path: Path, stage: str) -> None:
+    make_plan(sources=(1, 2)).save(tmp_path / "plan.yaml")
+    one = write_stage(tiny_world, tmp_path / "one", stage, plan=tmp_path / "plan.yaml")
+    two = write_stage(tiny_world, tmp_path / "two", stage, plan=tmp_path / "plan.yaml")
+    cli.run(["fit", "--config", str(one)])
+    finish(two, *TWO)
+    expected, got = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert list(got) == list(expected) == list(range(8))
+    for step, values in expected.items():
+        assert got[step] == pytest.approx(values, rel=1e-4), f"step {step}"
+    if stage == "probe":
+        plans = [ExtensionPlan.load(tmp_path / run / "extension_plan.yaml") for run in ("one", "two")]
+        assert plans[0].layers == plans[1].layers
+        assert plans[0].report["scores"] == pytest.approx(plans[1].report["scores"], abs=1e-6)
+    else:
+        deltas = [load_file(tmp_path / run / "delta.safetensors") for run in ("one", "two")]
+        for name, value in deltas[0].items():
+            torch.testing.assert_close(deltas[1][name], value, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,191 @@
+"""The vision tower, from timm and from transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_world import SIDE, TinyWorld, make_plan
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from moextend_pl.contracts import Batch, UserError
+from moextend_pl.encoder import VisionEncoder
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+PIXELS = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
+
+
+def save_clip(folder: Path) -> CLIPVisionModel:
+    model = CLIPVisionModel(CLIPVisionConfig(**SIZES, image_size=SIDE, patch_size=8)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def save_siglip(folder: Path) -> SiglipVisionModel:
+    model = SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=SIDE, patch_size=8)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def timm_options(**changes: object) -> dict:
+    return {"name": "timm/test_resnet", "layer": 2, "image_size": SIDE, **changes}
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[[str], VisionEncoder]:
+    def tower(kind: str) -> VisionEncoder:
+        if kind == "timm":
+            return VisionEncoder(**timm_options())
+        if kind == "timm pooled":
+            return VisionEncoder(**timm_options(pool=2))
+        if kind == "timm groupnorm":
+            return VisionEncoder(**timm_options(layer=1, pool=4, tower_args={"norm_layer": "groupnorm1"}))
+        {"clip": save_clip, "siglip": save_siglip}[kind.split()[0]](tmp_path / "hf")
+        return VisionEncoder(name=str(tmp_path / "hf"), image_size=SIDE, pool=2 if "pooled" in kind else 1)
+
+    return tower
+
+
+KINDS = ["timm", "timm pooled", "timm groupnorm", "clip", "clip pooled", "siglip"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_forward_returns_as_many_tokens_and_channels_as_stated(make: Callable, kind: str) -> None:
+    encoder = make(kind)
+    stated = encoder.tokens_per_image  # before anything is built
+    encoder.configure_model()
+    features = encoder.eval()(PIXELS)
+    assert features.shape == (3, stated, encoder.channels)
+    assert stated > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_tower_survives_save_pretrained(make: Callable, kind: str, tmp_path: Path) -> None:
+    encoder = make(kind)
+    encoder.configure_model()
+    encoder.save_pretrained(tmp_path / "saved")
+    loaded = VisionEncoder(path=str(tmp_path / "saved"))
+    assert loaded.tokens_per_image == encoder.tokens_per_image
+    loaded.configure_model()
+    assert torch.equal(loaded.eval()(PIXELS), encoder.eval()(PIXELS))
+
+
+@pytest.mark.parametrize("save", [save_clip, save_siglip], ids=["clip", "siglip"])
+@pytest.mark.parametrize("layer", [-2, -1, 1])
+@torch.no_grad()
+def test_features_are_the_chosen_hidden_state_without_class_token(save: Callable, layer: int, tmp_path: Path) -> None:
+    model = save(tmp_path)
+    encoder = VisionEncoder(name=str(tmp_path), layer=layer, image_size=SIDE)
+    encoder.configure_model()
+    expected = model(PIXELS, output_hidden_states=True).hidden_states[layer]
+    expected = expected[:, 1:] if isinstance(model, CLIPVisionModel) else expected
+    torch.testing.assert_close(encoder.eval()(PIXELS), expected)
+
+
+@torch.no_grad()
+def test_pooling_averages_squares_of_the_grid() -> None:
+    plain, pooled = VisionEncoder(**timm_options()), VisionEncoder(**timm_options(pool=2))
+    for encoder in (plain, pooled):
+        encoder.configure_model()
+        encoder.eval()
+    grid = plain(PIXELS).reshape(3, 4, 4, -1)
+    got = pooled(PIXELS).reshape(3, 2, 2, -1)
+    for row in range(2):
+        for column in range(2):
+            square = grid[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            torch.testing.assert_close(got[:, row, column], square.mean(dim=(1, 2)))
+
+
+def test_tower_alone_is_one_part_and_heads_another(tiny_world: TinyWorld) -> None:
+    encoder = VisionEncoder(**timm_options(), tokenizer=str(tiny_world.base), embedding_dim=8)
+    encoder.configure_model()
+    parts = encoder.parts()
+    assert {id(p) for p in parts["encoder"]} == {id(p) for p in encoder.tower.parameters()}
+    assert len(parts["heads"]) == 4
+    assert encoder.sample_spec().tokens_per_image == 16
+
+
+def test_tower_without_name_or_tokenizer_or_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Expected `name` or `path`"):
+        VisionEncoder()
+    with pytest.raises(UserError, match="Expected `tokenizer`"):
+        VisionEncoder(**timm_options()).sample_spec()
+    with pytest.raises(UserError, match=r"Expected a vision encoder.*found none"):
+        VisionEncoder(path=str(tmp_path))
+
+
+def contrast_batch(captions: list[list[int]], tiny_world: TinyWorld) -> Batch:
+    width = max(map(len, captions)) + 1
+    labels = torch.full((len(captions), width), -100)
+    for row, ids in zip(labels, captions, strict=True):
+        row[1 : 1 + len(ids)] = torch.tensor(ids)
+    pixels = torch.randn(len(captions), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    return {"keys": [""] * len(captions), "labels": labels, "pixel_values": pixels}
+
+
+def test_contrast_equals_a_loop_in_which_equal_captions_are_one(tiny_world: TinyWorld) -> None:
+    encoder = VisionEncoder(**timm_options(), tokenizer=str(tiny_world.base), embedding_dim=8)
+    encoder.configure_model()
+    encoder.eval()
+    encoder.all_gather = lambda tensor, **_: tensor[None]
+    captions = [[4, 5, 6], [7, 8], [4, 5, 6], [6, 5, 4], [4, 5]]
+    batch = contrast_batch(captions, tiny_world)
+    loss, accuracy = encoder._contrast(batch)
+    images = F.normalize(encoder.image_head(encoder(batch["pixel_values"]).mean(1)), dim=-1)
+    texts = [F.normalize(encoder.caption_head.weight[ids].mean(0), dim=0) for ids in captions]
+    losses, hits = [], []
+    for i, image in enumerate(images):
+        scores = torch.stack([encoder.log_scale.exp() * image @ text for text in texts])
+        own = [j for j, caption in enumerate(captions) if caption == captions[i]]
+        losses.append(-scores.log_softmax(0)[own].mean())
+        hits.append(float(int(scores.argmax()) in own))
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert accuracy.item() == pytest.approx(sum(hits) / len(hits))
+
+
+def features_of(model: object, batch: Batch) -> dict[str, Tensor]:
+    return dict(zip(batch["image_keys"], model.encode(batch["pixel_values"], batch["image_keys"]), strict=True))
+
+
+def test_cached_features_equal_uncached_ones_whatever_company_an_image_keeps(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(make_plan(), parts=["projector"])
+    batches = [tiny_world.batch(model, "i" * count, first=first) for first, count in ((0, 20), (3, 1), (2, 7))]
+    model.cache_features = False
+    uncached = [features_of(model, batch) for batch in batches]
+    assert model._features == {}
+    model.cache_features = True
+    cached = [features_of(model, batch) for batch in batches]
+    model._features = {}
+    other_order = [features_of(model, batch) for batch in reversed(batches)][::-1]
+    for first, second, third in zip(uncached, cached, other_order, strict=True):
+        for name, value in first.items():
+            assert torch.equal(value, uncached[0].get(name, value))
+            assert torch.equal(value, second[name])
+            assert torch.equal(value, third[name])
+    with torch.no_grad():
+        direct = model.encoder(batches[0]["pixel_values"])
+    torch.testing.assert_close(torch.stack(list(cached[0].values())), direct)
+
+
+def test_frozen_tower_encodes_each_image_once(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(parts=["projector"])
+    seen = []
+    model.encoder.register_forward_hook(lambda *_: seen.append(1))
+    batch = tiny_world.batch(model, "iti")
+    model.encode(batch["pixel_values"], batch["image_keys"])
+    model.encode(batch["pixel_values"], batch["image_keys"])
+    assert len(seen) == 1
+
+
+def test_learning_tower_is_encoded_anew_with_gradients(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(parts=["projector", "encoder"])
+    batch = tiny_world.batch(model, "ii")
+    features = model.encode(batch["pixel_values"], batch["image_keys"])
+    assert features.requires_grad
+    assert model._features == {}

@@ -1,0 +1,171 @@
+"""The language model: built from a folder or from scratch, watched, grown, and asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_world import EXPERTS, TinyWorld, make_plan, perturb
+from torch.nn import functional as F
+
+from moextend_pl import language
+from moextend_pl.contracts import UserError
+from moextend_pl.language import MoELanguageModel
+from moextend_pl.losses import balance_loss
+from moextend_pl.moe.growth import new_parameters
+
+
+def trained(tiny_world: TinyWorld, **options: object) -> MoELanguageModel:
+    model = tiny_world.language(make_plan(init="copy", **options))
+    perturb([p for parameters in new_parameters(model.model).values() for p in parameters])
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@torch.no_grad()
+def test_masked_model_answers_text_as_the_stock_model_does(tiny_world: TinyWorld, implementation: str) -> None:
+    model, stock = trained(tiny_world), tiny_world.stock(implementation)
+    model.model.set_experts_implementation(implementation)
+    batch = tiny_world.batch(model, "ttt")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    assert torch.equal(model(batch), stock(**inputs).logits)
+    model.open_to_text(True)
+    assert not torch.allclose(model(batch), stock(**inputs).logits, atol=1e-2)
+    model.open_to_text(False)
+    assert torch.equal(model(batch), stock(**inputs).logits)
+
+
+@torch.no_grad()
+def test_open_plan_lets_text_reach_new_experts(tiny_world: TinyWorld) -> None:
+    model, stock = trained(tiny_world, routing="open"), tiny_world.stock()
+    batch = tiny_world.batch(model, "tt")
+    expected = stock(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert not torch.allclose(model(batch), expected, atol=1e-2)
+
+
+@torch.no_grad()
+def test_reach_of_one_batch_does_not_leak_into_the_next(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(make_plan(init="copy"))
+    perturb([p for parameters in new_parameters(model.language.model).values() for p in parameters])
+    text, image = tiny_world.batch(model, "tt"), tiny_world.batch(model, "ii")
+    before = model.language(text, model.embed(text))
+    model.language(image, model.embed(image))
+    assert torch.equal(model.language(text, model.embed(text)), before)
+
+
+def test_losses_equal_a_plain_computation_over_all_positions(tiny_world: TinyWorld) -> None:
+    model = tiny_world.language(balance_weight=0.5)
+    batch = tiny_world.batch(model, "ttt")
+    output = model.losses(batch)
+    logits = model(batch)
+    expected, hits = [], []
+    for row, labels in zip(logits, batch["labels"], strict=True):
+        for place in range(1, len(labels)):
+            if labels[place] >= 0:
+                expected.append(F.cross_entropy(row[place - 1], labels[place]))
+                hits.append(float(row[place - 1].argmax() == labels[place]))
+    torch.testing.assert_close(output.token, torch.stack(expected).mean())
+    assert output.accuracy.item() == pytest.approx(sum(hits) / len(hits))
+    torch.testing.assert_close(output.loss, output.token + 0.5 * output.balance)
+    assert output.balance > 0
+    assert model.losses(batch, balanced=False).balance == 0
+
+
+@torch.no_grad()
+def test_logits_at_chosen_positions_equal_those_of_the_whole(
+    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_world.language()
+    batch = tiny_world.batch(model, "ttt")
+    chosen = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    expected = model(batch)[chosen]
+    torch.testing.assert_close(model(batch, logits_at=chosen), expected)
+    monkeypatch.setattr(language, "_KEEPS_BY_MASK", False)
+    torch.testing.assert_close(model(batch, logits_at=chosen), expected)
+
+
+@torch.no_grad()
+def test_recording_sees_every_layer_once_in_order_and_only_inside(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(make_plan(sources=(1, 2)))
+    batch = tiny_world.batch(model, "it")
+    model.language(batch, model.embed(batch))
+    with model.language.recording() as records:
+        model.language(batch, model.embed(batch))
+    model.language(batch, model.embed(batch))
+    assert [(r.layer, r.num_experts) for r in records] == [(0, EXPERTS + 2), (1, EXPERTS), (2, EXPERTS + 2)]
+    assert model.language.num_experts == {0: EXPERTS + 2, 1: EXPERTS, 2: EXPERTS + 2}
+    assert all(len(r.indices) == batch["input_ids"].numel() for r in records)
+    assert [r.logits.shape[1] for r in records] == [EXPERTS + 2, EXPERTS, EXPERTS + 2]
+
+
+def test_balance_of_grown_layers_counts_image_sequences_only(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(make_plan())
+    both, image = tiny_world.batch(model, "it"), tiny_world.batch(model, "i")
+    with model.language.recording() as records:
+        model.language(both, model.embed(both))
+    with model.language.recording() as alone:
+        model.language(image, model.embed(image))
+    real = [both["attention_mask"].reshape(-1).bool(), image["attention_mask"].reshape(-1).bool()]
+    expected = [balance_loss([r], [real[n]]) for r, n in ((alone[0], 1), (records[1], 0), (alone[2], 1))]
+    torch.testing.assert_close(model(both).balance, torch.stack(expected).mean())
+
+
+def test_balance_of_text_only_batch_leaves_grown_layers_out(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(make_plan())
+    batch = tiny_world.batch(model, "tt")
+    with model.language.recording() as records:
+        model.language(batch, model.embed(batch))
+    expected = balance_loss([records[1]], [batch["attention_mask"].reshape(-1).bool()]) / 3
+    torch.testing.assert_close(model(batch).balance, expected)
+
+
+def test_image_token_lies_outside_the_vocabulary_and_is_never_embedded(tiny_world: TinyWorld) -> None:
+    model = tiny_world.language()
+    words = len(model.tokenizer)
+    assert model.image_token_id == words
+    ids = torch.tensor([[1, words, 2]])
+    table = model.model.get_input_embeddings().weight
+    assert torch.equal(model.embed(ids)[0, [0, 2]], table[[1, 2]])
+    assert len(table) == words
+
+
+def test_model_from_scratch_takes_ids_from_its_tokenizer(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    config = {
+        "model_type": "mixtral", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3,
+    }  # fmt: skip
+    model = MoELanguageModel(config=config, tokenizer=str(tiny_world.base))
+    model.configure_model()
+    assert model.model.config.vocab_size == len(model.tokenizer)
+    assert model.model.config.eos_token_id == model.tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "base")
+    loaded = MoELanguageModel(base=str(tmp_path / "base"))
+    loaded.configure_model()
+    batch = tiny_world.batch(model, "tt")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(batch), model.eval()(batch))
+
+
+@torch.no_grad()
+def test_answers_of_left_padded_prompts_equal_those_of_each_prompt_alone(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(make_plan(init="copy"))
+    together = model.answer(tiny_world.batch(model, "itti", generation=True))
+    alone = [
+        model.answer(tiny_world.batch(model, kind, generation=True, first=n))[0] for n, kind in enumerate("itti")
+    ]
+    assert together == alone
+    assert any(together)
+
+
+def test_wrong_arguments_are_refused(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exactly one of `base`"):
+        MoELanguageModel()
+    with pytest.raises(UserError, match="exactly one of `base`"):
+        MoELanguageModel(base=str(tiny_world.base), config={"model_type": "mixtral"})
+    with pytest.raises(UserError, match=r"found no config\.json"):
+        MoELanguageModel(base=str(tmp_path))
+    with pytest.raises(UserError, match="Expected `tokenizer`"):
+        MoELanguageModel(config={"model_type": "mixtral"})
+    with pytest.raises(UserError, match="Expected a tokenizer folder"):
+        _ = MoELanguageModel(config={"model_type": "mixtral"}, tokenizer=str(tmp_path / "none")).tokenizer

@@ -1,0 +1,116 @@
+"""The whole model: pictures between words, text-only batches, questions from Python."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from helpers.tiny_world import QUESTION, TinyWorld, make_plan, perturb, picture
+from PIL import Image
+
+from moextend_pl.answers import exact_match
+from moextend_pl.prompt import prompt_batch
+
+PARTS = ("projector", "new_experts", "new_routers", "calibration")
+
+
+@torch.no_grad()
+def test_projected_features_stand_on_the_placeholders_of_their_image(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(make_plan())
+    batch = tiny_world.batch(model, "iti")
+    embedded = model.embed(batch)
+    features = model.projector(model.encoder(batch["pixel_values"]))
+    is_image = batch["input_ids"] == model.language.image_token_id
+    assert is_image.sum(dim=1).tolist() == [4, 0, 4]
+    torch.testing.assert_close(embedded[0][is_image[0]], features[0])
+    torch.testing.assert_close(embedded[2][is_image[2]], features[1])
+    table = model.language.model.get_input_embeddings().weight
+    assert torch.equal(embedded[~is_image], table[batch["input_ids"][~is_image]])
+
+
+def test_text_only_batch_gives_every_learning_parameter_a_zero_gradient(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(make_plan(), PARTS)
+    model(tiny_world.batch(model, "tt")).loss.backward()
+    for name in PARTS:
+        for parameter in model.parts()[name]:
+            assert parameter.grad is not None
+            assert not parameter.grad.any()
+
+
+def test_preserving_extension_is_the_base_at_step_zero_and_learns(tiny_world: TinyWorld) -> None:
+    base = tiny_world.model(parts=["projector"])
+    grown = tiny_world.model(make_plan(init="preserving"), PARTS)
+    batch = tiny_world.batch(base, "itii")
+    torch.testing.assert_close(
+        grown.language(batch, grown.embed(batch)), base.language(batch, base.embed(batch)), atol=1e-5, rtol=1e-5
+    )
+    grown(batch).token.backward()
+    for part in ("new_experts", "new_routers"):
+        assert all(p.grad.abs().max() > 0 for p in grown.parts()[part])
+    # The calibration starts with W2 = 0, so that W2 learns first.
+    in_proj, out_proj = grown.parts()["calibration"][:2]
+    assert out_proj.grad.any()
+    assert not in_proj.grad.any()
+
+
+@torch.no_grad()
+def test_training_every_new_weight_leaves_text_logits_bit_identical(tiny_world: TinyWorld) -> None:
+    stock, model = tiny_world.stock(), tiny_world.model(make_plan(init="copy"), PARTS)
+    batch = tiny_world.batch(model, "tttt")
+    expected = stock(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert torch.equal(model.language(batch, model.embed(batch)), expected)
+    perturb([p for name in PARTS for p in model.parts()[name]], size=3.0)
+    assert torch.equal(model.language(batch, model.embed(batch)), expected)
+
+
+def test_generate_equals_the_answer_to_the_same_prompt_of_the_data(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(make_plan(init="copy"))
+    batch = tiny_world.batch(model, "i", generation=True)
+    image = Image.open(io.BytesIO(picture(0)))
+    prompt = prompt_batch(model.sample_spec(), image, QUESTION, torch.device("cpu"))
+    assert torch.equal(prompt["input_ids"], batch["input_ids"])
+    torch.testing.assert_close(prompt["pixel_values"], batch["pixel_values"], atol=1e-6, rtol=1e-6)
+    assert model.generate(image, QUESTION) == model.answer(batch)[0]
+
+
+def test_generate_without_a_picture_asks_about_text_alone(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(make_plan(init="copy"))
+    prompt = prompt_batch(model.sample_spec(), None, "picture is red . what is the color ?", torch.device("cpu"))
+    assert prompt["image_keys"] == []
+    assert not (prompt["input_ids"] == model.language.image_token_id).any()
+    stock = tiny_world.stock()
+    tokens = stock.generate(
+        prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=8, do_sample=False,
+        eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    text = model.language.tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert model.generate(None, "picture is red . what is the color ?") == text.strip()
+
+
+def test_second_picture_is_not_answered_by_the_first_ones_features(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(parts=["projector"])
+    spec = model.sample_spec()
+    device = torch.device("cpu")
+    for number in (0, 1):
+        image = Image.open(io.BytesIO(picture(number)))
+        batch = prompt_batch(spec, image, QUESTION, device)
+        model.generate(image, QUESTION)
+        got = model.encode(batch["pixel_values"], batch["image_keys"])
+        with torch.no_grad():
+            torch.testing.assert_close(got, model.encoder(batch["pixel_values"]))
+
+
+def test_sample_spec_is_known_before_anything_is_built(tiny_world: TinyWorld) -> None:
+    model = tiny_world.unbuilt()
+    spec = model.sample_spec()
+    assert not model._built
+    assert (spec.tokens_per_image, spec.image_size, spec.image_token_id) == (4, 32, len(spec.tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "equal"),
+    [(" Blue", "blue", True), ("blue\n", "Blue ", True), ("blue .", "blue", False), ("", "blue", False), ("", "", True)],
+)
+def test_exact_match_ignores_case_and_outer_white_space(prediction: str, truth: str, equal: bool) -> None:
+    assert exact_match(prediction, truth) is equal

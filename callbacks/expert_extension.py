@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from moextend_pl.plots import plot_scores, plot_usage
 from callbacks.usage_report import USAGE_FILE, Counts, measure_usage, usage_lists
-from moextend_pl.checkpoint import write_atomically
+from moextend_pl.checkpoint import write_atomically, write_json
 from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UserError, run_directory
+from moextend_pl.module import MoExtend
 from moextend_pl.moe.growth import router_parameters
 from moextend_pl.moe.selection import LayerRule, source_experts
-from moextend_pl.module import MoExtend
+from moextend_pl.plots import plot_scores, plot_usage
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ class ExpertExtension(Callback):
             raise UserError(f"Expected `new_experts` >= 1, got {new_experts}.")
         self.rule, self.new_experts, self.source = rule, new_experts, source
         options = {"init": init, "routing": routing, "calibration": calibration, "seed": seed}
-        self.options = {name: value for name, value in options.items() if value is not None}
+        self.options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         self.plan = ExtensionPlan.load(Path(plan)).with_options(**self.options) if plan is not None else None
         self._routers: list[torch.Tensor] = []
         self._before: Counts = {}
@@ -123,13 +122,15 @@ class ExpertExtension(Callback):
         report = {
             "rule": type(self.rule).__name__,
             "source": self.source,
-            "scores": {layer: round(score, 6) for layer, score in self.rule.scores(before["all"], after["all"]).items()},
+            "scores": {
+                layer: round(score, 6) for layer, score in self.rule.scores(before["all"], after["all"]).items()
+            },
         }
         return ExtensionPlan(layers=growth, report=report, **self.options)
 
     def _write(self, run: Path, plan: ExtensionPlan, after: Counts) -> None:
         data = {"before": usage_lists(self._before), "after": usage_lists(after)}
-        write_atomically(run / USAGE_FILE, lambda path: path.write_text(json.dumps(data, indent=1) + "\n"))
+        write_json(run / USAGE_FILE, data)
         write_atomically(run / PLAN_FILE, plan.save)
         plot_usage({"before": self._before, "after": after}, run / "plots" / "usage.png")
         chosen = [growth.layer for growth in plan.layers]

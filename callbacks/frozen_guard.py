@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from moextend_pl.checkpoint import fingerprints, frozen_tensors, write_atomically
+from moextend_pl.checkpoint import frozen_tensors, tensor_sha256, write_json
 from moextend_pl.contracts import run_directory
 from moextend_pl.stage import StageModule
 
@@ -36,17 +35,16 @@ class FrozenGuard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: StageModule) -> None:
         """Takes the fingerprints, or compares with those of the first start."""
-        now = fingerprints(frozen_tensors(pl_module))
+        now = {name: tensor_sha256(tensor) for name, tensor in frozen_tensors(pl_module).items()}
         self._compare(self._before or now, now)
         self._before = now
 
     def on_train_end(self, trainer: Trainer, pl_module: StageModule) -> None:
         """Compares, and writes the receipt."""
-        now = fingerprints(frozen_tensors(pl_module))
+        now = {name: tensor_sha256(tensor) for name, tensor in frozen_tensors(pl_module).items()}
         self._compare(self._before, now)
         if trainer.is_global_zero:
-            text = json.dumps({"unchanged": True, "tensors": len(now)}, indent=1) + "\n"
-            write_atomically(run_directory(trainer) / RECEIPT, lambda path: path.write_text(text))
+            write_json(run_directory(trainer) / RECEIPT, {"unchanged": True, "tensors": len(now)})
             log.info("all %d frozen tensors are unchanged", len(now))
 
     @staticmethod

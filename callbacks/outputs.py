@@ -6,12 +6,11 @@ import json
 import logging
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from moextend_pl.checkpoint import file_sha256, save_delta, write_atomically
+from moextend_pl.checkpoint import file_sha256, save_delta, write_json, write_text
 from moextend_pl.contracts import run_directory
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
@@ -92,7 +91,7 @@ class StageReceipt(Callback):
             "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
             "outputs": {str(file.relative_to(run)): file_sha256(file) for file in files},
         }
-        write_atomically(run / RECEIPT, lambda path: path.write_text(json.dumps(data, indent=1) + "\n"))
+        write_json(run / RECEIPT, data)
 
 
 class WritePredictions(Callback):
@@ -105,25 +104,28 @@ class WritePredictions(Callback):
         self, trainer: Trainer, pl_module: MoExtend, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Collects the rows of a batch."""
+        self._rows.setdefault(dataloader_idx, []).extend(outputs["rows"])
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: MoExtend, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Collects the rows of a batch."""
         self._rows.setdefault(dataloader_idx, []).extend(outputs)
 
-    on_predict_batch_end = on_test_batch_end
-
-    def _write(self, trainer: Trainer) -> None:
-        names = getattr(trainer.datamodule, "test_names", [])
+    def _write(self, trainer: Trainer, names: list[str]) -> None:
         for index, rows in self._rows.items():
             name = names[index] if index < len(names) else str(index)
             suffix = f"_rank{trainer.global_rank}" if trainer.world_size > 1 else ""
             text = "".join(json.dumps(row) + "\n" for row in rows)
             path = run_directory(trainer) / f"predictions_{name}{suffix}.jsonl"
-            write_atomically(path, lambda temporary, text=text: Path(temporary).write_text(text))
+            write_text(path, text)
             log.info("%d predictions in %s", len(rows), path)
         self._rows = {}
 
     def on_test_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Writes the files."""
-        self._write(trainer)
+        self._write(trainer, getattr(trainer.datamodule, "test_names", []))  # type: ignore[attr-defined]
 
     def on_predict_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Writes the files."""
-        self._write(trainer)
+        self._write(trainer, getattr(trainer.datamodule, "predict_names", []))  # type: ignore[attr-defined]

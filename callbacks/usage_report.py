@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from moextend_pl.plots import plot_usage
-from moextend_pl.checkpoint import write_atomically
+from moextend_pl.checkpoint import write_json
 from moextend_pl.contracts import run_directory
 from moextend_pl.module import MoExtend
 from moextend_pl.moe.usage import ExpertUsage
+from moextend_pl.plots import plot_usage
 
 USAGE_FILE = "usage.json"
 Counts = dict[str, dict[int, Tensor]]
@@ -34,7 +33,8 @@ def measure_usage(trainer: Trainer, module: MoExtend) -> Counts:
     # One by one: a frozen tower stays in evaluation mode while the rest of the model learns.
     modes = {part: part.training for part in module.modules()}
     module.eval()
-    for batch in trainer.datamodule.val_dataloader():
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    for batch in data.val_dataloader():
         batch = module.transfer_batch_to_device(batch, module.device, 0)
         with module.language.recording() as records:
             module.language(batch, module.embed(batch), batch["labels"] >= 0)
@@ -60,6 +60,5 @@ class UsageReport(Callback):
         if not trainer.is_global_zero:
             return
         run = run_directory(trainer)
-        data: dict[str, Any] = {"end": usage_lists(counts)}
-        write_atomically(run / USAGE_FILE, lambda path: path.write_text(json.dumps(data, indent=1) + "\n"))
+        write_json(run / USAGE_FILE, {"end": usage_lists(counts)})
         plot_usage({"after training": counts}, run / "plots" / "usage.png")

@@ -11,14 +11,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from datamodules.conversation import ConversationEncoder
 from datamodules.dataset import ConversationDataset, UnitTable
 from datamodules.easy_vqa import SPLITS, TOKENIZER, build_easy_vqa
 from datamodules.index import Shard, file_sha256, index_shard, load_index
-from datamodules.pixels import decode_image, open_image
 from datamodules.reader import ShardReader
 from datamodules.shards import SAMPLES_PER_SHARD, build_from_llava
 from moextend_pl.contracts import IGNORE_INDEX, Sample, SampleSpec, UserError
+from moextend_pl.samples.conversation import ConversationEncoder
+from moextend_pl.samples.pixels import decode_image, open_image
 
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 

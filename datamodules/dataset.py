@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.collate import collate_generation, collate_training
-from datamodules.conversation import ConversationEncoder
 from datamodules.order import FILLER
-from datamodules.pixels import PixelTransform, decode_image
 from datamodules.reader import ShardReader
-from datamodules.turns import single_turn
 from moextend_pl.contracts import Batch, Sample, UserError
+from moextend_pl.samples.collate import collate_generation, collate_training
+from moextend_pl.samples.conversation import ConversationEncoder
+from moextend_pl.samples.pixels import PixelTransform, decode_image
+from moextend_pl.samples.turns import single_turn
 
 TURNS = ("together", "single")
 

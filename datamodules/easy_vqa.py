@@ -17,9 +17,9 @@ from types import ModuleType
 
 from datamodules.index import Shard
 from datamodules.shards import Entry, conversation, is_shard_folder, replace_folder, write_shards
-from datamodules.turns import IMAGE_MARK
 from datamodules.word_tokenizer import word_tokenizer
 from moextend_pl.contracts import UserError
+from moextend_pl.samples.turns import IMAGE_MARK
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ SCENES = (
     "a small picture with a {colour} {shape} in it.",
     "somebody drew a single {shape} with {colour} paint on a sheet of white paper.",
     "this is a small picture with a white background and in it there is one {colour} {shape}.",
-    "on a plain white background, away from the border, lies one {shape}, which was filled with {colour} and is alone.",
+    "look, in the middle of nothing else: one {shape}, all of it {colour}.",
 )
 """Sentences of clearly different lengths, so that nothing can be learned from a word's place."""
 

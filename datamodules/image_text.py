@@ -9,10 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 
-from datamodules.conversation import ConversationEncoder
 from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
 from datamodules.order import EndlessBatches, EveryUnitOnce, Order, shuffled, slice_of_rank
 from moextend_pl.contracts import SampleSpec, UserError
+from moextend_pl.samples.conversation import ConversationEncoder
 
 STATE_SCHEMA = 1
 

@@ -19,12 +19,10 @@ from typing import Any
 import numpy as np
 
 from moextend_pl.contracts import UserError
+from moextend_pl.samples.pixels import IMAGE_FORMATS
 
 INDEX_SCHEMA = 1
 INDEX_FILE = "index.json"
-IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
-"""Image extensions that shards may hold, and the decoder that each belongs to."""
-
 MEMBER_NAME = re.compile(r"((?:[^/]+/)*[^/.]+)\.((?:[0-9]+\.)?[a-z]+)")
 """KEY.EXTENSION or KEY.NUMBER.EXTENSION; a key has no dot, so that WebDataset reads the same key."""
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from datamodules.index import Member, image_order, load_index, parse_json
-from datamodules.turns import Turn, parse_turns
 from moextend_pl.contracts import UserError
+from moextend_pl.samples.turns import Turn, parse_turns
 
 MAX_MEMBER_BYTES = 256 * 2**20
 """Largest member that is read into memory."""

@@ -14,9 +14,9 @@ from typing import Any
 from webdataset import TarWriter
 
 from datamodules.index import INDEX_FILE, MEMBER_NAME, Shard, build_index, check_name
-from datamodules.pixels import decode_image, open_image
-from datamodules.turns import conversation_problems
 from moextend_pl.contracts import UserError
+from moextend_pl.samples.pixels import decode_image, open_image
+from moextend_pl.samples.turns import conversation_problems
 
 SAMPLES_PER_SHARD = 1000
 MAX_PROBLEMS = 20

@@ -29,16 +29,17 @@ class AnswerMixin(LightningModule):
 
     def on_test_epoch_start(self) -> None:
         """Starts a count for each test set."""
-        names = getattr(self.trainer.datamodule, "test_names", ["test"])
+        data: Any = getattr(self.trainer, "datamodule", None)
+        names = getattr(data, "test_names", ["test"])
         self._matches = {name: MeanMetric().to(self.device) for name in names}
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Answers a batch and counts exact matches; fillers, whose key is empty, do not count."""
         rows = self.predict_step(batch, batch_idx, dataloader_idx)
         metric = list(self._matches.values())[dataloader_idx]
         for row in rows:
             metric.update(float(row["correct"]))
-        return rows
+        return {"rows": rows}
 
     def on_test_epoch_end(self) -> None:
         """Logs `test/<set>_accuracy` of each test set."""
@@ -49,5 +50,7 @@ class AnswerMixin(LightningModule):
         """Returns a row with key, prompt, answer, prediction and `correct` for each prompt."""
         rows = zip(batch["keys"], batch["prompts"], batch["answers"], self.answer(batch), strict=True)
         return [
-            {"key": k, "prompt": p, "answer": a, "prediction": g, "correct": exact_match(g, a)} for k, p, a, g in rows if k
+            {"key": k, "prompt": p, "answer": a, "prediction": g, "correct": exact_match(g, a)}
+            for k, p, a, g in rows
+            if k
         ]

@@ -22,15 +22,18 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         """Normalises (B, C, H, W)."""
         if not self.training:
             return super().forward(x_BCHW)
+        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        assert running_mean is not None and running_var is not None and batches is not None  # noqa: PT018
+        momentum = 0.1 if self.momentum is None else self.momentum
         moments_2C = torch.stack([x_BCHW.mean((0, 2, 3)), x_BCHW.square().mean((0, 2, 3))])
         # The mean over ranks has to let gradients through: every rank's loss depends on every rank's images.
         mean_C, square_C = all_reduce(moments_2C) / dist.get_world_size()
         var_C = square_C - mean_C.square()
         with torch.no_grad():
             count = x_BCHW.numel() / x_BCHW.shape[1] * dist.get_world_size()
-            self.running_mean.lerp_(mean_C, self.momentum)
-            self.running_var.lerp_(var_C * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
+            running_mean.lerp_(mean_C, momentum)
+            running_var.lerp_(var_C * count / (count - 1), momentum)
+            batches += 1
         return F.batch_norm(x_BCHW, mean_C, var_C, self.weight, self.bias, False, 0.0, self.eps)
 
 

@@ -53,6 +53,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file so that it is there whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes plain data as JSON so that the file is there whole or not at all."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written into their own folder and moved into place.
 
@@ -60,9 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     file system; a run killed during the copy leaves half a checkpoint under the final name.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Saves a checkpoint.
 
         Args:
@@ -166,7 +174,9 @@ def read_manifest(run: Path) -> Manifest:
     try:
         data = json.loads(path.read_text())
         if data.get("schema") != MANIFEST_SCHEMA:
-            raise UserError(f"{path}: expected schema {MANIFEST_SCHEMA}, got {data.get('schema')!r}. Train the stage again.")
+            raise UserError(
+                f"{path}: expected schema {MANIFEST_SCHEMA}, got {data.get('schema')!r}. Train the stage again."
+            )
         plan = ExtensionPlan.from_dict(data["plan"], origin=str(path)) if data["plan"] else None
         return Manifest(plan=plan, run=path.parent, **{name: data[name] for name in names})
     except (json.JSONDecodeError, KeyError, AttributeError) as error:
@@ -203,7 +213,7 @@ def save_delta(module: MoExtend, run: Path) -> Manifest:
     )
     data = {"schema": MANIFEST_SCHEMA, **asdict(manifest), "plan": manifest.plan.to_dict() if manifest.plan else None}
     data.pop("run")
-    write_atomically(run / MANIFEST_FILE, lambda path: path.write_text(json.dumps(data, indent=1) + "\n"))
+    write_json(run / MANIFEST_FILE, data)
     return manifest
 
 

@@ -60,8 +60,14 @@ class VisionEncoder(StageModule):
         self.path = Path(path) if path else None
         self.tokenizer_path = tokenizer
         self.embedding_dim = embedding_dim
-        own = {"name": name, "layer": layer, "pool": pool, "image_size": image_size, "tower_args": tower_args or {}}
-        self.config = own if self.path is None else self._read_config(self.path)
+        own: dict[str, Any] = {
+            "name": name,
+            "layer": layer,
+            "pool": pool,
+            "image_size": image_size,
+            "tower_args": tower_args or {},
+        }
+        self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
 
@@ -79,18 +85,21 @@ class VisionEncoder(StageModule):
         """Whether the tower is a timm model; else it is a transformers one."""
         return str(self.config["name"]).startswith(TIMM)
 
-    def _make_tower(self) -> nn.Module:
+    def _make_tower(self) -> Any:
         name = str(self.config["name"])
         if not self.is_timm:
             # With `path`, the weights come from there and only the configuration from the folder `name`.
             return AutoModel.from_config(AutoConfig.from_pretrained(name, local_files_only=True))
         return timm.create_model(
-            name.removeprefix(TIMM), features_only=True, out_indices=(self.config["layer"],), **self.config["tower_args"]
+            name.removeprefix(TIMM),
+            features_only=True,
+            out_indices=(self.config["layer"],),
+            **self.config["tower_args"],
         )
 
     def build(self) -> None:
         """Builds the tower, and the two heads of the contrast if it is the trained module itself."""
-        self.tower = self._make_tower()
+        self.tower: Any = self._make_tower()
         if self.path is not None:
             self.tower.load_state_dict(load_file(self.path / WEIGHTS_FILE))
         elif not self.is_timm:
@@ -176,14 +185,19 @@ class VisionEncoder(StageModule):
         captions = self._captions(batch)
         texts_ID = F.normalize(self.caption_head(captions["ids"], captions["offsets"]), dim=-1)
         # Every image is compared with the captions of all ranks, so that the loss does not depend on their number.
-        texts_GD = self.all_gather(texts_ID, sync_grads=True).reshape(-1, self.embedding_dim)
-        names_G = self.all_gather(captions["names"]).reshape(-1)
+        texts_GD = self._from_all_ranks(texts_ID).reshape(-1, self.embedding_dim)
+        names_G = self._from_all_ranks(captions["names"]).reshape(-1)
         same_IG = captions["names"].unsqueeze(1) == names_G.unsqueeze(0)
         log_probs_IG = (self.log_scale.exp() * images_ID @ texts_GD.T).log_softmax(dim=-1)
         positives_I = same_IG.sum(dim=1)
         loss = -(log_probs_IG.masked_fill(~same_IG, 0.0).sum(dim=1) / positives_I).mean()
         hit = same_IG.gather(1, log_probs_IG.argmax(dim=1, keepdim=True)).float().mean()
         return loss, hit
+
+    def _from_all_ranks(self, value: Tensor) -> Tensor:
+        gathered = self.all_gather(value, sync_grads=value.is_floating_point())
+        assert isinstance(gathered, Tensor)
+        return gathered
 
     @staticmethod
     def _captions(batch: Batch) -> Mapping[str, Tensor]:

@@ -87,9 +87,13 @@ class MoELanguageModel(AnswerMixin, StageModule):
     ) -> None:
         super().__init__(optim)
         if (base is None) == (config is None):
-            raise UserError("Expected exactly one of `base` (a folder) and `config` (a new model), got both or neither.")
+            raise UserError(
+                "Expected exactly one of `base` (a folder) and `config` (a new model), got both or neither."
+            )
         if base is not None and not (Path(base) / "config.json").is_file():
-            raise UserError(f"Expected a transformers model in {base}, found no config.json. Run the stage that makes it.")
+            raise UserError(
+                f"Expected a transformers model in {base}, found no config.json. Run the stage that makes it."
+            )
         if tokenizer is None and base is None:
             raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
         self.base, self.config = base, dict(config or {})
@@ -106,7 +110,9 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """The tokenizer, read once."""
         if self._tokenizer is None:
             if not Path(self.tokenizer_path).is_dir():
-                raise UserError(f"Expected a tokenizer folder at {self.tokenizer_path}, found none. Build the shards first.")
+                raise UserError(
+                    f"Expected a tokenizer folder at {self.tokenizer_path}, found none. Build the shards first."
+                )
             self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
         return self._tokenizer
 
@@ -115,7 +121,11 @@ class MoELanguageModel(AnswerMixin, StageModule):
         if self.base is not None:
             return AutoConfig.from_pretrained(self.base, local_files_only=True)
         words = self.tokenizer
-        ids = {"pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+        ids = {
+            "pad_token_id": words.pad_token_id,
+            "bos_token_id": words.bos_token_id,
+            "eos_token_id": words.eos_token_id,
+        }
         return AutoConfig.for_model(**{"vocab_size": len(words), **ids, **self.config})
 
     @property
@@ -149,7 +159,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.model.train()
 
     def _watch(self, router: nn.Module, layer: int, num_experts: int) -> None:
-        def record(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        def record(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
             if self._records is not None:
                 self._records.append(RouterRecord(layer, num_experts, output[0], output[2]))
 
@@ -158,7 +168,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
     @contextmanager
     def recording(self) -> Iterator[list[RouterRecord]]:
         """Collects what every router does inside the `with` block, in the order of the layers."""
-        self._records = records = []
+        records: list[RouterRecord] = []
+        self._records = records
         try:
             yield records
         finally:
@@ -269,7 +280,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
             B texts without special tokens.
         """
         self.set_reach((batch["input_ids"] == self.image_token_id).any(dim=1), len(batch["input_ids"]))
-        tokens = self.model.generate(
+        model: Any = self.model  # `generate` comes from a mixin that the stub of PreTrainedModel lacks
+        tokens = model.generate(
             inputs_embeds=self.embed(batch["input_ids"]) if embeddings is None else embeddings,
             attention_mask=batch["attention_mask"],
             max_new_tokens=self.max_new_tokens,

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from moextend_pl.answers import AnswerMixin
 from moextend_pl.checkpoint import load_delta, read_manifest
-from moextend_pl.contracts import Batch, SampleSpec, UserError
+from moextend_pl.contracts import Batch, SampleSpec, TrainPlan, UserError
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.fusion import scatter_features
 from moextend_pl.language import LanguageOutput, MoELanguageModel
 from moextend_pl.moe.extended import touch
 from moextend_pl.optim import OptimSpec
 from moextend_pl.projector import Projector
-from moextend_pl.prompt import prompt_batch
+from moextend_pl.samples.prompt import prompt_batch
 from moextend_pl.stage import StageModule
 
 ENCODE_TOGETHER = 16
@@ -82,6 +82,8 @@ class MoExtend(AnswerMixin, StageModule):
             language=MoELanguageModel(**parts["language"]),
             init_from=str(run),
         )
+        # Nothing learns, so that images are encoded as they were when their tower was frozen.
+        model.train_plan = TrainPlan(parts=())
         model.configure_model()
         manifest.check_base(model)
         return model.eval()

@@ -101,7 +101,9 @@ def check_partition(module: nn.Module, parts: Mapping[str, list[nn.Parameter]]) 
     assert not missing, f"parameters in no part of the model: {missing[:5]}"
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], spec: OptimSpec, total_steps: int) -> tuple[Optimizer, LambdaLR]:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], spec: OptimSpec, total_steps: int
+) -> tuple[Optimizer, LambdaLR]:
     """Builds AdamW over the learning parameters, with its schedule.
 
     Args:

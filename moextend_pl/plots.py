@@ -12,8 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from moextend_pl.report_text import accuracy_rows
 from moextend_pl.moe.usage import TOKEN_KINDS, usage_shares
+from moextend_pl.report_text import accuracy_rows
 
 Counts = Mapping[str, Mapping[int, Tensor]]
 
@@ -48,7 +48,15 @@ def plot_usage(moments: Mapping[str, Counts], path: Path) -> None:
             for y, values in enumerate(shares.tolist()):
                 for x, value in enumerate(values):
                     if value == value:
-                        axis.text(x, y, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k", fontsize=7)
+                        axis.text(
+                            x,
+                            y,
+                            f"{value:.2f}",
+                            ha="center",
+                            va="center",
+                            color="w" if value < 0.6 else "k",
+                            fontsize=7,
+                        )
             axis.set(title=f"{kind} tokens, {moment}", xlabel="expert", ylabel="layer")
             axis.set_xticks(range(shares.shape[1]))
             axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
@@ -124,8 +132,12 @@ def plot_accuracies(data: Mapping[str, Any], path: Path) -> None:
     axis = figure.subplots()
     places = range(len(rows))
     for shift, colour, label, column in ((-0.18, "tab:orange", "pictures", 1), (0.18, "tab:blue", "text", 2)):
-        bars = axis.barh([y + shift for y in places], [row[column] or 0.0 for row in rows], 0.34, color=colour, label=label)
-        axis.bar_label(bars, ["-" if row[column] is None else f"{row[column]:.3f}" for row in rows], fontsize=8, padding=2)
+        bars = axis.barh(
+            [y + shift for y in places], [row[column] or 0.0 for row in rows], 0.34, color=colour, label=label
+        )
+        axis.bar_label(
+            bars, ["-" if row[column] is None else f"{row[column]:.3f}" for row in rows], fontsize=8, padding=2
+        )
     axis.set_yticks(list(places), [row[0] for row in rows])
     axis.invert_yaxis()
     axis.set(xlim=(0, 1.12), xlabel="exact-match accuracy on the test split")

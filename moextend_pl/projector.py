@@ -5,6 +5,7 @@ Shapes: I images, P tokens of an image, C channels of the tower, D width of the 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -91,7 +92,7 @@ class Projector(StageModule):
             )
         widths = [self.in_features * self.merge**2] + [self.out_features] * self.depth
         layers: list[nn.Module] = []
-        for n, (narrow, wide) in enumerate(zip(widths, widths[1:], strict=False)):
+        for n, (narrow, wide) in enumerate(itertools.pairwise(widths)):
             layers += [nn.GELU()] * (n > 0) + [nn.Linear(narrow, wide)]
         self.layers = nn.Sequential(*layers)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 from moextend_pl import report
-from moextend_pl.checkpoint import file_sha256, write_atomically
+from moextend_pl.checkpoint import file_sha256, write_json, write_text
 from moextend_pl.cli import run
 from moextend_pl.contracts import UserError
 
@@ -85,14 +85,19 @@ class Quickstart:
         self._write_configs()
         path = self.out / SECONDS
         self.seconds = json.loads(path.read_text()) if path.is_file() else {}
-        actions: dict[str, Callable[[], None]] = {"data": self._data, "report": self._report, "report_full": self._report}
+        actions: dict[str, Callable[[], bool]] = {
+            "data": self._data,
+            "report": self._report,
+            "report_full": self._report,
+        }
         steps = [step for step in STEPS if with_full_finetune or step.name not in ("full_finetune", "report_full")]
         started, done = time.monotonic(), 0.0
         for number, step in enumerate(steps, start=1):
             left = _time_left(started, done, sum(s.share for s in steps[number - 1 :]))
             log.info("[%d/%d] %s: %s%s", number, len(steps), step.name, step.purpose, left)
             begin = time.monotonic()
-            if actions.get(step.name, lambda name=step.name: self._stage(name))() is not False:
+            action = actions.get(step.name)
+            if action() if action else self._stage(step.name):
                 done += step.share
                 self._add_seconds(step.name, time.monotonic() - begin)
         return self.out / report.REPORT
@@ -105,15 +110,18 @@ class Quickstart:
         for source in [*CONFIGS.glob("*.yaml"), CONFIGS.parent / "base.yaml"]:
             text = source.read_text().replace(DEFAULT_OUT, str(self.out))
             target = self.configs / source.relative_to(CONFIGS.parent)
-            write_atomically(target, lambda path, text=text: path.write_text(text))
+            write_text(target, text)
         self.configs = self.configs / CONFIGS.name
 
     def _data(self) -> bool:
         folder = self.out / "data"
-        if (folder / "tokenizer" / "tokenizer_config.json").is_file() and run(["shards", "check", *_sets(folder)]) == 0:
+        if stage_is_finished(folder):
+            log.info("data is there already")
             return False
-        if run(["shards", "build", "easy-vqa", "--out", str(folder)]):
-            raise UserError(f"The shards could not be built in {folder}.")
+        run(["shards", "build", "easy-vqa", "--out", str(folder)])
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        outputs = {str(path.relative_to(folder)): file_sha256(path) for path in files}
+        write_json(folder / RECEIPT, {"outputs": outputs})
         return True
 
     def _stage(self, name: str) -> bool:
@@ -126,19 +134,20 @@ class Quickstart:
         if stage_is_finished(folder):
             log.info("%s is there already", name)
             return False
-        write_atomically(folder / DIGEST, lambda path: path.write_text(self._digest))
+        write_text(folder / DIGEST, self._digest)
         run(["fit", "--config", str(config), *self.overrides])
         if not stage_is_finished(folder):
             # Its last checkpoint says that it is done, its results are not there or damaged.
             run(["fit", "--config", str(config), "--fresh", *self.overrides])
         return True
 
-    def _report(self) -> None:
+    def _report(self) -> bool:
         report.write(self.out, self.configs, self.seconds)
+        return True
 
     def _add_seconds(self, name: str, seconds: float) -> None:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 1)
-        write_atomically(self.out / SECONDS, lambda path: path.write_text(json.dumps(self.seconds, indent=1)))
+        write_json(self.out / SECONDS, self.seconds)
 
 
 def stage_is_finished(folder: Path) -> bool:
@@ -157,10 +166,6 @@ def _config_text(path: Path) -> str:
     return "".join(_config_text(path.parent / base) for base in ([bases] if isinstance(bases, str) else bases)) + text
 
 
-def _sets(folder: Path) -> list[str]:
-    return sorted(str(path.parent) for path in folder.glob("*/*/index.json"))
-
-
 def _time_left(started: float, done: float, ahead: float) -> str:
     if done == 0:
         return ""
@@ -177,13 +182,19 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         Exit code 0.
     """
-    parser = argparse.ArgumentParser(prog="python -m moextend_pl quickstart", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(DEFAULT_OUT), help=f"folder of all runs (default: {DEFAULT_OUT})")
+    parser = argparse.ArgumentParser(
+        prog="python -m moextend_pl quickstart", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(DEFAULT_OUT), help=f"folder of all runs (default: {DEFAULT_OUT})"
+    )
     parser.add_argument("--skip-full-finetune", action="store_true", help="leave the baseline out")
     options, overrides = parser.parse_known_args(argv)
     unknown = [word for word in overrides if not word.startswith("--trainer.")]
     if unknown:
-        raise UserError(f"quickstart does not accept {unknown[0]!r}; it takes --out, --skip-full-finetune and --trainer.*")
+        raise UserError(
+            f"quickstart does not accept {unknown[0]!r}; it takes --out, --skip-full-finetune and --trainer.*"
+        )
     path = Quickstart(options.out, overrides).run(not options.skip_full_finetune)
     log.info("the report is in %s", path)
     return 0

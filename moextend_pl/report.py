@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moextend_pl import plots
-from moextend_pl.checkpoint import DELTA_FILE, file_sha256, fingerprints, read_manifest, write_atomically
+from moextend_pl.checkpoint import DELTA_FILE, file_sha256, fingerprints, read_manifest, write_json, write_text
 from moextend_pl.cli import run
 from moextend_pl.contracts import PLAN_FILE, Batch, ExtensionPlan
 from moextend_pl.module import MoExtend
@@ -123,7 +124,7 @@ def measure_extended(out: Path, configs: Path) -> dict[str, Any]:
     }
 
 
-def measure_full_finetune(out: Path, configs: Path) -> dict[str, Any]:
+def measure_full_finetune(configs: Path) -> dict[str, Any]:
     """Measures the baseline."""
     accuracy, command = measure_stage(configs / "full_finetune.yaml")
     trainable = sum(p.numel() for p in command.model.parameters() if p.requires_grad)
@@ -142,7 +143,7 @@ def _once(out: Path, name: str, delta: Path, measure: Any) -> dict[str, Any]:
     key = file_sha256(delta)
     if known.get(name, {}).get("delta") != key:
         known[name] = {"delta": key, "values": measure()}
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(known, indent=1)))
+        write_json(path, known)
     return dict(known[name]["values"])
 
 
@@ -158,7 +159,7 @@ def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> None:
     data = _once(out, "extended", extended, lambda: measure_extended(out, configs))
     full = out / "full_finetune" / DELTA_FILE
     if full.is_file():
-        data["full_finetune"] = _once(out, "full_finetune", full, lambda: measure_full_finetune(out, configs))
+        data["full_finetune"] = _once(out, "full_finetune", full, lambda: measure_full_finetune(configs))
         data["full_finetune"]["seconds"] = seconds.get("full_finetune", 0.0)
     data["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
     data["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
@@ -167,9 +168,12 @@ def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> None:
     plots.plot_accuracies(data, out / "plots" / "accuracy.png")
     for name in ("usage", "shift"):
         source = out / "2_probe" / "plots" / f"{name}.png"
-        write_atomically(out / "plots" / source.name, lambda path, source=source: path.write_bytes(source.read_bytes()))
+        shutil.copyfile(source, out / "plots" / source.name)
     source = out / "3_extend" / "plots" / "usage.png"
-    write_atomically(out / "plots" / "usage_extended.png", lambda path: path.write_bytes(source.read_bytes()))
-    write_atomically(out / REPORT_DATA, lambda path: path.write_text(json.dumps(data, indent=1) + "\n"))
-    write_atomically(out / REPORT, lambda path: path.write_text(markdown(data)))
-    log.info("pictures %.3f, text %.3f (base %.3f)", *(data[f"{n}"] for n in ("vqa_accuracy", "text_accuracy_extended", "text_accuracy_base")))
+    shutil.copyfile(source, out / "plots" / "usage_extended.png")
+    write_json(out / REPORT_DATA, data)
+    write_text(out / REPORT, markdown(data))
+    log.info(
+        "pictures %.3f, text %.3f (base %.3f)",
+        *(data[f"{n}"] for n in ("vqa_accuracy", "text_accuracy_extended", "text_accuracy_base")),
+    )

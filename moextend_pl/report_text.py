@@ -15,7 +15,12 @@ def accuracy_rows(data: Mapping[str, Any]) -> list[tuple[str, float | None, floa
     rows: list[tuple[str, float | None, float | None, int]] = [
         ("base language model", None, data["text_accuracy_base"], 0),
         ("aligned (projector only)", data["vqa_accuracy_aligned"], data["text_accuracy_base"], 0),
-        ("extended, masked routing", data["vqa_accuracy"], data["text_accuracy_extended"], data["trainable_parameters"]),
+        (
+            "extended, masked routing",
+            data["vqa_accuracy"],
+            data["text_accuracy_extended"],
+            data["trainable_parameters"],
+        ),
         ("extended, open routing", data["vqa_accuracy_open"], data["text_accuracy_open"], data["trainable_parameters"]),
     ]
     if "full_finetune" in data:
@@ -33,41 +38,36 @@ def _table(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown(data: Mapping[str, Any]) -> str:
-    """Writes the report.
-
-    Args:
-        data: What `report.json` holds.
-
-    Returns:
-        Markdown that shows the plots beside it.
-    """
-    grown = ", ".join(
-        f"layer {layer} from expert {', '.join(map(str, sources))}"
-        for layer, sources in zip(data["layers"], data["source_experts"], strict=True)
+def _baseline(data: Mapping[str, Any]) -> str:
+    if "full_finetune" not in data:
+        return ""
+    return (
+        "The baseline trains projector and language model on the same data for the same steps "
+        f"(AdamW, learning rate {data['full_finetune']['learning_rate']:g}).\n\n"
     )
-    seconds = "\n".join(f"| {name} | {value:.0f} |" for name, value in data["seconds"].items())
-    baseline = ""
-    if "full_finetune" in data:
-        baseline = (
-            "The baseline trains projector and language model on the same data for the same steps "
-            f"(AdamW, learning rate {data['full_finetune']['learning_rate']:g}).\n\n"
-        )
-    return f"""# A text model that learned to see
 
-A mixture-of-experts language model of {data["total_parameters"]:,} parameters was trained on text alone, then extended
-with {data["trainable_parameters"]:,} new ones. Accuracy is exact match of the greedily generated answer: pictures are the
-9,673 questions of the official easy-VQA test split, text the same questions about described scenes of that split.
 
-{_table(data)}
+def _growth(data: Mapping[str, Any]) -> str:
+    pairs = zip(data["layers"], data["source_experts"], strict=True)
+    return ", ".join(f"layer {layer} from expert {', '.join(map(str, sources))}" for layer, sources in pairs)
+
+
+TEMPLATE = """# A text model that learned to see
+
+A mixture-of-experts language model of {total_parameters:,} parameters was trained on text alone, then extended with
+{trainable_parameters:,} new ones (the projector included). Accuracy is exact match of the greedily generated answer:
+pictures are the 9,673 questions of the official easy-VQA test split, text the same questions about described scenes of
+that split.
+
+{table}
 
 {baseline}![accuracy](plots/accuracy.png)
 
 ## Nothing was forgotten
 
-- Logits of every held-out text are bit-identical to the base's: **{_yes(data["text_logits_identical"])}**
-- Every frozen tensor is bit-identical to the base's files: **{_yes(data["frozen_unchanged"])}**
-- What was learned is a delta of {data["delta_bytes"] / 1e6:.1f} MB: `3_extend/delta.safetensors`
+- Logits of every held-out text are bit-identical to the base's: **{identical}**
+- Every frozen tensor is bit-identical to the base's files: **{unchanged}**
+- What was learned is a delta of {delta_megabytes:.2f} MB: `3_extend/delta.safetensors`
 
 ## Questions and answers
 
@@ -75,7 +75,7 @@ with {data["trainable_parameters"]:,} new ones. Accuracy is exact match of the g
 
 ## Which layers were extended, and why
 
-New experts: {grown}.
+New experts: {growth}.
 
 ![shift](plots/shift.png)
 
@@ -93,5 +93,28 @@ Usage after the extension, the new expert in the last column of an extended laye
 |---|---|
 {seconds}
 
-Peak memory: {data["peak_memory_gb"]:.2f} GB.
+Peak memory: {peak_memory_gb:.2f} GB.
 """
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """Writes the report.
+
+    Args:
+        data: What `report.json` holds.
+
+    Returns:
+        Markdown that shows the plots beside it.
+    """
+    return TEMPLATE.format(
+        total_parameters=data["total_parameters"],
+        trainable_parameters=data["trainable_parameters"],
+        table=_table(data),
+        baseline=_baseline(data),
+        identical=_yes(data["text_logits_identical"]),
+        unchanged=_yes(data["frozen_unchanged"]),
+        delta_megabytes=data["delta_bytes"] / 1e6,
+        growth=_growth(data),
+        seconds="\n".join(f"| {name} | {value:.0f} |" for name, value in data["seconds"].items()),
+        peak_memory_gb=data["peak_memory_gb"],
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from moextend_pl.contracts import ExtensionPlan, SampleSpec, TrainPlan, UserError
@@ -60,7 +61,7 @@ class StageModule(LightningModule):
         apply_train_plan(self.parts(), self.train_plan)
         self._built = True
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer over what learns; the number of steps is `trainer.max_steps`."""
         optimizer, scheduler = build_optimizer(self.parameters(), self.optim, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

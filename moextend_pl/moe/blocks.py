@@ -8,6 +8,7 @@ indices)`, and an `experts` module with the weights of all experts in 3-D tensor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -59,7 +60,7 @@ def expert_count(experts: nn.Module) -> int:
 
 def _router_name(block: nn.Module, num_experts: int) -> str | None:
     for name, child in block.named_children():
-        weight = getattr(child, "weight", None)
+        weight: Any = getattr(child, "weight", None)
         rows = getattr(child, "num_experts", None) if hasattr(child, "base") else getattr(weight, "shape", (0,))[0]
         # A Linear gate belongs to a block that routes by itself; it does not follow the protocol.
         if name != EXPERTS and not isinstance(child, nn.Linear) and rows == num_experts and weight.dim() == 2:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,8 @@ class ExtendedRouter(nn.Module):
         calibration: Correction of the probabilities, or None.
     """
 
-    families_ER: Tensor
+    base: Any
+    families_ER: Tensor  # noqa: N815 - a tensor's name carries its shape
 
     def __init__(
         self, base: nn.Module, sources: Sequence[int], reach: Reach, *, init: str, calibration: Calibration | None
@@ -94,9 +96,9 @@ class ExtendedRouter(nn.Module):
         self.reach = reach
         self.init = init
         self.calibration = calibration
-        self.base_experts = len(base.weight)
+        self.base_experts = len(self.base.weight)
         self.num_experts = self.base_experts + len(sources)
-        self.weight = nn.Parameter(base.weight.detach()[list(sources)].clone())
+        self.weight = nn.Parameter(self.base.weight.detach()[list(sources)].clone())
         self.register_buffer("families_ER", family_table(self.base_experts, sources), persistent=False)
 
     def new_parameters(self) -> dict[str, list[nn.Parameter]]:
@@ -132,7 +134,7 @@ class ExtendedRouter(nn.Module):
         return route_among_all(logits_TM, top_k, calibrate)
 
 
-def sprout(experts: nn.Module, sources: Sequence[int]) -> nn.Module:
+def sprout(experts: nn.Module, sources: Sequence[int]) -> Any:
     """Makes a module of new experts, each a copy of one of the old, that computes as the old one does.
 
     The copy is of the base's own class, so that transposed, biased or clamped experts and every
@@ -145,9 +147,10 @@ def sprout(experts: nn.Module, sources: Sequence[int]) -> nn.Module:
     Returns:
         A module of N experts with parameters of its own.
     """
-    new = copy.copy(experts)
+    new: Any = copy.copy(experts)
     new._parameters = {
-        name: nn.Parameter(value.detach()[list(sources)].clone()) for name, value in experts.named_parameters(recurse=False)
+        name: nn.Parameter(value.detach()[list(sources)].clone())
+        for name, value in experts.named_parameters(recurse=False)
     }
     new._buffers = dict(experts._buffers)
     new._modules = {name: copy.deepcopy(child) for name, child in experts.named_children()}
@@ -168,14 +171,16 @@ class ExtendedExperts(nn.Module):
         reach: Shared mask of the tokens that may reach new experts.
     """
 
+    base: Any
+
     def __init__(self, base: nn.Module, sources: Sequence[int], reach: Reach) -> None:
         super().__init__()
         self.reach = reach
         self.base = base
         self.new = sprout(base, sources)
         self.base._is_expert_parallel = True
-        self.base_experts = base.num_experts
-        self.num_experts = base.num_experts + len(sources)
+        self.base_experts = int(self.base.num_experts)
+        self.num_experts = self.base_experts + len(sources)
 
     def new_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Returns the parameters that are not the base's, by the part of the training plan they belong to."""

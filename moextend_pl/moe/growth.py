@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -63,7 +64,7 @@ def _grow_block(block: MoEBlock, growth: LayerGrowth, plan: ExtensionPlan, reach
     calibration = None
     if plan.calibration == "additive":
         calibration = Calibration(block.num_experts, len(growth.sources), seed=plan.seed + growth.layer)
-        calibration.to(block.router.weight.device)
+        calibration.to(next(block.router.parameters()).device)
     router = ExtendedRouter(block.router, growth.sources, reach, init=plan.init, calibration=calibration)
     experts = ExtendedExperts(block.experts, growth.sources, reach)
     setattr(block.module, block.router_name, router)
@@ -79,8 +80,9 @@ def strip(model: nn.Module) -> None:
     for block in find_blocks(model):
         if isinstance(block.router, ExtendedRouter):
             setattr(block.module, block.router_name, block.router.base)
-            block.experts.base._is_expert_parallel = False
-            setattr(block.module, EXPERTS, block.experts.base)
+            experts: Any = block.experts.base
+            experts._is_expert_parallel = False
+            setattr(block.module, EXPERTS, experts)
 
 
 def new_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -88,7 +88,9 @@ def route_within_families(
     """
     members_TER = logits_TM.float()[:, families_ER]
     strongest_TE = members_TER.argmax(dim=-1)
-    winners_TE = families_ER.unsqueeze(0).expand(len(logits_TM), -1, -1).gather(2, strongest_TE.unsqueeze(-1)).squeeze(-1)
+    winners_TE = (
+        families_ER.unsqueeze(0).expand(len(logits_TM), -1, -1).gather(2, strongest_TE.unsqueeze(-1)).squeeze(-1)
+    )
     winning_logits_TE = members_TER.gather(2, strongest_TE.unsqueeze(-1)).squeeze(-1)
     probs_TE = winning_logits_TE.softmax(dim=-1)
     slots_TK = probs_TE.topk(top_k, dim=-1).indices

@@ -9,6 +9,7 @@ import pytest
 from source import ROOMS, ROOT, imports, trees
 
 FOUNDATION = "moextend_pl.contracts"
+SAMPLES = "moextend_pl.samples"  # conversation -> tensors; it knows the contracts only
 COMMANDS = ("moextend_pl/cli.py", "moextend_pl/stage_cli.py", "moextend_pl/__main__.py")
 
 
@@ -39,16 +40,27 @@ def test_contracts_import_nothing_of_the_project() -> None:
     assert project_imports("moextend_pl/contracts.py") == {"moextend_pl/contracts.py": set()}
 
 
+def test_samples_know_only_the_contracts() -> None:
+    assert project_imports("moextend_pl/samples/")
+    wrong = [
+        f"{file} imports {name}"
+        for file, names in project_imports("moextend_pl/samples/").items()
+        for name in names
+        if not name.startswith((SAMPLES, FOUNDATION))
+    ]
+    assert wrong == []
+
+
 def test_core_never_imports_datamodules_or_callbacks() -> None:
     assert offences("moextend_pl/", ("datamodules", "callbacks")) == []
 
 
-def test_datamodules_know_only_the_contracts_of_the_core() -> None:
+def test_datamodules_know_only_contracts_and_samples_of_the_core() -> None:
     wrong = [
         f"{file} imports {name}"
         for file, names in project_imports("datamodules/").items()
         for name in names
-        if not name.startswith(("datamodules", FOUNDATION))
+        if not name.startswith(("datamodules", FOUNDATION, SAMPLES))
     ]
     assert wrong == []
 

@@ -13,17 +13,17 @@ from PIL import Image
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from datamodules.collate import collate_generation, collate_training
-from datamodules.conversation import ConversationEncoder
 from datamodules.image_text import ImageTextShards
 from datamodules.shards import Entry, conversation, write_shards
-from datamodules.turns import Turn
 from datamodules.word_tokenizer import word_tokenizer
 from moextend_pl.contracts import Batch, ExtensionPlan, LayerGrowth, TrainPlan
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
 from moextend_pl.projector import Projector
+from moextend_pl.samples.collate import collate_generation, collate_training
+from moextend_pl.samples.conversation import ConversationEncoder
+from moextend_pl.samples.turns import Turn
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 230), "black": (10, 10, 10)}
 QUESTION = "what is the color ?"
@@ -49,7 +49,10 @@ def colour_of(number: int) -> str:
 
 def image_entry(number: int) -> Entry:
     """Returns a question about one picture."""
-    turns = [(f"<image>\n{QUESTION}", colour_of(number)), (f"is it {colour_of(number + number % 2)} ?", "no yes".split()[number % 2 == 0])]
+    turns = [
+        (f"<image>\n{QUESTION}", colour_of(number)),
+        (f"is it {colour_of(number + number % 2)} ?", ["no", "yes"][number % 2 == 0]),
+    ]
     return Entry(f"i{number:03d}", conversation(*turns), (picture(number),))
 
 
@@ -150,9 +153,7 @@ class TinyWorld:
             init_from=str(init_from) if init_from else None,
         )
 
-    def model(
-        self, plan: ExtensionPlan | None = None, parts: Sequence[str] | None = None, **options: Any
-    ) -> MoExtend:
+    def model(self, plan: ExtensionPlan | None = None, parts: Sequence[str] | None = None, **options: Any) -> MoExtend:
         """Returns MoExtend, grown, frozen but for the parts, and built, in evaluation mode."""
         model = self.unbuilt(**options)
         model.extension_plan = plan

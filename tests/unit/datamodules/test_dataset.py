@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from datamodules.conversation import ConversationEncoder
 from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
 from datamodules.order import FILLER, EveryUnitOnce, Order
 from datamodules.shards import Entry, conversation, write_shards
 from moextend_pl.contracts import IGNORE_INDEX, UserError
+from moextend_pl.samples.conversation import ConversationEncoder
 
 
 def dataset(folder, spec, turns="together", **options):

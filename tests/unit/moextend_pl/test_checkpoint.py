@@ -99,12 +99,11 @@ def test_loaded_model_gives_bit_identical_outputs(saved: tuple[MoExtend, Path], 
     model, run = saved
     loaded = MoExtend.load(run)
     batch = world.batch(model, "itti")
-    assert torch.equal(
-        loaded.language(batch, loaded.embed(batch)), model.language(batch, model.eval().embed(batch))
-    )
+    assert torch.equal(loaded.language(batch, loaded.embed(batch)), model.language(batch, model.eval().embed(batch)))
     prompts = world.batch(model, "itti", generation=True)
     assert loaded.answer(prompts) == model.answer(prompts)
     assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
 
 
 def test_delta_holds_only_new_weights(saved: tuple[MoExtend, Path]) -> None:
@@ -123,7 +122,9 @@ def test_manifest_names_what_learned_and_fingerprints_the_rest(saved: tuple[MoEx
     assert manifest.plan == make_plan(sources=(1, 1))
     stock = {f"language.model.{n}": tensor_sha256(p) for n, p in world.stock().named_parameters()}
     tower = load_file(world.encoder / "encoder.safetensors")
-    stock |= {f"encoder.tower.{n}": tensor_sha256(t) for n, t in tower.items() if "running" not in n and "num_" not in n}
+    stock |= {
+        f"encoder.tower.{n}": tensor_sha256(t) for n, t in tower.items() if "running" not in n and "num_" not in n
+    }
     assert manifest.frozen == stock
     assert manifest.delta_sha256 == file_sha256(run / "delta.safetensors")
 
@@ -141,7 +142,7 @@ def test_delta_of_a_full_fine_tune_holds_the_base_too(world: TinyWorld, tmp_path
 
 
 def test_run_and_base_can_be_moved_together(saved: tuple[MoExtend, Path], tmp_path: Path) -> None:
-    _, run = saved
+    _, _run = saved
     (tmp_path / "elsewhere").mkdir()
     for name in ("world", "run"):
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
@@ -196,7 +197,9 @@ def test_damage_is_one_clear_mistake(saved: tuple[MoExtend, Path], world: TinyWo
     assert "\n" not in str(caught.value)
 
 
-def test_stage_that_starts_from_an_unfinished_run_is_refused_when_it_is_set_up(world: TinyWorld, tmp_path: Path) -> None:
+def test_stage_that_starts_from_an_unfinished_run_is_refused_when_it_is_set_up(
+    world: TinyWorld, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="Run that stage to its end first"):
         world.unbuilt(init_from=tmp_path)
 
@@ -212,7 +215,9 @@ def test_next_stage_starts_from_the_weights_of_the_one_before(world: TinyWorld, 
     assert extended.parts()["new_experts"]
 
 
-def test_run_without_a_plan_of_its_own_goes_on_with_the_earlier_one(saved: tuple[MoExtend, Path], world: TinyWorld) -> None:
+def test_run_without_a_plan_of_its_own_goes_on_with_the_earlier_one(
+    saved: tuple[MoExtend, Path], world: TinyWorld
+) -> None:
     model, run = saved
     other = world.unbuilt(init_from=run)
     other.configure_model()

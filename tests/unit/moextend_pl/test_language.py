@@ -151,9 +151,7 @@ def test_model_from_scratch_takes_ids_from_its_tokenizer(tiny_world: TinyWorld, 
 def test_answers_of_left_padded_prompts_equal_those_of_each_prompt_alone(tiny_world: TinyWorld) -> None:
     model = tiny_world.model(make_plan(init="copy"))
     together = model.answer(tiny_world.batch(model, "itti", generation=True))
-    alone = [
-        model.answer(tiny_world.batch(model, kind, generation=True, first=n))[0] for n, kind in enumerate("itti")
-    ]
+    alone = [model.answer(tiny_world.batch(model, kind, generation=True, first=n))[0] for n, kind in enumerate("itti")]
     assert together == alone
     assert any(together)
 

@@ -10,7 +10,7 @@ from helpers.tiny_world import QUESTION, TinyWorld, make_plan, perturb, picture
 from PIL import Image
 
 from moextend_pl.answers import exact_match
-from moextend_pl.prompt import prompt_batch
+from moextend_pl.samples.prompt import prompt_batch
 
 PARTS = ("projector", "new_experts", "new_routers", "calibration")
 
@@ -110,7 +110,13 @@ def test_sample_spec_is_known_before_anything_is_built(tiny_world: TinyWorld) ->
 
 @pytest.mark.parametrize(
     ("prediction", "truth", "equal"),
-    [(" Blue", "blue", True), ("blue\n", "Blue ", True), ("blue .", "blue", False), ("", "blue", False), ("", "", True)],
+    [
+        (" Blue", "blue", True),
+        ("blue\n", "Blue ", True),
+        ("blue .", "blue", False),
+        ("", "blue", False),
+        ("", "", True),
+    ],
 )
 def test_exact_match_ignores_case_and_outer_white_space(prediction: str, truth: str, equal: bool) -> None:
     assert exact_match(prediction, truth) is equal

@@ -16,7 +16,9 @@ def test_building_twice_does_nothing(tiny_world: TinyWorld) -> None:
     before = list(model.named_parameters())
     model.train_plan = TrainPlan(("encoder",))
     model.configure_model()
-    assert [(n, id(p), p.requires_grad) for n, p in before] == [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
+    assert [(n, id(p), p.requires_grad) for n, p in before] == [
+        (n, id(p), p.requires_grad) for n, p in model.named_parameters()
+    ]
 
 
 def test_fresh_weights_depend_on_the_seed_alone(tiny_world: TinyWorld) -> None:

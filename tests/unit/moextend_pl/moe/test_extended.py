@@ -49,7 +49,8 @@ def test_touch_is_a_zero_that_gives_every_learning_parameter_a_gradient() -> Non
     zero = touch([learning, frozen])
     assert zero.item() == 0.0
     zero.backward()
-    assert learning.grad is not None and not learning.grad.any()
+    assert learning.grad is not None
+    assert not learning.grad.any()
     assert frozen.grad is None
     assert touch([frozen]) is None
     with torch.no_grad():

@@ -84,7 +84,7 @@ def test_growing_twice_is_refused_and_changes_nothing() -> None:
 
 def test_growth_keeps_every_tensor_of_the_base_in_place() -> None:
     model = tiny_mixtral()
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     values = {name: parameter.detach().clone() for name, parameter in before.items()}
     grow(model, make_plan(), Reach())
     after = {name.replace(".base.", "."): p for name, p in model.named_parameters() if ".base." in name}
@@ -115,9 +115,7 @@ def test_new_parameters_are_exactly_those_the_base_lacks(calibration: str) -> No
     parts = new_parameters(model)
     got = [id(p) for parameters in parts.values() for p in parameters]
     rows = {f"model.layers.{layer}.mlp.gate.weight" for layer in GROWN}  # the base's are now at `gate.base.weight`
-    expected = {
-        id(p) for n, p in model.named_parameters() if n in rows or n.replace(".base.", ".") not in base_names
-    }
+    expected = {id(p) for n, p in model.named_parameters() if n in rows or n.replace(".base.", ".") not in base_names}
     assert set(got) == expected
     assert len(got) == len(set(got))
     sizes = {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}

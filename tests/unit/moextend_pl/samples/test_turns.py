@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from datamodules.shards import conversation
-from datamodules.turns import Turn, conversation_problems, parse_turns, single_turn
 from moextend_pl.contracts import UserError
+from moextend_pl.samples.turns import Turn, conversation_problems, parse_turns, single_turn
 
 GOOD = conversation(("<image>\nwhat?", "this"), ("and?", "that"))
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import torch
 
-from datamodules.turns import IMAGE_MARK, Turn
 from moextend_pl.contracts import IGNORE_INDEX, Sample, SampleSpec, UserError
+from moextend_pl.samples.turns import IMAGE_MARK, Turn
 
 CACHED_TEXTS = 4096
 

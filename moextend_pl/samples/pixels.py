@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datamodules.index import IMAGE_FORMATS
 from moextend_pl.contracts import UserError
 
 if TYPE_CHECKING:
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded; below the limit at which Pillow itself warns of a bomb."""
+
+IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
+"""Image extensions that shards may hold, and the decoder that each belongs to."""
 
 DECODERS = tuple(dict.fromkeys(IMAGE_FORMATS.values()))
 

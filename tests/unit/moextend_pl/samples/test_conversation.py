@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from datamodules.conversation import ConversationEncoder
-from datamodules.turns import Turn
 from moextend_pl.contracts import IGNORE_INDEX, SampleSpec, UserError
+from moextend_pl.samples.conversation import ConversationEncoder
+from moextend_pl.samples.turns import Turn
 
 X = IGNORE_INDEX
 ASK = (Turn("<image>\nwhat color ?", "a blue circle"), Turn("is there a circle ?", "yes"))

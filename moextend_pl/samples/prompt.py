@@ -7,11 +7,11 @@ import hashlib
 import torch
 from PIL import Image
 
-from datamodules.collate import collate_generation
-from datamodules.conversation import ConversationEncoder
-from datamodules.pixels import PixelTransform
-from datamodules.turns import IMAGE_MARK, Turn
 from moextend_pl.contracts import Batch, SampleSpec
+from moextend_pl.samples.collate import collate_generation
+from moextend_pl.samples.conversation import ConversationEncoder
+from moextend_pl.samples.pixels import PixelTransform
+from moextend_pl.samples.turns import IMAGE_MARK, Turn
 
 
 def prompt_batch(spec: SampleSpec, image: Image.Image | None, question: str, device: torch.device) -> Batch:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.pixels import PixelTransform, decode_image
 from moextend_pl.contracts import SampleSpec, UserError
+from moextend_pl.samples.pixels import PixelTransform, decode_image
 
 
 def save(image, kind="PNG", **options):

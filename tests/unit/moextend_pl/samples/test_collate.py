@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from datamodules.collate import collate_generation, collate_training
 from moextend_pl.contracts import IGNORE_INDEX, Sample
+from moextend_pl.samples.collate import collate_generation, collate_training
 
 
 def sample(key, ids, images, answer=""):

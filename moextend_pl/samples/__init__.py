@@ -1,0 +1,1 @@
+"""How conversations and pictures become tensors: pure functions, shared by data workers and by `generate`."""

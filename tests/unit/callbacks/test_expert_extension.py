@@ -1,0 +1,169 @@
+"""The probe picks layers and puts the routers back; the extend run grows exactly the plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_world import EXPERTS, TinyWorld, make_plan
+from PIL import Image
+from torch import Tensor
+
+from callbacks.expert_extension import ExpertExtension
+from callbacks.frozen_guard import FrozenGuard
+from callbacks.train_only import TrainOnly
+from callbacks.usage_report import UsageReport, measure_usage
+from moextend_pl.contracts import ExtensionPlan, UserError
+from moextend_pl.module import MoExtend
+from moextend_pl.moe.blocks import find_blocks
+from moextend_pl.moe.growth import router_parameters
+from moextend_pl.moe.selection import AllLayers, ShiftRule
+
+
+def as_counts(usage: dict, moment: str, kind: str) -> dict[int, Tensor]:
+    return {int(layer): torch.tensor(counts) for layer, counts in usage[moment][kind].items()}
+
+
+def is_drawn(path: Path) -> bool:
+    with Image.open(path) as image:
+        return image.width > 100 and len(image.convert("RGB").getcolors(2**24)) > 10
+
+
+@pytest.fixture
+def probed(tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path) -> tuple[MoExtend, Path]:
+    model = tiny_world.unbuilt()
+    model.optim = type(model.optim)(lr=0.3)
+    rule = ExpertExtension(rule=ShiftRule(0.7), new_experts=2, routing="open")
+    make_trainer(TrainOnly(["routers"]), FrozenGuard(), rule, steps=5).fit(model, tiny_world.datamodule("vqa"))
+    return model, tmp_path / "run"
+
+
+def test_probe_puts_every_weight_back(probed: tuple[MoExtend, Path], tiny_world: TinyWorld) -> None:
+    model, _ = probed
+    expected = tiny_world.unbuilt()
+    expected.configure_model()
+    state = expected.state_dict()
+    assert len(router_parameters(model.language.model)) == 3
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_probe_leaves_every_part_in_the_mode_it_was_in(probed: tuple[MoExtend, Path]) -> None:
+    model, _ = probed
+    assert not any(part.training for part in model.encoder.modules())
+    assert model.language.model.training
+
+
+def test_probe_plan_is_the_rule_applied_to_the_written_usage(probed: tuple[MoExtend, Path]) -> None:
+    _, run = probed
+    plan = ExtensionPlan.load(run / "extension_plan.yaml")
+    usage = json.loads((run / "usage.json").read_text())
+    before, after = as_counts(usage, "before", "all"), as_counts(usage, "after", "all")
+    assert any(not torch.equal(before[layer], after[layer]) for layer in before)
+    assert [growth.layer for growth in plan.layers] == ShiftRule(0.7).choose(before, after)
+    for growth in plan.layers:
+        order = sorted(range(EXPERTS), key=lambda e: -int(after[growth.layer][e]))
+        assert growth.sources == tuple(order[:2])
+    assert plan.routing == "open"
+    assert plan.report["scores"] == pytest.approx(ShiftRule().scores(before, after), abs=1e-6)
+
+
+def test_probe_counts_every_token_of_the_validation_set_once(
+    probed: tuple[MoExtend, Path], tiny_world: TinyWorld
+) -> None:
+    model, run = probed
+    usage = json.loads((run / "usage.json").read_text())
+    data = tiny_world.datamodule("vqa", spec=model.sample_spec())
+    data.setup("fit")
+    image = text = 0
+    for batch in data.val_dataloader():
+        marks = batch["input_ids"] == model.language.image_token_id
+        image += int(marks.sum())
+        text += int((batch["attention_mask"].bool() & ~marks).sum())
+    for layer in range(3):
+        for moment in ("before", "after"):
+            assert sum(usage[moment]["image"][str(layer)]) == 2 * image
+            assert sum(usage[moment]["text"][str(layer)]) == 2 * text
+
+
+def test_probe_draws_its_plots(probed: tuple[MoExtend, Path]) -> None:
+    _, run = probed
+    assert is_drawn(run / "plots" / "usage.png")
+    assert is_drawn(run / "plots" / "shift.png")
+
+
+def test_measuring_usage_changes_neither_modes_nor_weights_nor_statistics(
+    tiny_world: TinyWorld, make_trainer: Callable
+) -> None:
+    model = tiny_world.model(parts=["routers"])
+    model.language.model.train()
+    trainer = make_trainer()
+    data = tiny_world.datamodule("vqa", spec=model.sample_spec())
+    trainer.datamodule = data
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    modes = [part.training for part in model.modules()]
+    first, second = measure_usage(trainer, model), measure_usage(trainer, model)
+    assert [part.training for part in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(first["all"][layer], second["all"][layer]) for layer in range(3))
+
+
+def test_resumed_probe_keeps_what_was_measured_before_the_first_step(
+    tiny_world: TinyWorld, make_trainer: Callable
+) -> None:
+    model = tiny_world.model(parts=["routers"])
+    trainer = make_trainer()
+    trainer.datamodule = tiny_world.datamodule("vqa", spec=model.sample_spec())
+    first = ExpertExtension(rule=AllLayers())
+    first.on_train_start(trainer, model)
+    second = ExpertExtension(rule=AllLayers())
+    second.load_state_dict(first.state_dict())
+    originals = [p.detach().clone() for p in router_parameters(model.language.model)]
+    with torch.no_grad():
+        for parameter in router_parameters(model.language.model):
+            parameter.normal_()
+    second.on_train_start(trainer, model)
+    second.on_train_end(trainer, model)
+    for parameter, original in zip(router_parameters(model.language.model), originals, strict=True):
+        assert torch.equal(parameter, original)
+    counts = second.state_dict()["before"]["all"]
+    assert all(torch.equal(counts[layer], first.state_dict()["before"]["all"][layer]) for layer in range(3))
+
+
+def test_extend_run_grows_exactly_the_plan(tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path) -> None:
+    make_plan([1], (3, 0), init="copy", routing="open").save(tmp_path / "plan.yaml")
+    model = tiny_world.unbuilt()
+    extension = ExpertExtension(plan=str(tmp_path / "plan.yaml"), init="preserving", seed=4)
+    trainer = make_trainer(TrainOnly(["new_experts"]), extension, UsageReport(), steps=2)
+    trainer.fit(model, tiny_world.datamodule())
+    assert {b.layer: b.num_experts for b in find_blocks(model.language.model)} == {0: 4, 1: 6, 2: 4}
+    assert model.extension_plan == make_plan([1], (3, 0), init="preserving", routing="open", seed=4)
+    usage = json.loads((tmp_path / "run" / "usage.json").read_text())
+    assert [len(usage["end"]["all"][str(layer)]) for layer in range(3)] == [4, 6, 4]
+    assert sum(usage["end"]["image"]["1"][4:]) > 0
+    assert is_drawn(tmp_path / "run" / "plots" / "usage.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of `rule`"),
+        ({"rule": AllLayers(), "plan": "plan.yaml"}, "exactly one of `rule`"),
+        ({"rule": AllLayers(), "source": "during"}, "after or before, got 'during'"),
+        ({"rule": AllLayers(), "new_experts": 0}, "`new_experts` >= 1, got 0"),
+        ({"plan": "nowhere.yaml"}, "found no file. Run the probe stage first"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ExpertExtension(**arguments)
+
+
+def test_source_experts_may_be_those_used_before() -> None:
+    counts = {"before": torch.tensor([9, 1, 0, 0]), "after": torch.tensor([0, 1, 9, 0])}
+    usage = {moment: {"all": {0: value}} for moment, value in counts.items()}
+    for source, expert in (("before", 0), ("after", 2)):
+        plan = ExpertExtension(rule=AllLayers(), source=source).choose(usage["before"], usage["after"])
+        assert plan.layers[0].sources == (expert,)

@@ -1,0 +1,147 @@
+"""What a stage writes when it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_world import SAMPLES, TinyWorld, colour_of, make_plan
+from lightning.pytorch import Callback, Trainer
+from safetensors.torch import load_file
+
+from callbacks.checkpoints import StageCheckpoint
+from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt, WritePredictions
+from callbacks.train_only import TrainOnly
+from moextend_pl.answers import exact_match
+from moextend_pl.contracts import TrainPlan
+from moextend_pl.encoder import VisionEncoder
+from moextend_pl.language import MoELanguageModel
+from moextend_pl.module import MoExtend
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_receipt_lists_the_digest_of_every_output(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (run / "folder" / "deeper").mkdir(parents=True)
+    (run / "folder" / "deeper" / "a.txt").write_text("a")
+    callbacks = [SaveDelta(), StageReceipt(["delta.safetensors", "manifest.json", "folder"])]
+    make_trainer(TrainOnly(["projector"]), *callbacks, steps=3).fit(tiny_world.unbuilt(), tiny_world.datamodule())
+    receipt = json.loads((run / "stage.json").read_text())
+    names = ["delta.safetensors", "folder/deeper/a.txt", "manifest.json"]
+    assert receipt["outputs"] == {name: sha256(run / name) for name in names}
+    assert receipt["steps"] == 3
+    assert receipt["seconds"] > 0
+    assert receipt["peak_memory_gb"] > 0
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 3
+
+
+def test_seconds_of_earlier_starts_are_added() -> None:
+    receipt = StageReceipt([])
+    receipt.load_state_dict({"seconds": 100.0})
+    receipt.on_fit_start(None, None)
+    assert 100.0 <= receipt.state_dict()["seconds"] < 101.0
+
+
+def test_checkpoints_come_at_their_steps_but_never_at_the_last(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    trainer = make_trainer(TrainOnly(["projector"]), StageCheckpoint(2), steps=6, enable_checkpointing=True)
+    trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule())
+    saved = torch.load(path, weights_only=False)
+    assert saved["global_step"] == 4
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_resume_checkpoint_holds_no_frozen_weight(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    model = tiny_world.unbuilt()
+    model.extension_plan = make_plan()
+    trainer = make_trainer(
+        TrainOnly(["projector", "new_experts"]), StageCheckpoint(2), steps=4, enable_checkpointing=True
+    )
+    trainer.fit(model, tiny_world.datamodule())
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learning <= set(saved["state_dict"])
+    assert not frozen & set(saved["state_dict"])
+    assert len(saved["optimizer_states"][0]["state"]) == len(learning)
+
+
+class StopAt(Callback):
+    """Ends a run after some steps, with whatever checkpoint it has by then."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+def test_resumed_run_takes_the_same_steps(tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path) -> None:
+    def run(folder: str, *more: Callback, checkpoint: Path | None = None) -> MoExtend:
+        model = tiny_world.unbuilt()
+        model.extension_plan = make_plan()
+        callbacks = [TrainOnly(["projector", "new_experts", "new_routers", "calibration"]), StageCheckpoint(3), *more]
+        options = {"enable_checkpointing": True, "default_root_dir": tmp_path / folder}
+        trainer = make_trainer(*callbacks, steps=8, **options)
+        trainer.fit(model, tiny_world.datamodule(), ckpt_path=checkpoint, weights_only=False)
+        assert trainer.global_step == (5 if more else 8)
+        return model
+
+    whole = run("whole")
+    run("cut", StopAt(5))
+    resumed = run("resumed", checkpoint=tmp_path / "cut" / "checkpoints" / "last.ckpt")
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_predictions_hold_a_row_for_each_question_of_each_set(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    model = tiny_world.model(parts=["projector"])
+    sets = {"pictures": tiny_world.data("vqa", "test"), "words": tiny_world.data("text", "test")}
+    data = tiny_world.datamodule(None, test=sets, batch_size=5)
+    logged = make_trainer(WritePredictions()).test(model, data, verbose=False)
+    metrics = {name: value for part in logged for name, value in part.items()}
+    for name, turns, letter in (("pictures", 2, "i"), ("words", 1, "t")):
+        text = (tmp_path / "run" / f"predictions_{name}.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        numbers = range(SAMPLES, 2 * SAMPLES)
+        assert [row["key"] for row in rows] == [f"{letter}{n:03d}#{t}" for n in numbers for t in range(turns)]
+        assert [row["answer"] for row in rows][::turns] == [colour_of(n) for n in numbers]
+        assert all(row["correct"] == exact_match(row["prediction"], row["answer"]) for row in rows)
+        accuracy = sum(row["correct"] for row in rows) / len(rows)
+        assert metrics[f"test/{name}_accuracy"] == pytest.approx(accuracy)
+
+
+def test_trained_language_model_is_saved_where_transformers_finds_it(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    model = MoELanguageModel(base=str(tiny_world.base))
+    make_trainer(SavePretrained("base"), steps=2).fit(model, tiny_world.datamodule("text", val=None))
+    loaded = TinyWorld(tmp_path / "run").stock()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.model.parameters(), strict=True))
+    assert not torch.equal(loaded.lm_head.weight, tiny_world.stock().lm_head.weight)
+
+
+def test_trained_tower_is_saved_and_learned(tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path) -> None:
+    model = VisionEncoder(path=str(tiny_world.encoder), tokenizer=str(tiny_world.base), embedding_dim=8)
+    model.train_plan = TrainPlan(("encoder", "heads"))
+    make_trainer(SavePretrained("encoder"), steps=2).fit(model, tiny_world.datamodule("vqa"))
+    saved = load_file(tmp_path / "run" / "encoder" / "encoder.safetensors")
+    before = load_file(tiny_world.encoder / "encoder.safetensors")
+    assert saved.keys() == before.keys()
+    assert not torch.equal(saved["conv1.0.weight"], before["conv1.0.weight"])
+    assert all(torch.equal(value, saved[name]) for name, value in model.tower.state_dict().items())

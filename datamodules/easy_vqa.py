@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 SETS = ("captions", "vqa", "text")
-SPLITS = ("train", "test")
+SPLITS = ("train", "val", "test")
+VAL_EVERY = 20
+"""Every 20th image of the package's train split is kept for validation; the official test split is left alone."""
+
 TOKENIZER = "tokenizer"
 DESCRIBE = "describe the image."
 
@@ -155,8 +158,16 @@ def read_split(package: ModuleType, split: str) -> list[Picture]:
     return [Picture(f"{number:05d}", tuple(questions[number]), Path(paths[number])) for number in sorted(questions)]
 
 
+def pictures_of(package: ModuleType, split: str) -> list[Picture]:
+    """Returns the images of `train`, `val` or `test`."""
+    pictures = read_split(package, "test" if split == "test" else "train")
+    if split == "test":
+        return pictures
+    return [picture for n, picture in enumerate(pictures) if (n % VAL_EVERY == 0) == (split == "val")]
+
+
 def build_easy_vqa(out: Path, samples_per_shard: int = 1000) -> dict[str, list[Shard]]:
-    """Builds the three shard sets, each with `train` and `test`, and the tokenizer of their train texts.
+    """Builds the three shard sets, each with `train`, `val` and `test`, and the tokenizer of their train texts.
 
     Args:
         out: Folder to write; takes its place only when all is written.
@@ -176,7 +187,7 @@ def build_easy_vqa(out: Path, samples_per_shard: int = 1000) -> dict[str, list[S
     texts: set[str] = set()
     with replace_folder(Path(out), is_easy_vqa_folder) as folder:
         for split in SPLITS:
-            for name, entries in _entries(read_split(package, split), split).items():
+            for name, entries in _entries(pictures_of(package, split), split).items():
                 target = folder / name / split
                 target.mkdir(parents=True)
                 shards[f"{name}/{split}"] = write_shards(entries, target, samples_per_shard)

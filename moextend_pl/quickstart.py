@@ -118,6 +118,7 @@ class Quickstart:
         if stage_is_finished(folder):
             log.info("data is there already")
             return False
+        (folder / RECEIPT).unlink(missing_ok=True)
         run(["shards", "build", "easy-vqa", "--out", str(folder)])
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         outputs = {str(path.relative_to(folder)): file_sha256(path) for path in files}

@@ -68,7 +68,6 @@ def test_config_builds_everything_it_names(path: Path, quickstart: Path, monkeyp
     assert built.model.sample_spec().image_token_id > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", RUNNABLE, ids=name_of)
 def test_config_takes_its_steps_and_writes_its_outputs(path: Path, quickstart: Path) -> None:
     done = fit(path, quickstart / "other")

@@ -20,6 +20,8 @@ PARTS = {
     "align": ["projector"],
     "probe": ["routers"],
     "extend": ["projector", "new_experts", "new_routers", "calibration"],
+    "vision": ["encoder", "heads"],
+    "language": ["language", "routers"],
 }
 OUTPUTS = {
     "align": ["delta.safetensors", "manifest.json", "frozen.json"],
@@ -41,7 +43,7 @@ def write_stage(
     Args:
         world: The tiny world.
         run: Run directory.
-        stage: `align`, `probe` or `extend`.
+        stage: `align`, `probe` or `extend`; or `vision` or `language`, which train one part alone.
         init_from: Run directory of an earlier stage.
         plan: Plan file of an extend stage.
         changes: `steps`, `every` (steps between checkpoints), `train` (shard set) and `batch_size`.
@@ -51,11 +53,10 @@ def write_stage(
     """
     settings = {"steps": 8, "every": 2, "train": "mixed", "batch_size": 4, "val": world.data("vqa", "test"), **changes}
     extension = {
-        "align": [],
         "probe": [callback("ExpertExtension", rule={"class_path": "moextend_pl.moe.selection.ShiftRule"})],
         "extend": [callback("ExpertExtension", plan=str(plan), init="copy", routing="masked")],
-    }[stage]
-    save = [] if stage == "probe" else [callback("SaveDelta")]
+    }.get(stage, [])
+    save = [callback("SaveDelta")] if stage in ("align", "extend") else []
     config = {
         "base": str(ROOT / "configs" / "base.yaml"),
         "trainer": {
@@ -72,19 +73,10 @@ def write_stage(
                 *extension,
                 callback("FrozenGuard"),
                 *save,
-                callback("StageReceipt", outputs=OUTPUTS[stage]),
+                callback("StageReceipt", outputs=OUTPUTS.get(stage, ["frozen.json"])),
             ],
         },
-        "model": {
-            "class_path": "moextend_pl.MoExtend",
-            "init_args": {
-                "encoder": {"path": str(world.encoder)},
-                "projector": {"kind": "mlp2x_gelu"},
-                "language": {"base": str(world.base), "balance_weight": 0.1},
-                "init_from": None if init_from is None else str(init_from),
-                "optim": {"lr": 0.01},
-            },
-        },
+        "model": model_section(world, stage, init_from),
         "data": {
             "class_path": "datamodules.ImageTextShards",
             "init_args": {
@@ -99,6 +91,23 @@ def write_stage(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+def model_section(world: TinyWorld, stage: str, init_from: Path | None) -> dict[str, Any]:
+    """Returns what a stage's config says about its model."""
+    language = {"base": str(world.base), "balance_weight": 0.1}
+    whole = {
+        "encoder": {"path": str(world.encoder)},
+        "projector": {"kind": "mlp2x_gelu"},
+        "language": language,
+        "init_from": None if init_from is None else str(init_from),
+    }
+    alone = {
+        "vision": ("VisionEncoder", {"path": str(world.encoder), "tokenizer": str(world.base), "embedding_dim": 8}),
+        "language": ("MoELanguageModel", language),
+    }
+    name, arguments = alone.get(stage, ("MoExtend", whole))
+    return {"class_path": f"moextend_pl.{name}", "init_args": {**arguments, "optim": {"lr": 0.01}}}
 
 
 def start(config: Path, *more: str) -> subprocess.Popen[str]:
@@ -153,4 +162,4 @@ def metrics(run: Path, names: Sequence[str] = ("train/loss", "train/balance")) -
     """Returns columns of `metrics.csv` by step; a step that stands twice counts as its last row says."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = {int(row["step"]): row for row in csv.DictReader(file) if row["train/loss"]}
-    return {step: [float(row[name]) for name in names] for step, row in rows.items()}
+    return {step: [float(row[name]) for name in names if name in row] for step, row in rows.items()}

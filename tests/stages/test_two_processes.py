@@ -47,6 +47,20 @@ def test_tiny_data_has_batches_of_which_one_rank_sees_no_image(tiny_world: TinyW
     assert [True, True] in halves
 
 
+@pytest.mark.parametrize(("stage", "train"), [("vision", "vqa"), ("language", "text")])
+def test_losses_of_a_part_alone_are_the_same_on_two_processes(
+    tiny_world: TinyWorld, tmp_path: Path, stage: str, train: str
+) -> None:
+    data = {"train": train, "val": tiny_world.data(train, "test")}
+    one, two = (write_stage(tiny_world, tmp_path / run, stage, **data) for run in ("one", "two"))
+    cli.run(["fit", "--config", str(one)])
+    finish(two, *TWO)
+    expected, got = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert list(got) == list(expected) == list(range(8))
+    for step, values in expected.items():
+        assert got[step] == pytest.approx(values, rel=1e-3), f"step {step}"
+
+
 @pytest.mark.parametrize("stage", ["align", "probe", "extend"])
 def test_losses_of_two_processes_are_those_of_one(tiny_world: TinyWorld, tmp_path: Path, stage: str) -> None:
     plan = make_plan(sources=(1, 2))

@@ -30,6 +30,10 @@ def turns(sample):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_vqa_is_the_package_word_for_word(built, split):
     found = samples(built[0], "vqa", split)
+    if split == "train":
+        kept = samples(built[0], "vqa", "val")
+        assert found.keys().isdisjoint(kept)
+        found |= kept
     paths = getattr(package, f"get_{split}_image_paths")()
     expected: dict[int, list[tuple[str, str]]] = {}
     for text, answer, number in zip(*getattr(package, f"get_{split}_questions")(), strict=True):
@@ -46,7 +50,8 @@ def test_vqa_is_the_package_word_for_word(built, split):
 def test_the_official_test_split_has_its_size(built):
     shards = built[1]["vqa/test"]
     assert (sum(map(len, shards)), sum(int(shard.turns.sum()) for shard in shards)) == (1000, 9673)
-    assert sum(map(len, built[1]["vqa/train"])) == 4000
+    assert sum(map(len, built[1]["vqa/train"])) == 3800
+    assert sum(map(len, built[1]["vqa/val"])) == 200
 
 
 def paint(path) -> tuple[int, int, int]:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from moextend_pl.contracts import UserError
+
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """`BatchNorm2d` whose statistics in training are those of the global batch.
@@ -43,11 +45,19 @@ def share_statistics(module: nn.Module) -> None:
 
     Args:
         module: Changed in place; parameters and buffers stay as they are.
+
+    Raises:
+        UserError: If a layer is a variant of `BatchNorm2d` that does more than normalise.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and type(child) is not nn.BatchNorm2d:
+                raise UserError(
+                    f"Expected plain BatchNorm2d layers in a tower that learns on several processes, got "
+                    f"{type(child).__name__} at {name!r}. Train the tower on one process, or choose another tower."
+                )
             if isinstance(child, nn.BatchNorm2d):
                 wide = GlobalBatchNorm2d(child.num_features, child.eps, child.momentum)
                 wide.load_state_dict(child.state_dict())

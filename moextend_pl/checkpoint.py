@@ -102,8 +102,14 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters that do not learn."""
-    return {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    """Returns the parameters that do not learn, and the saved buffers of modules of which nothing learns."""
+    tensors: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    saved = module.state_dict(keep_vars=True)
+    for path, child in module.named_modules():
+        if not any(parameter.requires_grad for parameter in child.parameters(recurse=False)):
+            names = (f"{path}.{name}" if path else name for name, _ in child.named_buffers(recurse=False))
+            tensors.update({name: saved[name] for name in names if name in saved})
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class Manifest:
         Raises:
             UserError: If a frozen tensor differs.
         """
-        names = {name.replace(WRAPPED, "."): tensor for name, tensor in model.named_parameters()}
+        names = {name.replace(WRAPPED, "."): tensor for name, tensor in model.state_dict().items()}
         for name, expected in self.frozen.items():
             got = tensor_sha256(names[name]) if name in names else "no such tensor"
             if got != expected:
@@ -206,7 +212,7 @@ def save_delta(module: MoExtend, run: Path) -> Manifest:
         plan=module.extension_plan,
         model=arguments,
         trained=[name for name, parameter in parameters.items() if parameter.requires_grad],
-        frozen=fingerprints({name: p for name, p in frozen_tensors(module).items() if name in base}),
+        frozen=fingerprints({name: t for name, t in frozen_tensors(module).items() if name not in delta}),
         delta_sha256=file_sha256(run / DELTA_FILE),
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         run=run,

@@ -132,6 +132,8 @@ def _silence_noise() -> None:
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty.*")
     # Frozen towers are in eval mode on purpose.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training.*")
+    # The datamodule keeps its own place: a resumed run sees exactly the next global batch.
+    warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended.*")
     # Short stages log fewer steps than Lightning's default interval.
     warnings.filterwarnings("ignore", message=r"The number of training batches .* smaller than the logging interval")
     # Lightning calls torch's older name of a tree test; nothing here can change that.

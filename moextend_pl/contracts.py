@@ -134,7 +134,7 @@ class ExtensionPlan:
     """
 
     layers: tuple[LayerGrowth, ...]
-    init: str = "copy"
+    init: str = "preserving"
     routing: str = "masked"
     calibration: str = "additive"
     seed: int = 0

@@ -25,6 +25,7 @@ from moextend_pl.samples.prompt import prompt_batch
 from moextend_pl.stage import StageModule
 
 ENCODE_TOGETHER = 16
+CACHE_BYTES = 2**30
 
 
 class MoExtend(AnswerMixin, StageModule):
@@ -35,7 +36,7 @@ class MoExtend(AnswerMixin, StageModule):
         projector: From features to embeddings; its widths are filled in.
         language: The language model; grown by the extension plan.
         init_from: Run directory (or delta file) of an earlier stage whose new weights are the start.
-        cache_features: Whether features of a frozen tower are computed once an image and kept.
+        cache_features: Whether features of a frozen tower are computed once an image and kept, up to 1 GiB.
         optim: Optimizer of the stage.
     """
 
@@ -54,6 +55,7 @@ class MoExtend(AnswerMixin, StageModule):
         self.init_from = Path(init_from) if init_from else None
         self.cache_features = cache_features
         self._features: dict[str, Tensor] = {}
+        self._cached_bytes = 0
         if self.init_from is not None:
             read_manifest(self.init_from)
 
@@ -146,9 +148,8 @@ class MoExtend(AnswerMixin, StageModule):
         frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
         if not frozen:
             return self.encoder(pixels_I3HW)
-        keys = image_keys if self.cache_features else [f"{n}" for n in range(len(image_keys))]
-        known = self._features if self.cache_features else {}
-        missing = [n for n, key in enumerate(keys) if key not in known]
+        known = {key: self._features[key] for key in image_keys if key in self._features}
+        missing = [n for n, key in enumerate(image_keys) if key not in known]
         with torch.no_grad():
             # Always the same number at a time: the last bit of a convolution may depend on it, and a
             # resumed run, which meets the images in other company, has to see the same features.
@@ -156,8 +157,18 @@ class MoExtend(AnswerMixin, StageModule):
                 chosen = missing[first : first + ENCODE_TOGETHER]
                 padded = pixels_I3HW.new_zeros(ENCODE_TOGETHER, *pixels_I3HW.shape[1:])
                 padded[: len(chosen)] = pixels_I3HW[chosen]
-                known.update(zip([keys[n] for n in chosen], self.encoder(padded), strict=False))
-        return torch.stack([known[key] for key in keys])
+                known.update(zip([image_keys[n] for n in chosen], self.encoder(padded).unbind(), strict=False))
+        if self.cache_features:
+            self._remember({key: known[key] for key in (image_keys[n] for n in missing)})
+        return torch.stack([known[key] for key in image_keys])
+
+    def _remember(self, features: dict[str, Tensor]) -> None:
+        for key, feature_PC in features.items():
+            size = feature_PC.numel() * feature_PC.element_size()
+            if self._cached_bytes + size <= CACHE_BYTES:
+                # A clone: a view would keep the features of its whole company.
+                self._features[key] = feature_PC.clone()
+                self._cached_bytes += size
 
     def embed(self, batch: Batch) -> Tensor:
         """Embeds a batch with its image features in place.

@@ -38,7 +38,7 @@ def plot_usage(moments: Mapping[str, Counts], path: Path) -> None:
         moments: Counts by token kind and layer, for each moment shown (one row of maps each).
         path: Where the PNG goes.
     """
-    figure = Figure(figsize=(4.2 * len(TOKEN_KINDS), 0.9 + 2.2 * len(moments)))
+    figure = Figure(figsize=(4.2 * len(TOKEN_KINDS), 0.9 + 2.4 * len(moments)), layout="constrained")
     axes = figure.subplots(len(moments), len(TOKEN_KINDS), squeeze=False)
     for row, (moment, counts) in zip(axes, moments.items(), strict=True):
         for axis, kind in zip(row, TOKEN_KINDS, strict=True):

@@ -21,7 +21,7 @@ def accuracy_rows(data: Mapping[str, Any]) -> list[tuple[str, float | None, floa
             data["text_accuracy_extended"],
             data["trainable_parameters"],
         ),
-        ("extended, open routing", data["vqa_accuracy_open"], data["text_accuracy_open"], data["trainable_parameters"]),
+        ("extended, open routing", data["vqa_accuracy"], data["text_accuracy_open"], data["trainable_parameters"]),
     ]
     if "full_finetune" in data:
         full = data["full_finetune"]

@@ -121,7 +121,10 @@ class ExtendedRouter(nn.Module):
             zero = touch(self.parameters())
             return logits_TE, weights_TK if zero is None else weights_TK + zero, indices_TK
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TM = torch.cat([logits_TE, F.linear(x_TD, self.weight.to(x_TD.dtype)).to(logits_TE.dtype)], dim=-1)
+        # One product for old and new rows: a fresh copy then ties with its source exactly, whatever the number of
+        # tokens, and not by how two products of different shapes happen to round.
+        rows_MD = torch.cat([self.base.weight, self.weight.to(self.base.weight.dtype)])
+        logits_TM = F.linear(x_TD, rows_MD.to(x_TD.dtype)).to(logits_TE.dtype)
         new_weights_TK, new_indices_TK = self._route(logits_TM, weights_TK.shape[-1])
         open_T1 = self.reach.tokens(len(x_TD)).unsqueeze(-1)
         weights_TK = torch.where(open_T1, new_weights_TK.to(weights_TK.dtype), weights_TK)

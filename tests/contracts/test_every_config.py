@@ -36,8 +36,8 @@ def quickstart(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.copytree(tiny_world.encoder, root / "0_vision" / "encoder")
     shutil.copytree(tiny_world.base, root / "data" / "tokenizer")
     for name, source in (("vqa", "vqa"), ("captions", "vqa"), ("text", "text")):
-        for split in ("train", "test"):
-            shutil.copytree(tiny_world.data(source, split), root / "data" / name / split)
+        for split, copied in (("train", "train"), ("val", "test"), ("test", "test")):
+            shutil.copytree(tiny_world.data(source, copied), root / "data" / name / split)
     save_delta(tiny_world.model(parts=["projector"]), root / "1_align")
     (root / "2_probe").mkdir()
     make_plan().save(root / "2_probe" / "extension_plan.yaml")

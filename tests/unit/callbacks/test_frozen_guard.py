@@ -36,7 +36,9 @@ def test_run_that_keeps_the_base_gets_a_receipt(tiny_world: TinyWorld, make_trai
     make_trainer(TrainOnly(parts), FrozenGuard(), steps=3).fit(model, tiny_world.datamodule())
     receipt = json.loads((tmp_path / "run" / "frozen.json").read_text())
     assert receipt["unchanged"] is True
-    assert receipt["tensors"] == sum(not p.requires_grad for p in model.parameters())
+    running = [name for name in model.state_dict() if "running_" in name or "num_batches" in name]
+    assert running
+    assert receipt["tensors"] == sum(not p.requires_grad for p in model.parameters()) + len(running)
 
 
 @pytest.mark.parametrize("part", ["encoder", "language", "routers"])
@@ -47,6 +49,19 @@ def test_changed_frozen_tensor_is_an_error_and_gives_no_receipt(
     with pytest.raises(RuntimeError, match="1 of .* frozen tensors changed"):
         trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule())
     assert not (tmp_path / "run" / "frozen.json").exists()
+
+
+class MoveStatistics(Callback):
+    """Runs a frozen layer in train mode, as a tower that was forgotten in it would."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: MoExtend, *_: Any) -> None:
+        next(b for name, b in pl_module.encoder.named_buffers() if "running_mean" in name).add_(1e-3)
+
+
+def test_changed_statistics_of_a_frozen_tower_are_an_error(tiny_world: TinyWorld, make_trainer: Callable) -> None:
+    trainer = make_trainer(TrainOnly(["projector"]), FrozenGuard(), MoveStatistics(), steps=2)
+    with pytest.raises(RuntimeError, match="running_mean"):
+        trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule())
 
 
 def test_learning_tensors_may_change(tiny_world: TinyWorld, make_trainer: Callable) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import shared_losses
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -94,56 +95,21 @@ def test_balance_of_layers_where_no_token_counts_is_finite() -> None:
     assert loss.item() == 0.0
 
 
-# Run by each of two processes: both take a share of a joined batch, uneven in learned tokens.
-RANK = """
-import json, os, sys
-import torch, torch.distributed as dist
-from moextend_pl.contracts import IGNORE_INDEX
-from moextend_pl.losses import balance_loss, token_loss
-from moextend_pl.moe.usage import RouterRecord
-
-rank, world, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-if world > 1:
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-torch.manual_seed(0)
-x, labels, head, gate = torch.randn(12, 6), torch.randint(0, 9, (12,)), torch.randn(9, 6), torch.randn(5, 6)
-labels[1:6] = IGNORE_INDEX  # the first half learns one token, the second half six
-mask = torch.ones(12, dtype=torch.bool)
-mask[2:5] = False
-part = slice(rank * 12 // world, (rank + 1) * 12 // world)
-x, labels, mask = x[part], labels[part], mask[part]
-head.requires_grad_(), gate.requires_grad_()
-logits = x @ gate.T
-token = token_loss(x @ head.T, labels)
-balance = balance_loss([RouterRecord(0, 5, logits, logits.topk(2).indices)], [mask])
-(token + balance).backward()
-values = {"token": token.detach(), "balance": balance.detach(), "head": head.grad, "gate": gate.grad}
-for value in values.values():
-    if world > 1:
-        dist.all_reduce(value)  # the mean over ranks, as DDP takes it
-        value /= world
-if rank == 0:
-    torch.save(values, out)
-if world > 1:
-    dist.destroy_process_group()
-"""
-
-
-def values_of(world: int, folder: Path) -> dict[str, Tensor]:
+def values_of_two_processes(folder: Path) -> dict[str, Tensor]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    out = folder / f"{world}.pt"
-    command = [sys.executable, "-c", RANK]
-    ranks = [subprocess.Popen([*command, str(r), str(world), str(out)], env=environment) for r in range(world)]
-    assert [process.wait(timeout=240) for process in ranks] == [0] * world
+    command = [sys.executable, shared_losses.__file__]
+    out = folder / "values.pt"
+    ranks = [subprocess.Popen([*command, str(rank), "2", str(out)], env=environment) for rank in range(2)]
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
     return torch.load(out, weights_only=True)
 
 
 def test_two_processes_have_loss_and_gradients_of_one_on_the_joined_batch(tmp_path: Path) -> None:
-    one, two = values_of(1, tmp_path), values_of(2, tmp_path)
+    one, two = shared_losses.values_of(rank=0, world=1), values_of_two_processes(tmp_path)
+    assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, msg=lambda text, name=name: f"{name}: {text}")

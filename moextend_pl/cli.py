@@ -134,6 +134,8 @@ def _silence_noise() -> None:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training.*")
     # The datamodule keeps its own place: a resumed run sees exactly the next global batch.
     warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended.*")
+    # ThroughputMonitor counts samples and tokens here; operations of a sparse model are no fixed number.
+    warnings.filterwarnings("ignore", message=r"When using the `ThroughputMonitor`, you need to define.*")
     # Short stages log fewer steps than Lightning's default interval.
     warnings.filterwarnings("ignore", message=r"The number of training batches .* smaller than the logging interval")
     # Lightning calls torch's older name of a tree test; nothing here can change that.

@@ -94,6 +94,16 @@ class Batch(TypedDict):
     answers: NotRequired[list[str]]  # B
 
 
+def samples_in(batch: Batch) -> int:
+    """Returns B, for Lightning's ThroughputMonitor."""
+    return len(batch["keys"])
+
+
+def tokens_in(batch: Batch) -> int:
+    """Returns the number of real tokens, image placeholders included, for Lightning's ThroughputMonitor."""
+    return int(batch["attention_mask"].sum())
+
+
 @dataclass(frozen=True)
 class TrainPlan:
     """Names of the parts that learn in this run; every other parameter is frozen.

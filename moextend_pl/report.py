@@ -149,6 +149,13 @@ def _once(out: Path, name: str, delta: Path, measure: Any) -> dict[str, Any]:
     return dict(known[name]["values"])
 
 
+def peak_memory_gb(out: Path) -> float:
+    """Returns the most memory, in GB, that any finished stage or this process has held."""
+    receipts = [json.loads(path.read_text()) for path in out.glob("*/stage.json")]
+    now = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+    return max([now, *(float(receipt.get("peak_memory_gb", 0.0)) for receipt in receipts)])
+
+
 def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> None:
     """Measures what is there and writes `report.json`, `report.md` and the plots.
 
@@ -164,7 +171,7 @@ def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> None:
         data["full_finetune"] = _once(out, "full_finetune", full, lambda: measure_full_finetune(configs))
         data["full_finetune"]["seconds"] = seconds.get("full_finetune", 0.0)
     data["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
-    data["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+    data["peak_memory_gb"] = peak_memory_gb(out)
     runs = {name: out / name / "metrics.csv" for name in TRAINED if (out / name / "metrics.csv").is_file()}
     plots.plot_losses(runs, out / "plots" / "losses.png")
     plots.plot_accuracies(data, out / "plots" / "accuracy.png")

@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moextend_pl.checkpoint import write_atomically
@@ -32,6 +32,7 @@ from moextend_pl.preflight import (
 )
 
 DEFAULT_SEED = 0
+EXIT_TERMINATED = 143
 PER_CALL_KEYS = ("config", BASE_KEY, "fresh", "ckpt_path", "allow_class_path")
 DESCRIPTIONS = {
     "fit": "Trains one stage. Continues from RUN/checkpoints/last.ckpt if it is there.",
@@ -209,12 +210,20 @@ def run_stage(argv: Sequence[str]) -> MoExtendCLI | int:
 
     Raises:
         UserError: For every mistake that the user can mend.
+        KeyboardInterrupt: If the run was interrupted from the keyboard.
+        SystemExit: With code 143 if it was terminated.
     """
     try:
         return MoExtendCLI(prepare_arguments(argv))
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except SIGTERMException as error:
+        # Lightning leaves with exit code 0 here, which a scheduler takes for a finished run.
+        _log.warning("terminated; the same command continues where it stopped")
+        raise SystemExit(EXIT_TERMINATED) from error
     except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
         if error.code in (0, None):  # --help and --print_config
             return 0
         raise

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.stages import kill_when, metrics, write_stage
+from helpers.stages import kill_when, metrics, start, write_stage
 from helpers.tiny_world import TinyWorld, make_plan
 from safetensors.torch import load_file
 
@@ -98,3 +100,22 @@ def test_finished_stage_that_is_started_again_changes_nothing(
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     cli.run(["fit", "--config", str(run.parent / "extend.yaml")])
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_asked_to_end_it_says_so_and_goes_on_when_started_again(
+    tiny_world: TinyWorld, tmp_path: Path, whole: Callable[[str], Path], number: signal.Signals, code: int
+) -> None:
+    config, run = stage_file(tiny_world, tmp_path, "run", "extend"), tmp_path / "run"
+    process = start(config)
+    limit = time.monotonic() + 120
+    while not has_moved_past_a_checkpoint(run):
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == code
+    assert "the same command continues where it stopped" in config.with_suffix(".log").read_text()
+    cli.run(["fit", "--config", str(config)])
+    assert (run / "delta.safetensors").read_bytes() == (whole("extend") / "delta.safetensors").read_bytes()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.tiny_world import TinyWorld
 from lightning.pytorch import Callback, Trainer
 
@@ -34,10 +35,8 @@ def test_bar_of_a_continued_stage_has_its_total_and_starts_where_the_stage_stopp
         )  # fmt: skip
 
     first = trainer(StageProgress(), Stop(3))
-    try:
+    with pytest.raises(RuntimeError, match="killed"):
         first.fit(tiny_world.unbuilt(), tiny_world.datamodule())
-    except RuntimeError as error:
-        assert str(error) == "killed"
     bar = StageProgress()
     seen: list[tuple[int, int]] = []
     bar.on_train_batch_start = lambda *_: seen.append((bar.train_progress_bar.initial, bar.train_progress_bar.total))  # type: ignore[method-assign]

@@ -65,9 +65,6 @@ def error_of(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
     return errors[0].removeprefix("error: ")
 
 
-# -- commands ------------------------------------------------------------------------------------
-
-
 def test_overview_lists_every_command_and_imports_no_torch() -> None:
     code = "import sys; from moextend_pl.cli import main; rc = main([]); print('torch' in sys.modules, rc)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -110,9 +107,6 @@ def test_real_process_exits_with_two_one_line_and_no_traceback(stage: Path) -> N
     assert done.returncode == 2
     assert done.stderr == "error: toy_stage.Toy does not accept 'model.n_expert'; did you mean 'n_experts'?\n"
     assert done.stdout == ""
-
-
-# -- one-line errors -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -248,9 +242,6 @@ def test_traceback_of_a_mistake_is_shown_on_demand(stage: Path, monkeypatch: pyt
         cli.main(["fit", "--config", str(stage), *ALLOW, "--model.n_expert=3"])
 
 
-# -- layers --------------------------------------------------------------------------------------
-
-
 def write(path: Path, data: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(data))
@@ -289,9 +280,6 @@ def test_later_config_does_not_apply_a_base_again(stage: Path, tmp_path: Path) -
 
 def test_seed_is_zero_unless_set(stage: Path) -> None:
     assert fit(stage).config["fit"]["seed_everything"] == 0
-
-
-# -- runs ----------------------------------------------------------------------------------------
 
 
 def test_saved_config_starts_the_same_run_again(stage: Path, tmp_path: Path) -> None:

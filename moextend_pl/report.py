@@ -173,7 +173,8 @@ def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> None:
     data["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
     data["peak_memory_gb"] = peak_memory_gb(out)
     runs = {name: out / name / "metrics.csv" for name in TRAINED if (out / name / "metrics.csv").is_file()}
-    plots.plot_losses(runs, out / "plots" / "losses.png")
+    if runs:  # a run of a few steps logs nothing
+        plots.plot_losses(runs, out / "plots" / "losses.png")
     plots.plot_accuracies(data, out / "plots" / "accuracy.png")
     for name in ("usage", "shift"):
         source = out / "2_probe" / "plots" / f"{name}.png"

@@ -47,6 +47,13 @@ def test_tiny_data_has_batches_of_which_one_rank_sees_no_image(tiny_world: TinyW
     assert [True, True] in halves
 
 
+def assert_same_losses(folder: Path, rel: float) -> None:
+    expected, got = metrics(folder / "one"), metrics(folder / "two")
+    assert list(got) == list(expected) == list(range(8))
+    for step, values in expected.items():
+        assert got[step] == pytest.approx(values, rel=rel), f"step {step}"
+
+
 @pytest.mark.parametrize(("stage", "train"), [("vision", "vqa"), ("language", "text")])
 def test_losses_of_a_part_alone_are_the_same_on_two_processes(
     tiny_world: TinyWorld, tmp_path: Path, stage: str, train: str
@@ -55,10 +62,7 @@ def test_losses_of_a_part_alone_are_the_same_on_two_processes(
     one, two = (write_stage(tiny_world, tmp_path / run, stage, **data) for run in ("one", "two"))
     cli.run(["fit", "--config", str(one)])
     finish(two, *TWO)
-    expected, got = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert list(got) == list(expected) == list(range(8))
-    for step, values in expected.items():
-        assert got[step] == pytest.approx(values, rel=1e-3), f"step {step}"
+    assert_same_losses(tmp_path, rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["align", "probe", "extend"])
@@ -69,10 +73,7 @@ def test_losses_of_two_processes_are_those_of_one(tiny_world: TinyWorld, tmp_pat
     one, two = (write_stage(tiny_world, tmp_path / run, stage, **files) for run in ("one", "two"))
     cli.run(["fit", "--config", str(one)])
     finish(two, *TWO)
-    expected, got = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert list(got) == list(expected) == list(range(8))
-    for step, values in expected.items():
-        assert got[step] == pytest.approx(values, rel=1e-4), f"step {step}"
+    assert_same_losses(tmp_path, rel=1e-4)
     if stage == "probe":
         plans = [ExtensionPlan.load(tmp_path / run / "extension_plan.yaml") for run in ("one", "two")]
         assert plans[0].layers == plans[1].layers

@@ -53,6 +53,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(run: Path) -> None:
+    """Deletes what a process that was killed while it wrote has left in a run directory.
+
+    Args:
+        run: Directory that no other process writes to.
+    """
+    for leftover in run.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file so that it is there whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

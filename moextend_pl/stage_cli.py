@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from moextend_pl.checkpoint import write_atomically
+from moextend_pl.checkpoint import remove_leftovers, write_atomically
 from moextend_pl.config_errors import explain
 from moextend_pl.config_files import ALLOW_OPTION, BASE_KEY, StageArguments, prepare_arguments
 from moextend_pl.contracts import UserError
@@ -123,6 +123,8 @@ class MoExtendCLI(LightningCLI):
         config = plain_config(given)
         run = run_directory(config)
         fresh = given.get("fresh", False) and not _was_requeued()
+        if command == "fit" and _is_first_rank():
+            remove_leftovers(run)
         self._checkpoint = choose_checkpoint(run, given.get("ckpt_path"), fresh)
         if self._checkpoint is None:
             if command != "fit":

@@ -28,7 +28,8 @@ class ExpertExtension(Callback):
     writes `extension_plan.yaml`, `usage.json` and the heat maps.
 
     *Extend run* (`plan`): reads a plan in `setup` and declares it; the module grows when it is built,
-    so that resuming and distributed training see the grown model from the start.
+    so that resuming and distributed training see the grown model from the start. A model that starts
+    from an extended run (`init_from`) grows on top of it, and what was new there is frozen now.
 
     Args:
         rule: Layer rule of a probe run.
@@ -37,9 +38,10 @@ class ExpertExtension(Callback):
         source: Whether source experts are the most used `after` the probe (as the paper's code) or
             `before` it (as its Eq. 8).
         init: `copy` or `preserving`; in an extend run it replaces the plan's.
-        routing: `masked` or `open`; likewise.
-        calibration: `additive` or `none`; likewise.
+        routing: `masked`, `masked_tokens` or `open`; likewise.
+        calibration: `additive`, `multiplicative` or `none`; likewise.
         seed: Seed of the calibration weights; likewise.
+        task: Name of the task that masked routing keeps the new experts for; likewise.
 
     Raises:
         UserError: If neither or both of `rule` and `plan` are given.
@@ -60,6 +62,7 @@ class ExpertExtension(Callback):
         routing: str | None = None,
         calibration: str | None = None,
         seed: int | None = None,
+        task: str | None = None,
     ) -> None:
         if (rule is None) == (plan is None):
             raise UserError("Expected exactly one of `rule` (probe run) and `plan` (extend run) in ExpertExtension.")
@@ -68,7 +71,7 @@ class ExpertExtension(Callback):
         if new_experts < 1:
             raise UserError(f"Expected `new_experts` >= 1, got {new_experts}.")
         self.rule, self.new_experts, self.source = rule, new_experts, source
-        options = {"init": init, "routing": routing, "calibration": calibration, "seed": seed}
+        options = {"init": init, "routing": routing, "calibration": calibration, "seed": seed, "task": task}
         self.options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         self.plan = ExtensionPlan.load(Path(plan)).with_options(**self.options) if plan is not None else None
         self._routers: list[torch.Tensor] = []

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from moextend_pl.module import MoExtend
 
 DELTA_FILE, MANIFEST_FILE = "delta.safetensors", "manifest.json"
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2
 PACKAGES = ("torch", "lightning", "transformers", "timm", "safetensors")
-# A wrapped router or experts module holds the base's own under this name.
-WRAPPED = ".base."
+# A wrapped router or experts module holds the base's own under this name, once for each extension.
+WRAPPED = re.compile(r"(\.base)+(?=\.)")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -107,8 +108,8 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the SHA-256 of each tensor by the name it has in the base, grown or not."""
-    return {name.replace(WRAPPED, "."): tensor_sha256(tensor) for name, tensor in tensors.items()}
+    """Returns the SHA-256 of each tensor of the base by the name it has there, grown or not."""
+    return {WRAPPED.sub("", name): tensor_sha256(tensor) for name, tensor in tensors.items()}
 
 
 def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -127,7 +128,7 @@ class Manifest:
     """What a delta belongs to.
 
     Attributes:
-        plan: Extension plan of the run, or None.
+        plans: Extension plans of the model, first one first.
         model: Arguments of tower, projector and language model; folders relative to the run directory.
         trained: Names of the tensors that learned.
         frozen: SHA-256 of every tensor that did not, by its name in the base.
@@ -136,7 +137,7 @@ class Manifest:
         run: Where the manifest was read from.
     """
 
-    plan: ExtensionPlan | None
+    plans: tuple[ExtensionPlan, ...]
     model: dict[str, dict[str, Any]]
     trained: list[str]
     frozen: dict[str, str]
@@ -160,7 +161,8 @@ class Manifest:
         Raises:
             UserError: If a frozen tensor differs.
         """
-        names = {name.replace(WRAPPED, "."): tensor for name, tensor in model.state_dict().items()}
+        new = {name for name, _ in model.named_parameters()} - model.base_names()
+        names = {WRAPPED.sub("", name): tensor for name, tensor in model.state_dict().items() if name not in new}
         for name, expected in self.frozen.items():
             got = tensor_sha256(names[name]) if name in names else "no such tensor"
             if got != expected:
@@ -193,8 +195,8 @@ def read_manifest(run: Path) -> Manifest:
             raise UserError(
                 f"{path}: expected schema {MANIFEST_SCHEMA}, got {data.get('schema')!r}. Train the stage again."
             )
-        plan = ExtensionPlan.from_dict(data["plan"], origin=str(path)) if data["plan"] else None
-        return Manifest(plan=plan, run=path.parent, **{name: data[name] for name in names})
+        plans = tuple(ExtensionPlan.from_dict(plan, origin=str(path)) for plan in data["plans"])
+        return Manifest(plans=plans, run=path.parent, **{name: data[name] for name in names})
     except (json.JSONDecodeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error!r}). Train the stage again.") from error
 
@@ -219,7 +221,7 @@ def save_delta(module: MoExtend, run: Path) -> Manifest:
     for part, name in (("encoder", "path"), ("language", "base")):
         arguments[part][name] = os.path.relpath(arguments[part][name], run)
     manifest = Manifest(
-        plan=module.extension_plan,
+        plans=module.plans,
         model=arguments,
         trained=[name for name, parameter in parameters.items() if parameter.requires_grad],
         frozen=fingerprints({name: t for name, t in frozen_tensors(module).items() if name not in delta}),
@@ -227,7 +229,7 @@ def save_delta(module: MoExtend, run: Path) -> Manifest:
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         run=run,
     )
-    data = {"schema": MANIFEST_SCHEMA, **asdict(manifest), "plan": manifest.plan.to_dict() if manifest.plan else None}
+    data = {"schema": MANIFEST_SCHEMA, **asdict(manifest), "plans": [plan.to_dict() for plan in manifest.plans]}
     data.pop("run")
     write_json(run / MANIFEST_FILE, data)
     return manifest

@@ -24,8 +24,8 @@ PLAN_SCHEMA = 1
 PLAN_FILE = "extension_plan.yaml"
 
 INITS = ("copy", "preserving")
-ROUTINGS = ("open", "masked")
-CALIBRATIONS = ("additive", "none")
+ROUTINGS = ("open", "masked", "masked_tokens")
+CALIBRATIONS = ("additive", "multiplicative", "none")
 
 
 class UserError(ValueError):
@@ -92,6 +92,7 @@ class Batch(TypedDict):
     image_keys: list[str]  # I
     prompts: NotRequired[list[str]]  # B
     answers: NotRequired[list[str]]  # B
+    tasks: NotRequired[list[str]]  # B, names of the tasks that samples belong to
 
 
 def samples_in(batch: Batch) -> int:
@@ -136,10 +137,14 @@ class ExtensionPlan:
         layers: Growth of each extended layer, by rising layer index.
         init: `copy` (the paper: a new expert competes with all others) or `preserving` (a new expert
             competes with its source only, so that the function at step 0 is the base's).
-        routing: `open` (every token may reach new experts) or `masked` (sequences without an image
-            never do).
-        calibration: `additive` (the paper's module on the routing probabilities) or `none`.
+        routing: `open` (every token may reach new experts), `masked` (sequences without an image never do)
+            or `masked_tokens` (only image tokens do).
+        calibration: `additive` (the paper's code: a learned correction is added to the routing scores),
+            `multiplicative` (the paper's Eq. 10) or `none`.
         seed: Seed of the calibration's random weights.
+        task: If not empty, masked routing lets only samples of this task reach the new experts. Where a new
+            expert is grown from one of an earlier extension and `init` is `preserving`, it stands for its source
+            and serves only tokens that may reach that one.
         report: How the layers were chosen: scores by layer, rule, numbers of samples. Not read back.
     """
 
@@ -148,6 +153,7 @@ class ExtensionPlan:
     routing: str = "masked"
     calibration: str = "additive"
     seed: int = 0
+    task: str = ""
     report: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -167,6 +173,10 @@ class ExtensionPlan:
                     f"Expected a layer >= 0 with at least one source expert >= 0, got layer {growth.layer} "
                     f"with sources {list(growth.sources)}."
                 )
+
+    def same_growth(self, other: ExtensionPlan) -> bool:
+        """Tells whether another plan grows a model in the same way, whatever its report says."""
+        return replace(self, report={}) == replace(other, report={})
 
     def with_options(self, **changes: Any) -> ExtensionPlan:
         """Returns the plan with some of its fields changed."""

@@ -6,8 +6,7 @@ Shapes: B batch, S sequence, T = B * S tokens, D width, V vocabulary, A learned 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +25,14 @@ from transformers import (
 )
 
 from moextend_pl.answers import AnswerMixin
-from moextend_pl.contracts import IGNORE_INDEX, Batch, SampleSpec, UserError
+from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec, UserError
 from moextend_pl.losses import balance_loss, token_loss
 from moextend_pl.moe.blocks import find_blocks
-from moextend_pl.moe.extended import ExtendedRouter, Reach
+from moextend_pl.moe.extended_router import open_tokens
 from moextend_pl.moe.growth import grow, new_parameters, router_parameters
+from moextend_pl.moe.reach import Reach, reachable
 from moextend_pl.moe.usage import RouterRecord
+from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.optim import OptimSpec
 from moextend_pl.stage import StageModule
 
@@ -100,8 +101,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.tokenizer_path = tokenizer or str(base)
         self.experts_implementation = experts_implementation
         self.balance_weight, self.max_new_tokens = balance_weight, max_new_tokens
-        self.reach = Reach()
-        self._records: list[RouterRecord] | None = None
+        self.extensions: list[tuple[ExtensionPlan, Reach]] = []
+        self._watch = RouterWatch()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._opened_to_text = False
 
@@ -143,7 +144,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         return SampleSpec(self.tokenizer, self.image_token_id, tokens_per_image=0, image_size=0)
 
     def build(self) -> None:
-        """Reads or makes the model, grows it by the extension plan, and starts to watch its routers."""
+        """Reads or makes the model, and grows it by the extension plan where it is trained alone."""
         if self.base is None:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.model_config())
         else:
@@ -151,29 +152,28 @@ class MoELanguageModel(AnswerMixin, StageModule):
                 self.base, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
         self.model.set_experts_implementation(self.experts_implementation)
-        find_blocks(self.model)
-        if self.extension_plan is not None:
-            grow(self.model, self.extension_plan, self.reach)
-        for block in find_blocks(self.model):
-            self._watch(block.router, block.layer, block.num_experts)
         self.model.train()
+        self._watch.attach(self.model)
+        if self.extension_plan is not None:
+            self.extend(self.extension_plan)
 
-    def _watch(self, router: nn.Module, layer: int, num_experts: int) -> None:
-        def record(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            if self._records is not None:
-                self._records.append(RouterRecord(layer, num_experts, output[0], output[2]))
+    def extend(self, plan: ExtensionPlan) -> None:
+        """Grows the built model by a plan, on top of the plans before it.
 
-        router.register_forward_hook(record)
+        Args:
+            plan: The plan; its sources may be experts that an earlier plan added.
 
-    @contextmanager
-    def recording(self) -> Iterator[list[RouterRecord]]:
+        Raises:
+            UserError: If the plan does not fit the model.
+        """
+        reach = Reach()
+        grow(self.model, plan, reach)
+        self.extensions.append((plan, reach))
+        self._watch.attach(self.model)
+
+    def recording(self) -> AbstractContextManager[list[RouterRecord]]:
         """Collects what every router does inside the `with` block, in the order of the layers."""
-        records: list[RouterRecord] = []
-        self._records = records
-        try:
-            yield records
-        finally:
-            self._records = None
+        return self._watch.recording()
 
     @property
     def num_experts(self) -> dict[int, int]:
@@ -181,26 +181,26 @@ class MoELanguageModel(AnswerMixin, StageModule):
         return {block.layer: block.num_experts for block in find_blocks(self.model)}
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Returns `language`, `routers` (of the base), `new_experts`, `new_routers` and `calibration`."""
-        parts = {"routers": router_parameters(self.model), **new_parameters(self.model)}
+        """Returns `language`, `routers` (of the base), the parts of the latest extension, and earlier ones."""
+        latest = self.extensions[-1][1] if self.extensions else None
+        parts = {"routers": router_parameters(self.model), **new_parameters(self.model, latest)}
         listed = {id(parameter) for parameters in parts.values() for parameter in parameters}
         return {"language": [p for p in self.model.parameters() if id(p) not in listed], **parts}
 
     def open_to_text(self, is_open: bool) -> None:
-        """Lets text-only sequences reach new experts too, or forbids it, whatever the plan says."""
+        """Lets all tokens reach new experts, or forbids it again, whatever the plans say."""
         self._opened_to_text = is_open
 
-    def set_reach(self, has_image_B: Tensor | None, batch_size: int) -> None:
-        """Declares which sequences of the next passes may reach new experts.
+    def set_reach(self, batch: Batch) -> None:
+        """Declares which tokens of the next passes may reach the new experts of each extension.
 
         Args:
-            has_image_B: True for each sequence with an image; None if there is none.
-            batch_size: B.
+            batch: `input_ids` (B, S), and `tasks` where a plan belongs to a task.
         """
-        plan = self.extension_plan
-        if plan is not None and (plan.routing == "open" or self._opened_to_text):
-            has_image_B = torch.ones(batch_size, dtype=torch.bool, device=self.device)
-        self.reach.set(has_image_B)
+        is_image_BS = batch["input_ids"] == self.image_token_id
+        for plan, reach in self.extensions:
+            routing = "open" if self._opened_to_text else plan.routing
+            reach.set(reachable(routing, plan.task, is_image_BS, batch.get("tasks")))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeds ids; image placeholders, which lie outside the vocabulary, become the embedding of id 0."""
@@ -218,8 +218,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
             (B, S, V) logits, or (A, V) at the A chosen positions.
         """
         input_ids = batch["input_ids"]
-        has_image_B = (input_ids == self.image_token_id).any(dim=1)
-        self.set_reach(has_image_B, len(input_ids))
+        self.set_reach(batch)
         inputs = {"input_ids": input_ids} if embeddings is None else {"inputs_embeds": embeddings}
         inputs["attention_mask"] = batch["attention_mask"]
         if logits_at is None:
@@ -251,10 +250,10 @@ class MoELanguageModel(AnswerMixin, StageModule):
 
     def _balance(self, records: list[RouterRecord], attention_mask: Tensor) -> Tensor:
         real_T = attention_mask.reshape(-1).bool()
-        grown = {block.layer for block in find_blocks(self.model) if isinstance(block.router, ExtendedRouter)}
+        routers = {block.layer: block.router for block in find_blocks(self.model)}
         # A token that may not reach new experts says nothing about how they are used.
-        open_T = torch.zeros_like(real_T) if self.reach.nowhere else real_T & self.reach.tokens(len(real_T))
-        return balance_loss(records, [open_T if record.layer in grown else real_T for record in records])
+        masks = [real_T & open_tokens(routers[record.layer], real_T) for record in records]
+        return balance_loss(records, masks)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Learns to predict the supervised tokens."""
@@ -279,7 +278,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         Returns:
             B texts without special tokens.
         """
-        self.set_reach((batch["input_ids"] == self.image_token_id).any(dim=1), len(batch["input_ids"]))
+        self.set_reach(batch)
         model: Any = self.model  # `generate` comes from a mixin that the stub of PreTrainedModel lacks
         tokens = model.generate(
             inputs_embeds=self.embed(batch["input_ids"]) if embeddings is None else embeddings,

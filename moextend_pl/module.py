@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from moextend_pl.answers import AnswerMixin
 from moextend_pl.checkpoint import load_delta, read_manifest
-from moextend_pl.contracts import Batch, SampleSpec, TrainPlan, UserError
+from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UserError
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.fusion import scatter_features
 from moextend_pl.language import LanguageOutput, MoELanguageModel
-from moextend_pl.moe.extended import touch
+from moextend_pl.moe.touch import touch
 from moextend_pl.optim import OptimSpec
 from moextend_pl.projector import Projector
 from moextend_pl.samples.prompt import prompt_batch
@@ -112,22 +112,31 @@ class MoExtend(AnswerMixin, StageModule):
         return SampleSpec(self.language.tokenizer, self.language.image_token_id, tokens, side)
 
     def build(self) -> None:
-        """Builds tower, projector and language model, grows it, and reads the weights of `init_from`."""
-        if self.extension_plan is None and self.init_from is not None:
-            # A run without a plan of its own goes on with the one of the run it starts from.
-            self.extension_plan = read_manifest(self.init_from).plan
-        self.language.extension_plan = self.extension_plan
+        """Builds the three parts, grows the language model, and reads the weights of `init_from`."""
         self.encoder.build()
         self.encoder.eval()
         self.projector.in_features, self.projector.out_features = self.encoder.channels, self.language.width
         self.projector.build()
         self.language.build()
+        earlier = read_manifest(self.init_from).plans if self.init_from is not None else ()
+        for plan in earlier:
+            self.language.extend(plan)
         if self.init_from is not None:
+            # Before the next extension, whose new experts may be copies of trained ones.
             load_delta(self, self.init_from)
+        own = self.extension_plan
+        # A run with the plan that its start was trained with goes on with it.
+        if own is not None and not (earlier and own.same_growth(earlier[-1])):
+            self.language.extend(own)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Returns `encoder`, `projector` and the parts of the language model."""
         return {"encoder": list(self.encoder.parameters()), **self.projector.parts(), **self.language.parts()}
+
+    @property
+    def plans(self) -> tuple[ExtensionPlan, ...]:
+        """The extension plans of the built model, first one first."""
+        return tuple(plan for plan, _ in self.language.extensions)
 
     def base_names(self) -> set[str]:
         """Returns the names of the parameters that the base's own files hold; all others are new."""
@@ -209,12 +218,13 @@ class MoExtend(AnswerMixin, StageModule):
         """Generates greedily, one text for each prompt of the batch."""
         return self.language.answer(batch, self.embed(batch))
 
-    def generate(self, image: Image.Image | None, question: str) -> str:
+    def generate(self, image: Image.Image | None, question: str, task: str = "") -> str:
         """Answers one question.
 
         Args:
             image: A picture, or None for a question about text alone.
             question: The question, without any image mark.
+            task: Name of the task, where the model was extended for several.
 
         Returns:
             The answer.
@@ -224,4 +234,6 @@ class MoExtend(AnswerMixin, StageModule):
             'blue'
         """
         self.eval()
-        return self.answer(prompt_batch(self.sample_spec(), image, question, self.device))[0]
+        batch = prompt_batch(self.sample_spec(), image, question, self.device)
+        batch["tasks"] = [task]
+        return self.answer(batch)[0]

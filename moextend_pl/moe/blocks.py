@@ -8,11 +8,11 @@ indices)`, and an `experts` module with the weights of all experts in 3-D tensor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from moextend_pl.contracts import UserError
+from moextend_pl.moe.families import router_weight
 
 EXPERTS = "experts"
 
@@ -60,10 +60,11 @@ def expert_count(experts: nn.Module) -> int:
 
 def _router_name(block: nn.Module, num_experts: int) -> str | None:
     for name, child in block.named_children():
-        weight: Any = getattr(child, "weight", None)
-        rows = getattr(child, "num_experts", None) if hasattr(child, "base") else getattr(weight, "shape", (0,))[0]
-        # A Linear gate belongs to a block that routes by itself; it does not follow the protocol.
-        if name != EXPERTS and not isinstance(child, nn.Linear) and rows == num_experts and weight.dim() == 2:
+        # A plain Linear gate belongs to a block that routes by itself; it does not follow the protocol.
+        if name == EXPERTS or type(child) is nn.Linear:
+            continue
+        wrapped = hasattr(child, "base") and getattr(child, "num_experts", None) == num_experts
+        if wrapped or router_weight(child, num_experts) is not None:
             return name
     return None
 
@@ -80,17 +81,24 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
     Raises:
         UserError: If the model has no such block.
     """
-    found = []
+    found, routerless = [], set()
     for path, module in model.named_modules():
         count = expert_count(getattr(module, EXPERTS, nn.Identity()))
         router = _router_name(module, count) if count else None
         numbers = [int(part) for part in path.split(".") if part.isdigit()]
         if router is not None and numbers:
             found.append(MoEBlock(layer=numbers[-1], path=path, module=module, router_name=router))
+        elif count:
+            routerless.add(type(module).__name__)
     if not found:
-        kinds = sorted({type(child).__name__ for child in model.modules() if not list(child.children())})
+        leaves = sorted({type(child).__name__ for child in model.modules() if not list(child.children())})
+        what = (
+            f"experts in {sorted(routerless)} whose router has not one row for each of them"
+            if routerless
+            else f"no experts but {leaves}"
+        )
         raise UserError(
             "Expected a mixture-of-experts model whose blocks hold a router and an `experts` module with 3-D weights, "
-            f"got {type(model).__name__} with {kinds}. Name a transformers v5 mixture-of-experts model as the base."
+            f"got {type(model).__name__} with {what}. Name a transformers v5 mixture-of-experts model as the base."
         )
     return sorted(found, key=lambda block: block.layer)

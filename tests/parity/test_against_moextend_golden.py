@@ -15,8 +15,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth
 from moextend_pl.losses import balance_loss
 from moextend_pl.moe.blocks import MoEBlock, find_blocks
-from moextend_pl.moe.extended import Reach
 from moextend_pl.moe.growth import grow
+from moextend_pl.moe.reach import Reach
 from moextend_pl.moe.selection import ShiftRule, source_experts
 from moextend_pl.moe.usage import RouterRecord, selection_counts
 

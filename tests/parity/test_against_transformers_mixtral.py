@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import MixtralForCausalLM
 
 from moextend_pl.moe.blocks import find_blocks
-from moextend_pl.moe.extended import Reach
 from moextend_pl.moe.growth import grow, new_parameters, strip
+from moextend_pl.moe.reach import Reach
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 VOCABULARY = 40

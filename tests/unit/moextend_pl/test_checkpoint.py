@@ -119,7 +119,7 @@ def test_manifest_names_what_learned_and_fingerprints_the_rest(saved: tuple[MoEx
     model, run = saved
     manifest = read_manifest(run)
     assert set(manifest.trained) == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert manifest.plan == make_plan(sources=(1, 1))
+    assert manifest.plans == (make_plan(sources=(1, 1)),)
     stock = {f"language.model.{n}": tensor_sha256(p) for n, p in world.stock().named_parameters()}
     tower = load_file(world.encoder / "encoder.safetensors")
     assert any("running_mean" in name for name in tower)
@@ -163,7 +163,7 @@ def change_manifest(**changes: object) -> Callable[[Path, TinyWorld], None]:
 
 
 def other_plan(run: Path, world: TinyWorld) -> None:
-    change_manifest(plan=make_plan([1], (1, 1)).to_dict())(run, world)
+    change_manifest(plans=[make_plan([1], (1, 1)).to_dict()])(run, world)
 
 
 DAMAGES = {
@@ -174,11 +174,11 @@ DAMAGES = {
         "missing or damaged",
     ),
     "no manifest": (lambda run, _: (run / "manifest.json").unlink(), r"found no manifest\.json"),
-    "manifest of another schema": (change_manifest(schema=7), "expected schema 1, got 7"),
-    "manifest cut short": (lambda run, _: (run / "manifest.json").write_text('{"schema": 1, "pl'), "manifest.json"),
-    "manifest without its keys": (lambda run, _: (run / "manifest.json").write_text('{"schema": 1}'), "manifest.json"),
+    "manifest of another schema": (change_manifest(schema=7), "expected schema 2, got 7"),
+    "manifest cut short": (lambda run, _: (run / "manifest.json").write_text('{"schema": 2, "pl'), "manifest.json"),
+    "manifest without its keys": (lambda run, _: (run / "manifest.json").write_text('{"schema": 2}'), "manifest.json"),
     "plan of other layers": (other_plan, "tensors do not fit this model"),
-    "plan that is none": (change_manifest(plan={"schema": 1}), "not a valid extension plan"),
+    "plan that is none": (change_manifest(plans=[{"schema": 1}]), "not a valid extension plan"),
     "changed language model": (lambda _, world: flip_a_byte(world.base / "model.safetensors"), "the base has changed"),
     "changed tower": (lambda _, world: flip_a_byte(world.encoder / "encoder.safetensors"), "the base has changed"),
     "no language model": (lambda _, world: shutil.rmtree(world.base), r"found no config\.json"),
@@ -220,7 +220,7 @@ def test_run_without_a_plan_of_its_own_goes_on_with_the_earlier_one(
     model, run = saved
     other = world.unbuilt(init_from=run)
     other.configure_model()
-    assert other.extension_plan == model.extension_plan
+    assert other.plans == model.plans
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
 
 

@@ -22,7 +22,9 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
 def test_options_can_be_changed_and_are_checked() -> None:
     assert PLAN.with_options(routing="masked").routing == "masked"
     assert PLAN.routing == "open"
-    with pytest.raises(UserError, match=r"`routing` of the extension plan in \['open', 'masked'\], got 'closed'"):
+    with pytest.raises(
+        UserError, match=r"`routing` of the extension plan in \['open', 'masked', 'masked_tokens'\], got 'closed'"
+    ):
         PLAN.with_options(routing="closed")
 
 

@@ -8,8 +8,8 @@ from helpers.tiny_world import make_plan, tiny_mixtral
 from torch import nn
 
 from moextend_pl.contracts import TrainPlan, UserError
-from moextend_pl.moe.extended import Reach
 from moextend_pl.moe.growth import grow, new_parameters
+from moextend_pl.moe.reach import Reach
 from moextend_pl.optim import OptimSpec, apply_train_plan, build_optimizer, check_partition, learning_rate_factor
 
 

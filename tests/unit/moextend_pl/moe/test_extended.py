@@ -7,8 +7,11 @@ import torch
 from helpers.tiny_world import EXPERTS, TinyWorld, make_plan, perturb, tiny_mixtral
 from torch import nn
 
-from moextend_pl.moe.extended import ExtendedExperts, ExtendedRouter, Reach, sprout, touch
+from moextend_pl.moe.extended_experts import ExtendedExperts, sprout
+from moextend_pl.moe.extended_router import ExtendedRouter
 from moextend_pl.moe.growth import grow, new_parameters
+from moextend_pl.moe.reach import Reach
+from moextend_pl.moe.touch import touch
 
 
 def test_no_sequence_is_reached_unless_declared() -> None:
@@ -159,7 +162,7 @@ def test_cached_decoding_of_a_mixed_batch_equals_decoding_without_cache(tiny_wor
     assert not batch["attention_mask"].all()  # prompts of different lengths, padded on the left
     lm = model.language
     embeddings, mask = model.embed(batch), batch["attention_mask"]
-    lm.set_reach((batch["input_ids"] == lm.image_token_id).any(dim=1), 4)
+    lm.set_reach(batch)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = lm.model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
     slow = []
@@ -181,7 +184,7 @@ def test_beam_search_keeps_text_sequences_as_they_are(tiny_world: TinyWorld) -> 
     batch = tiny_world.batch(model, "tti", generation=True)
     options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     options |= {"inputs_embeds": model.embed(batch), "attention_mask": batch["attention_mask"]}
-    model.language.set_reach((batch["input_ids"] == model.language.image_token_id).any(dim=1), 3)
+    model.language.set_reach(batch)
     got, expected = model.language.model.generate(**options), stock.generate(**options)
     assert torch.equal(got[:2], expected[:2])
     assert not torch.equal(got[2], expected[2])

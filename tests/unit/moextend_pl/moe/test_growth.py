@@ -10,8 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth, UserError
 from moextend_pl.moe.blocks import expert_count, find_blocks
-from moextend_pl.moe.extended import ExtendedRouter, Reach
+from moextend_pl.moe.extended_router import ExtendedRouter
 from moextend_pl.moe.growth import grow, new_parameters, router_parameters, strip
+from moextend_pl.moe.reach import Reach
 
 
 def snapshot(model: nn.Module) -> tuple[list[tuple[str, type]], dict[str, torch.Tensor]]:
@@ -73,13 +74,18 @@ def test_plan_that_does_not_fit_is_refused_and_changes_nothing(plan: ExtensionPl
     assert unchanged(model, before)
 
 
-def test_growing_twice_is_refused_and_changes_nothing() -> None:
-    model = tiny_mixtral()
-    grow(model, make_plan([2]), Reach())
+def test_second_growth_counts_the_first_among_its_sources() -> None:
+    model, first, second = tiny_mixtral(), Reach(), Reach()
+    grow(model, make_plan([2]), first)
     before = snapshot(model)
-    with pytest.raises(UserError, match="Layer 2 is extended already"):
-        grow(model, make_plan([0, 2]), Reach())
+    with pytest.raises(UserError, match=rf"Layer 0 has {EXPERTS} experts, the plan asks to copy expert {EXPERTS}"):
+        grow(model, make_plan([0], (EXPERTS,)), second)
     assert unchanged(model, before)
+    grow(model, make_plan([2], (EXPERTS, 1)), second)
+    parts = new_parameters(model, latest=second)
+    new_first, new_second = parts["earlier_extensions"], parts["new_experts"]
+    assert [len(p) for p in new_second] == [2, 2]
+    assert any(torch.equal(p[:1], new_second[0][:1]) for p in new_first if p.shape[1:] == new_second[0].shape[1:])
 
 
 def test_growth_keeps_every_tensor_of_the_base_in_place() -> None:
@@ -127,7 +133,7 @@ def test_new_parameters_are_exactly_those_the_base_lacks(calibration: str) -> No
 
 
 def test_model_that_is_not_grown_has_no_new_parameters() -> None:
-    assert new_parameters(tiny_mixtral()) == {"new_experts": [], "new_routers": [], "calibration": []}
+    assert set(map(len, new_parameters(tiny_mixtral()).values())) == {0}
 
 
 def test_router_parameters_are_the_base_rows_grown_or_not() -> None:

@@ -13,11 +13,33 @@ from torch import Tensor, nn
 from moextend_pl.moe.calibration import Calibration
 from moextend_pl.moe.routing import (
     SMALLEST_SUM,
+    Scoring,
+    Selection,
     family_table,
+    family_winners,
+    join_gates,
+    mask_groups,
     renormalise,
-    route_among_all,
-    route_within_families,
+    seat_winners,
+    select,
+    weigh,
 )
+
+PLAIN = Scoring()
+Routed = tuple[Tensor, Tensor]
+
+
+def route_among_all(logits: Tensor, top_k: int, calibrate: nn.Module) -> Routed:
+    scores, indices = select(logits, top_k, PLAIN)
+    return weigh(calibrate(scores).gather(1, indices), PLAIN), indices
+
+
+def route_within_families(logits: Tensor, top_k: int, calibrate: nn.Module, families: Tensor) -> Routed:
+    winning, winners = family_winners(logits, families)
+    scores, indices = select(winning, top_k, PLAIN)
+    chosen = seat_winners(Selection(scores, scores, indices), winners, logits.shape[1])
+    return weigh(calibrate(chosen.scores_TM).gather(1, chosen.indices_TK), PLAIN), chosen.indices_TK
+
 
 QUICK = settings(max_examples=25, deadline=None)
 
@@ -184,3 +206,54 @@ def test_calibration_sizes_follow_the_layer_and_its_seed_decides() -> None:
     assert module.out_proj.shape == (9, 16)
     assert torch.equal(module.in_proj, Calibration(8, 1, seed=7).in_proj)
     assert not torch.equal(module.in_proj, Calibration(8, 1, seed=8).in_proj)
+
+
+def test_multiplicative_calibration_scales_the_gates() -> None:
+    module = trained_calibration(3, 2)
+    module.form = "multiplicative"
+    scores = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    for row, got in zip(scores.tolist(), module(scores).tolist(), strict=True):
+        corrections = [total - score for total, score in zip(loop_calibrate(module, row), row, strict=True)]
+        assert got == pytest.approx([p * (1 + d) for p, d in zip(row, corrections, strict=True)], abs=1e-6)
+
+
+def test_calibration_corrects_the_gates_that_an_earlier_one_left() -> None:
+    module = trained_calibration(2, 1)
+    scores, gates = torch.tensor([[0.2, 0.3, 0.5]]), torch.tensor([[0.1, 0.4, 0.5]])
+    expected = module(scores) - scores + gates
+    torch.testing.assert_close(module(scores, gates), expected)
+
+
+@pytest.mark.parametrize(
+    ("score", "fill", "expected"),
+    [
+        ("top2", "inf", [0.6, 0.5, -math.inf, -math.inf]),
+        ("top2", "zero", [0.6, 0.5, 0.0, 0.0]),
+        ("max", "zero", [0.0, 0.0, 0.9, 0.1]),
+    ],
+)
+def test_selection_stays_in_the_best_groups(score: str, fill: str, expected: list[float]) -> None:
+    scoring = Scoring(groups=2, top_groups=1, group_score=score, group_fill=fill)
+    got = mask_groups(torch.tensor([[0.6, 0.5, 0.9, 0.1]]), scoring)
+    assert got[0].tolist() == pytest.approx(expected)
+
+
+def test_selection_bias_decides_who_is_selected_and_not_how_much() -> None:
+    logits, bias = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0.0, 0.0, 9.0])
+    scores, indices = select(logits, 1, Scoring("sigmoid"), bias)
+    assert indices.tolist() == [[2]]
+    assert scores[0].tolist() == pytest.approx([1 / (1 + math.exp(-value)) for value in (2, 1, 0)])
+
+
+def test_newcomers_leave_an_earlier_correction_its_share() -> None:
+    earlier = Selection(torch.tensor([[0.6, 0.4]]), torch.tensor([[0.7, 0.3]]), torch.zeros(1, 1, dtype=torch.long))
+    scores = torch.tensor([[0.3, 0.2, 0.5]])
+    assert join_gates(scores, earlier)[0].tolist() == pytest.approx([0.35, 0.15, 0.5])
+    plain = earlier._replace(gates_TM=earlier.scores_TM)
+    assert join_gates(scores, plain) is scores
+
+
+def test_scale_and_sum_follow_the_family() -> None:
+    gates = torch.tensor([[0.2, 0.6]])
+    assert weigh(gates, Scoring(normalised=False, scale=2.0))[0].tolist() == pytest.approx([0.4, 1.2])
+    assert weigh(gates, Scoring(scale=2.0))[0].tolist() == pytest.approx([0.5, 1.5])

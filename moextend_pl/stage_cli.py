@@ -33,7 +33,7 @@ from moextend_pl.preflight import (
 
 DEFAULT_SEED = 0
 EXIT_TERMINATED = 143
-PER_CALL_KEYS = ("config", BASE_KEY, "fresh", "ckpt_path", "allow_class_path")
+PER_CALL_KEYS = ("config", BASE_KEY, "plan", "fresh", "ckpt_path", "allow_class_path")
 DESCRIPTIONS = {
     "fit": "Trains one stage. Continues from RUN/checkpoints/last.ckpt if it is there.",
     "validate": "Measures the run's last checkpoint on the validation split.",
@@ -101,6 +101,7 @@ class MoExtendCLI(LightningCLI):
             default=None,
             help="In a config file only: the files it is layered on, relative to itself.",
         )
+        parser.add_argument("--plan", type=str | None, help="Extension plan of an extend run, instead of its config's.")
         parser.add_argument("--fresh", action="store_true", help="Ignore the checkpoints of an earlier run.")
         # Taken off the command line before parsing; registered for `--help` only.
         parser.add_argument(ALLOW_OPTION, help="Let configs import from this package too; may be given several times.")
@@ -120,6 +121,8 @@ class MoExtendCLI(LightningCLI):
         """Settles the checkpoint before anything expensive is built."""
         command = str(self.subcommand)
         given = self.config[command]
+        if given.get("plan"):
+            replace_plan(given, given["plan"])
         config = plain_config(given)
         run = run_directory(config)
         fresh = given.get("fresh", False) and not _was_requeued()
@@ -166,6 +169,24 @@ class MoExtendCLI(LightningCLI):
             return super()._instantiate_trainer(config, callbacks)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its settings: {error}") from error
+
+
+def replace_plan(config: Namespace, path: str) -> None:
+    """Lets the extend run of a config read another plan, for example one written by hand.
+
+    Args:
+        config: Parsed config of a stage; changed in place.
+        path: The plan file.
+
+    Raises:
+        UserError: If the stage reads no plan.
+    """
+    callbacks = config.trainer.get("callbacks") or []
+    readers = [c for c in callbacks if c.class_path.endswith(".ExpertExtension") and c.init_args.get("plan")]
+    if not readers:
+        raise UserError("`--plan` needs a stage with an ExpertExtension callback that reads a plan, got none.")
+    for callback in readers:
+        callback.init_args.plan = path
 
 
 def plain_config(config: Namespace) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from moextend_pl.moe.reach import Reach
 
 # Why a family, or some of its layers, cannot be extended. Every other family must pass everything below.
 REFUSED = {
-    "gemma4": "not a product of hidden state",
-    "inkling": "not one row for each",
-    "zaya": "not one row for each",
+    "gemma4": "its logits are not a product of hidden state and one weight matrix",
+    "inkling": "router has not one row for each",
+    "zaya": "router has not one row for each",
 }
 PARTLY = {"deepseek_v4": "depends on more than the token's hidden state"}
 NAMED = [
@@ -319,7 +319,7 @@ def test_layer_that_cannot_be_extended_is_refused_with_the_reason(family: str) -
 def table_row(family: str) -> str:
     """Returns one line of the README's table, measured."""
     if family in REFUSED:
-        return f"| {family} | refused: {REFUSED[family]} | | | |"
+        return f"| {family} | refused: {REFUSED[family]} |  |  |  |"
     model = tiny_model(family)
     block = extendable(model)[0]
     facts = read_facts(block.router, block.num_experts)

@@ -93,7 +93,7 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
     if not found:
         leaves = sorted({type(child).__name__ for child in model.modules() if not list(child.children())})
         what = (
-            f"experts in {sorted(routerless)} whose router has not one row for each of them"
+            f"experts in {sorted(routerless)} whose router has not one row for each, or is not a module of its own"
             if routerless
             else f"no experts but {leaves}"
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moextend_pl.moe.blocks import MoEBlock, find_blocks
+from moextend_pl.moe.families import sort_output
 from moextend_pl.moe.usage import RouterRecord
 
 
@@ -38,7 +39,8 @@ class RouterWatch:
 
         def record(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
             if self._records is not None:
-                self._records.append(RouterRecord(layer, num_experts, output[0], output[2]))
+                logits, _, indices = sort_output(output)
+                self._records.append(RouterRecord(layer, num_experts, logits, indices))
 
         return block.router.register_forward_hook(record)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth, UserError
 from moextend_pl.moe.blocks import MoEBlock, find_blocks
-from moextend_pl.moe.families import read_facts
+from moextend_pl.moe.families import read_facts, sort_output
 from moextend_pl.moe.growth import grow, new_parameters, strip
 from moextend_pl.moe.reach import Reach
 
@@ -112,7 +112,9 @@ def chosen(model: Any, input_ids: Tensor) -> dict[int, Tensor]:
     """Returns the experts that each layer's router selects."""
     found: dict[int, Tensor] = {}
     handles = [
-        block.router.register_forward_hook(lambda _m, _i, out, layer=block.layer: found.update({layer: out[2]}))
+        block.router.register_forward_hook(
+            lambda _m, _i, out, layer=block.layer: found.update({layer: sort_output(out).indices})
+        )
         for block in find_blocks(model)
     ]
     logits(model, input_ids)

@@ -30,6 +30,7 @@ from moextend_pl.losses import balance_loss, token_loss
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.extended_router import open_tokens
 from moextend_pl.moe.growth import grow, new_parameters, router_parameters
+from moextend_pl.moe.quantize import check_base, load_base
 from moextend_pl.moe.reach import Reach, reachable
 from moextend_pl.moe.usage import RouterRecord
 from moextend_pl.moe.watch import RouterWatch
@@ -67,12 +68,13 @@ class MoELanguageModel(AnswerMixin, StageModule):
         config: Configuration of a model built from scratch instead; needs `model_type`.
         tokenizer: Folder of the tokenizer; by default that of the base.
         experts_implementation: How transformers computes experts: `grouped_mm`, `eager` or `batched_mm`.
+        quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; null as they are.
         balance_weight: Weight of the balance loss; the paper uses 0.001.
         max_new_tokens: Longest generated answer in test and predict runs.
         optim: Optimizer, where the model is trained alone.
 
     Raises:
-        UserError: If neither or both of `base` and `config` are given, or a folder is missing.
+        UserError: If neither or both of `base` and `config` are given, a folder is missing, or `quantize` cannot be.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         config: dict[str, Any] | None = None,
         tokenizer: str | None = None,
         experts_implementation: str = "grouped_mm",
+        quantize: str | None = None,
         balance_weight: float = 0.001,
         max_new_tokens: int = 8,
         optim: OptimSpec | None = None,
@@ -91,13 +94,10 @@ class MoELanguageModel(AnswerMixin, StageModule):
             raise UserError(
                 "Expected exactly one of `base` (a folder) and `config` (a new model), got both or neither."
             )
-        if base is not None and not (Path(base) / "config.json").is_file():
-            raise UserError(
-                f"Expected a transformers model in {base}, found no config.json. Run the stage that makes it."
-            )
         if tokenizer is None and base is None:
             raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
-        self.base, self.config = base, dict(config or {})
+        check_base(base, quantize)
+        self.base, self.config, self.quantize = base, dict(config or {}), quantize
         self.tokenizer_path = tokenizer or str(base)
         self.experts_implementation = experts_implementation
         self.balance_weight, self.max_new_tokens = balance_weight, max_new_tokens
@@ -122,11 +122,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         if self.base is not None:
             return AutoConfig.from_pretrained(self.base, local_files_only=True)
         words = self.tokenizer
-        ids = {
-            "pad_token_id": words.pad_token_id,
-            "bos_token_id": words.bos_token_id,
-            "eos_token_id": words.eos_token_id,
-        }
+        ids = {name: getattr(words, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return AutoConfig.for_model(**{"vocab_size": len(words), **ids, **self.config})
 
     @property
@@ -148,9 +144,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         if self.base is None:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.model_config())
         else:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                self.base, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
+            self.model = load_base(self.base, self.quantize)
         self.model.set_experts_implementation(self.experts_implementation)
         self.model.train()
         self._watch.attach(self.model)
@@ -186,6 +180,10 @@ class MoELanguageModel(AnswerMixin, StageModule):
         parts = {"routers": router_parameters(self.model), **new_parameters(self.model, latest)}
         listed = {id(parameter) for parameters in parts.values() for parameter in parameters}
         return {"language": [p for p in self.model.parameters() if id(p) not in listed], **parts}
+
+    def frozen_parts(self) -> set[str]:
+        """Returns `language` where the base is in 4 bits, which no gradient can change."""
+        return set() if self.quantize is None else {"language"}
 
     def open_to_text(self, is_open: bool) -> None:
         """Lets all tokens reach new experts, or forbids it again, whatever the plans say."""

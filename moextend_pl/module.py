@@ -100,6 +100,7 @@ class MoExtend(AnswerMixin, StageModule):
             "language": {
                 "base": self.language.base,
                 "experts_implementation": self.language.experts_implementation,
+                "quantize": self.language.quantize,
                 "balance_weight": self.language.balance_weight,
                 "max_new_tokens": self.language.max_new_tokens,
             },
@@ -137,6 +138,10 @@ class MoExtend(AnswerMixin, StageModule):
     def plans(self) -> tuple[ExtensionPlan, ...]:
         """The extension plans of the built model, first one first."""
         return tuple(plan for plan, _ in self.language.extensions)
+
+    def frozen_parts(self) -> set[str]:
+        """Returns the parts of the language model that cannot learn."""
+        return self.language.frozen_parts()
 
     def base_names(self) -> set[str]:
         """Returns the names of the parameters that the base's own files hold; all others are new."""

@@ -98,7 +98,8 @@ def tensor_named(module: nn.Module, name: str) -> Tensor:
 
 def router_weight(router: nn.Module, num_experts: int) -> str | None:
     """Returns the dotted name of the one (E, D) tensor of a router, or None if there is not exactly one."""
-    names = [name for name, p in router.named_parameters() if p.dim() == 2 and p.shape[0] == num_experts]
+    weights = ((name, p) for name, p in router.named_parameters() if p.is_floating_point())
+    names = [name for name, p in weights if p.dim() == 2 and p.shape[0] == num_experts]
     return names[0] if len(names) == 1 else None
 
 

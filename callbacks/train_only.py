@@ -48,7 +48,7 @@ def parts_table(parts: dict[str, list[nn.Parameter]]) -> str:
         learning = sum(p.numel() for p in parameters if p.requires_grad)
         state = f"{learning:,} learn" if name == "total" else "learns" if learning else "frozen"
         rows.append((name, f"{count:,}", f"{size:,.2f}", types, state))
-    table = [f"  {a:<13}{b:>14}{c:>11}  {d:<9} {e}" for a, b, c, d, e in rows]
+    table = [f"  {a:<13}{b:>14}{c:>11}  {d:<13} {e}" for a, b, c, d, e in rows]
     sizes = bytes_by_type(p for group in parts.values() for p in group)
     by_type = ", ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in sizes.items())
     return "\n".join([*table, f"  by type: {by_type}"])

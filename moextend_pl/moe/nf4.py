@@ -181,45 +181,49 @@ class Operand:
 
 
 class _Product(torch.autograd.Function):
-    """`x @ weight` that keeps the packed weight for backward, and has no gradient for it."""
+    """`x @ weight` that keeps the packed weight for backward, and has no gradient for it or a bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Operand, offsets: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Operand, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight.packed, weight.absmax, weight.rows, offsets)
         ctx.whole, ctx.transposed = weight.whole, weight.transposed
-        return _multiply(x, weight.unpacked(x.dtype), offsets)
+        return _multiply(x, weight.unpacked(x.dtype), offsets, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         packed, absmax, rows, offsets = ctx.saved_tensors
         weight = Operand(packed, absmax, ctx.whole, grad.dtype, rows, not ctx.transposed)
-        return _multiply(grad, weight.unpacked(grad.dtype), offsets), None, None
+        return _multiply(grad, weight.unpacked(grad.dtype), offsets), None, None, None
 
 
-def _multiply(x: Tensor, weight: Tensor, offsets: Tensor | None) -> Tensor:
-    return torch.matmul(x, weight) if offsets is None else F.grouped_mm(x, weight, offs=offsets)
+def _multiply(x: Tensor, weight: Tensor, offsets: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    if offsets is not None:
+        return F.grouped_mm(x, weight, offs=offsets)
+    # With its bias a Linear layer rounds once, as it does with a weight that is not packed.
+    return torch.matmul(x, weight) if bias is None else F.linear(x, weight.transpose(-2, -1), bias)
 
 
-def product(x: Tensor, weight: Operand, offsets: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Operand, offsets: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Multiplies, in the type of the activations or, under autocast, in autocast's.
 
     Args:
         x: (..., in), or (tokens, in) sorted by expert.
         weight: (in, out), or a stack (E, in, out).
         offsets: (E,) ends of the experts' tokens in `x`; None for a plain or batched product.
+        bias: (out,), frozen, for a plain product.
 
     Returns:
         (..., out).
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _Product.apply(x.to(dtype), weight, offsets)
+    assert bias is None or not bias.requires_grad, "the bias of a packed layer is frozen with it"
+    return _Product.apply(x.to(dtype), weight, offsets, None if bias is None else bias.to(dtype))
 
 
 def _linear(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
-    y = product(x, weight.transpose(-2, -1))
-    return y if bias is None else y + bias.to(y.dtype)
+    return product(x, weight.transpose(-2, -1), bias=bias)
 
 
 def _matmul(first: Any, second: Any) -> Tensor:

@@ -155,7 +155,7 @@ def test_linear_layer_and_its_copies_run_as_they_are() -> None:
     expected = nearest_code(layer.weight.detach())
     weight = quantised(layer.weight)
     del layer.weight
-    layer.weight = weight
+    layer.requires_grad_(False).weight = weight
     for module in (layer, copy.deepcopy(layer)):
         torch.testing.assert_close(module(draw(5, IN)), F.linear(draw(5, IN), expected, layer.bias))
     assert set(layer.state_dict()) == {"bias", "weight.packed", "weight.absmax"}

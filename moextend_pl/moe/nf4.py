@@ -23,7 +23,7 @@ BLOCK = 64
 
 QUANT_TYPE = "nf4"
 # Quantising holds some 20 bytes a weight for a moment, so it goes by pieces.
-_PIECE = 2**14
+_PIECE = 2**12
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 

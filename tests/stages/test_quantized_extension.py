@@ -163,5 +163,5 @@ def test_loading_never_holds_the_sixteen_bit_model(tmp_path: Path) -> None:
         output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
         peaks[asked], held[asked] = map(int, output.split())
     assert peaks["none"] > 1.9 * files, "the meter does not see a model in 32 bits"
-    assert held["nf4"] < 0.33 * files
+    assert held["nf4"] < 0.45 * files
     assert peaks["nf4"] < 0.7 * files

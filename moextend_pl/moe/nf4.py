@@ -98,8 +98,15 @@ class NF4Weight(nn.Module):
         """The whole weight, to be multiplied."""
         return Operand(self.packed, self.absmax, self.shape, self.dtype)
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def __getitem__(self, rows: Any) -> Operand:
         return self.operand[rows]
+
+    def new_empty(self, *size: int) -> Tensor:
+        """Returns a tensor without values, of the type and on the device of the weight."""
+        return torch.empty(*size, dtype=self.dtype, device=self.device)
 
     def transpose(self, first: int, second: int) -> Operand:
         """Returns the weight with its last two dimensions exchanged."""
@@ -157,6 +164,9 @@ class Operand:
     def __getitem__(self, rows: Any) -> Operand:
         assert self.rows is None, "experts are chosen once"
         assert len(self.whole) == 3, "only a stack has experts to choose from"
+        if isinstance(rows, slice):
+            packed, absmax = self.packed[rows], self.absmax[rows]
+            return replace(self, packed=packed, absmax=absmax, whole=torch.Size((len(packed), *self.whole[1:])))
         return replace(self, rows=torch.as_tensor(rows, device=self.device))
 
     def transpose(self, first: int, second: int) -> Operand:

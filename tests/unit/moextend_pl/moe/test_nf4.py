@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moextend_pl.moe.nf4 import NF4Weight, expert_rows, pack, unpack
+from moextend_pl.moe.nf4 import NF4Weight, pack, packed_rows, unpack
 
 # QLoRA (arXiv 2305.14314), appendix E.
 CODE = torch.tensor([
@@ -190,16 +190,11 @@ def test_operation_that_would_keep_the_unpacked_weight_is_refused() -> None:
         torch.add(draw(OUT, IN), quantised(draw(E, OUT, IN))[0])
 
 
-def test_rows_of_experts_come_unpacked_and_as_copies() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.down_proj_bias = nn.Parameter(draw(E, OUT))
-            self.down_proj = quantised(draw(E, IN, OUT))
-
-    experts = Experts()
-    rows = expert_rows(experts, (2, 0, 2))
-    assert torch.equal(rows["down_proj_bias"], experts.down_proj_bias[[2, 0, 2]])
+def test_rows_of_experts_come_unpacked_under_the_name_of_the_weight() -> None:
+    experts = nn.Module()
+    experts.down_proj = quantised(draw(E, IN, OUT))
+    experts.act_fn = nn.SiLU()
+    rows = packed_rows(experts, (2, 0, 2))
+    assert set(rows) == {"down_proj"}
     assert torch.equal(rows["down_proj"], dense(experts.down_proj)[[2, 0, 2]])
-    rows["down_proj_bias"].zero_()
-    assert experts.down_proj_bias.any()
+    assert packed_rows(nn.Linear(2, 3), (0,)) == {}

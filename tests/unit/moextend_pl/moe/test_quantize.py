@@ -18,10 +18,10 @@ from moextend_pl.checkpoint import fingerprints
 from moextend_pl.contracts import UserError
 from moextend_pl.moe import quantize
 from moextend_pl.moe.blocks import find_blocks
-from moextend_pl.moe.extended import Reach
 from moextend_pl.moe.growth import grow, new_parameters, strip
 from moextend_pl.moe.nf4 import NF4Weight
-from moextend_pl.moe.quantize import check_quantize, load_base
+from moextend_pl.moe.quantize import check_base, load_base
+from moextend_pl.moe.reach import Reach
 
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 EXPERTS = 4
@@ -350,14 +350,17 @@ def test_base_that_is_quantised_already_is_refused(folder: Callable[[str], Path]
         load(path)
 
 
-def test_impossible_wishes_are_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_quantize(None, None)
-    check_quantize("nf4", "base")
+def test_impossible_wishes_are_refused_before_anything_is_read(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(folder("mixtral"))
+    check_base(None, None)
+    check_base(base, "nf4")
     with pytest.raises(UserError, match=r"null or one of \['nf4'\], got 'int8'"):
-        check_quantize("int8", "base")
+        check_base(base, "int8")
     with pytest.raises(UserError, match="for a frozen `base`, got a new model"):
-        check_quantize("nf4", None)
+        check_base(None, "nf4")
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
-    check_quantize(None, "base")
+    check_base(base, None)
     with pytest.raises(UserError, match=r'pip install "moextend_pl\[quantize\]"'):
-        check_quantize("nf4", "base")
+        check_base(base, "nf4")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401 - registers an operation that is named below
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -214,6 +215,8 @@ def _multiply(x: Tensor, weight: Tensor, offsets: Tensor | None, bias: Tensor | 
     return torch.matmul(x, weight) if bias is None else F.linear(x, weight.transpose(-2, -1), bias)
 
 
+# bitsandbytes is not to be traced: a compiled model leaves its graph for each of these products.
+@torch.compiler.disable
 def product(x: Tensor, weight: Operand, offsets: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Multiplies, in the type of the activations or, under autocast, in autocast's.
 
@@ -261,6 +264,8 @@ _PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     torch.bmm: _matmul,
     # What `F.grouped_mm` calls.
     torch._grouped_mm: _grouped_mm,
+    # What transformers calls instead, under `torch.compile`.
+    torch.ops.transformers.grouped_mm_fallback: _grouped_mm,
 }
 
 

@@ -262,6 +262,17 @@ def test_cached_generation_of_a_grown_model_runs_on_packed_weights(folder: Calla
     assert torch.equal(model.generate(ids(), use_cache=False, attention_mask=torch.ones_like(ids()), **options), cached)
 
 
+@pytest.mark.slow
+def test_compiled_model_computes_as_it_does_uncompiled(folder: Callable[[str], Path]) -> None:
+    model, results = load(folder("mixtral")), []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        x = model.get_input_embeddings()(ids()).requires_grad_()
+        logits = run(inputs_embeds=x).logits
+        logits.square().mean().backward()
+        results.append((logits.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
+
+
 def rewrite(source: Path, target: Path, layout: str) -> Path:
     """Writes a Mixtral base in another layout of files."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

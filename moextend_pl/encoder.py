@@ -153,8 +153,9 @@ class VisionEncoder(StageModule):
         path = Path(self.config["name"]) / PREPROCESSOR_FILE
         try:
             facts = json.loads(path.read_text())
-            return {name: tuple(float(value) for value in facts[name]) for name in ("image_mean", "image_std")}
-        except (OSError, json.JSONDecodeError, KeyError) as error:
+            red_green_blue = {name: facts[name] for name in ("image_mean", "image_std")}
+            return {name: (float(r), float(g), float(b)) for name, (r, g, b) in red_green_blue.items()}
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"Expected `image_mean` and `image_std` in {path}, got {error!r}. Take the file from where the tower's "
                 "weights come from."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moextend_pl.plan.cost import RunShape, memory
 from moextend_pl.plan.facts import ModelShape
@@ -13,55 +13,83 @@ USABLE = 0.95  # the rest is for the driver's context, workspaces of kernels and
 LENGTH_STEP = 128
 
 
+@dataclass(frozen=True)
+class Remedy:
+    """A change after which a stage fits.
+
+    Attributes:
+        text: What to change.
+        bytes: Memory that each GPU then needs.
+        run: The run after the change.
+        ranks: GPUs that share the weights; 1 if each holds all of them.
+    """
+
+    text: str
+    bytes: float
+    run: RunShape
+    ranks: int = 1
+
+
 def fits(shape: ModelShape, run: RunShape, gpu: Gpu) -> bool:
     """Tells whether a stage fits into the usable part of a card's memory."""
     return memory(shape, run).total <= USABLE * gpu.memory
 
 
-def remedies(shape: ModelShape, run: RunShape, gpu: Gpu) -> list[str]:
-    """Lists what would make a stage fit, the smallest change first, with the memory it would then take.
+def remedies(shape: ModelShape, run: RunShape, gpu: Gpu) -> list[Remedy]:
+    """Lists what would make a stage fit, each on its own, with the same global batch.
 
     Args:
         shape: The model.
         run: A run that does not fit.
         gpu: The card.
     """
-    found = []
-    if run.micro_batch > 1:
-        smaller = _largest([replace(run, micro_batch=n) for n in range(1, run.micro_batch)], shape, gpu)
-        if smaller is not None:
-            found.append(f"{smaller.micro_batch} sequences at a time ({_gb(memory(shape, smaller).total)})")
-    one = replace(run, micro_batch=1)
-    image = math.ceil(run.images * shape.tokens_per_image)
-    lengths = range(LENGTH_STEP * (image // LENGTH_STEP + 1), run.length, LENGTH_STEP)
-    shorter = _largest([replace(one, length=length, learned=None) for length in lengths], shape, gpu)
-    if shorter is not None and not found:
-        found.append(f"one sequence of {shorter.length} tokens at a time ({_gb(memory(shape, shorter).total)})")
-    packed = replace(run, nf4=True)
+    batches = [run, *_smaller_batches(run)]
+    options = [_first(shape, gpu, batches[1:]) or _first(shape, gpu, _shorter(shape, batches[-1]))]
     if not run.nf4 and any(part.quantisable for part in shape.parts):
-        for choice in (packed, replace(packed, micro_batch=1)):
-            if fits(shape, choice, gpu):
-                batch = "" if choice.micro_batch == run.micro_batch else " and one sequence at a time"
-                found.append(f"`quantize: nf4`{batch} ({_gb(memory(shape, choice).total)})")
-                break
-    found += _sharded(shape, run, gpu)
-    return found
+        options.append(_first(shape, gpu, [replace(batch, nf4=True) for batch in batches], "`quantize: nf4`"))
+    options.append(_sharded(shape, batches, gpu))
+    return [option for option in options if option is not None]
 
 
-def _largest(runs: list[RunShape], shape: ModelShape, gpu: Gpu) -> RunShape | None:
-    return next((run for run in reversed(runs) if fits(shape, run, gpu)), None)
+def _smaller_batches(run: RunShape) -> list[RunShape]:
+    """Returns runs with fewer sequences at a time that still make up the batch of a step, the largest first."""
+    step = run.micro_batch * run.accumulate
+    sizes = [n for n in range(run.micro_batch - 1, 0, -1) if step % n == 0]
+    return [replace(run, micro_batch=n, accumulate=step // n) for n in sizes]
 
 
-def _sharded(shape: ModelShape, run: RunShape, gpu: Gpu) -> list[str]:
-    for choice in dict.fromkeys((run, replace(run, micro_batch=1))):
-        need = memory(shape, choice)
+def _shorter(shape: ModelShape, run: RunShape) -> list[RunShape]:
+    shortest = LENGTH_STEP * (math.ceil(run.images * shape.tokens_per_image) // LENGTH_STEP + 1)
+    lengths = reversed(range(shortest, run.length, LENGTH_STEP))
+    return [replace(run, length=n, mean_length=min(run.mean_length, n), learned=None) for n in lengths]
+
+
+def _first(shape: ModelShape, gpu: Gpu, runs: list[RunShape], change: str = "") -> Remedy | None:
+    """Returns the first of some runs that fits."""
+    for run in runs:
+        if fits(shape, run, gpu):
+            words = [change] if change else []
+            words += [_batch(run)] if run is not runs[0] or not change else []
+            return Remedy(" with ".join(words), memory(shape, run).total, run)
+    return None
+
+
+def _batch(run: RunShape) -> str:
+    sequences = "1 sequence" if run.micro_batch == 1 else f"{run.micro_batch} sequences"
+    return f"{sequences} of {run.length:,} tokens at a time"
+
+
+def _sharded(shape: ModelShape, batches: list[RunShape], gpu: Gpu) -> Remedy | None:
+    """Returns the smallest number of GPUs that could share weights, gradients and optimizer."""
+    found: list[Remedy] = []
+    for run in batches:
+        need = memory(shape, run)
         room = USABLE * gpu.memory - (need.total - need.kept)
         if room > 0:
             ranks = max(2, math.ceil(need.kept / room))
-            share = need.total - need.kept + need.kept / ranks
-            batch = "" if choice.micro_batch == run.micro_batch else ", one sequence at a time"
-            return [f"weights sharded over {ranks} GPUs (FSDP{batch}; {_gb(share)} on each; DDP only replicates)"]
-    return []
+            text = f"weights sharded over {ranks} GPUs (FSDP; DDP only replicates) with {_batch(run)}"
+            found.append(Remedy(text, need.total - need.kept + need.kept / ranks, run, ranks))
+    return min(found, key=lambda remedy: remedy.ranks, default=None)
 
 
 def verdict(shape: ModelShape, run: RunShape, gpu: Gpu) -> str:
@@ -75,12 +103,12 @@ def verdict(shape: ModelShape, run: RunShape, gpu: Gpu) -> str:
     need, room = memory(shape, run), f"{_gb(USABLE * gpu.memory)} of {_gb(gpu.memory)} usable on {gpu.name}"
     if fits(shape, run, gpu):
         return f"fits: {_gb(need.total)} needed, {room}"
-    if need.weights > USABLE * gpu.memory:
-        text = f"does not fit: the weights alone take {_gb(need.weights)}, {room}"
-    else:
-        text = f"does not fit: {_gb(need.total)} needed, {room}"
-    options = remedies(shape, run, gpu)
-    return f"{text}; would help: {', or '.join(options)}" if options else f"{text}; take a larger card"
+    alone = need.weights > USABLE * gpu.memory
+    text = f"the weights alone take {_gb(need.weights)}" if alone else f"{_gb(need.total)} needed"
+    options = [f"{remedy.text} ({_gb(remedy.bytes)})" for remedy in remedies(shape, run, gpu)]
+    return f"does not fit: {text}, {room}; " + (
+        f"would help: {', or '.join(options)}" if options else "take a larger card"
+    )
 
 
 def _gb(size: float) -> str:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 DELTA_FILE, MANIFEST_FILE = "delta.safetensors", "manifest.json"
 MANIFEST_SCHEMA = 2
 PACKAGES = ("torch", "lightning", "transformers", "timm", "safetensors")
+# Arguments of the model's parts that are folders; a manifest names them relative to its own.
+FOLDERS = (("encoder", "path"), ("encoder", "name"), ("language", "base"))
 # A wrapped router or experts module holds the base's own under this name, once for each extension.
 WRAPPED = re.compile(r"(\.base)+(?=\.)")
 
@@ -148,8 +150,9 @@ class Manifest:
     def model_arguments(self) -> dict[str, dict[str, Any]]:
         """Returns the arguments of the three parts, with folders that can be opened from here."""
         arguments = {part: dict(values) for part, values in self.model.items()}
-        for part, name in (("encoder", "path"), ("language", "base")):
-            arguments[part][name] = os.path.normpath(self.run / arguments[part][name])
+        for part, name in FOLDERS:
+            if name in arguments[part]:
+                arguments[part][name] = os.path.normpath(self.run / arguments[part][name])
         return arguments
 
     def check_base(self, model: MoExtend) -> None:
@@ -218,8 +221,9 @@ def save_delta(module: MoExtend, run: Path) -> Manifest:
     delta = {n: p.detach().cpu().contiguous() for n, p in parameters.items() if n not in base or p.requires_grad}
     write_atomically(run / DELTA_FILE, lambda path: save_file(delta, path))
     arguments = module.model_arguments()
-    for part, name in (("encoder", "path"), ("language", "base")):
-        arguments[part][name] = os.path.relpath(arguments[part][name], run)
+    for part, name in FOLDERS:
+        if name in arguments[part]:
+            arguments[part][name] = os.path.relpath(arguments[part][name], run)
     manifest = Manifest(
         plans=module.plans,
         model=arguments,

@@ -22,17 +22,24 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from moextend_pl.batch_norm import share_statistics
 from moextend_pl.contracts import Batch, SampleSpec, UserError
 from moextend_pl.optim import OptimSpec
-from moextend_pl.stage import StageModule
+from moextend_pl.stage import StageModule, shapes_only
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "encoder.safetensors"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 TIMM = "timm/"
+
+
+def vision_half(model: Any) -> Any:
+    """Returns the image side of a transformers model of images and texts (CLIP, SigLIP); another model as it is."""
+    return getattr(model, "vision_model", model) if hasattr(model.config, "vision_config") else model
 
 
 class VisionEncoder(StageModule):
     """Encodes images into P tokens each; trained alone, it learns by contrast with captions.
 
     Args:
-        name: `timm/<model>` for a timm model, or the folder of a transformers vision model.
+        name: `timm/<model>` for a timm model, or the folder of a transformers vision model, or of a CLIP or SigLIP
+            model, of which the image side is taken.
         path: Folder written by `save_pretrained`; it replaces all other arguments of the tower.
         layer: For timm the index of the feature level, for transformers the index of the hidden state.
         pool: Side of the squares over which the feature grid is averaged.
@@ -70,6 +77,11 @@ class VisionEncoder(StageModule):
         self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
+        if not self.is_timm and not (Path(self.config["name"]) / "config.json").is_file():
+            raise UserError(
+                f"Expected a transformers vision model in {self.config['name']}, found no config.json. Put the model "
+                "there, correct `encoder.name`, or name a timm model as `timm/<model>`."
+            )
 
     @staticmethod
     def _read_config(path: Path) -> dict[str, Any]:
@@ -89,7 +101,8 @@ class VisionEncoder(StageModule):
         name = str(self.config["name"])
         if not self.is_timm:
             # With `path`, the weights come from there and only the configuration from the folder `name`.
-            return AutoModel.from_config(AutoConfig.from_pretrained(name, local_files_only=True))
+            config = AutoConfig.from_pretrained(name, local_files_only=True)
+            return vision_half(AutoModel.from_config(config, dtype=torch.float32))
         return timm.create_model(
             name.removeprefix(TIMM),
             features_only=True,
@@ -100,10 +113,11 @@ class VisionEncoder(StageModule):
     def build(self) -> None:
         """Builds the tower, and the two heads of the contrast if it is the trained module itself."""
         self.tower: Any = self._make_tower()
-        if self.path is not None:
+        if self.path is not None and not shapes_only():
             self.tower.load_state_dict(load_file(self.path / WEIGHTS_FILE))
-        elif not self.is_timm:
-            self.tower = AutoModel.from_pretrained(self.config["name"], local_files_only=True, use_safetensors=True)
+        elif not self.is_timm and not shapes_only():
+            options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+            self.tower = vision_half(AutoModel.from_pretrained(self.config["name"], **options))
         if self.tokenizer_path is not None:
             share_statistics(self.tower)
             words = len(self._tokenizer())
@@ -126,6 +140,38 @@ class VisionEncoder(StageModule):
         if self.is_timm:
             return int(self.tower.feature_info.channels()[-1])
         return int(getattr(self.tower.config, "vision_config", self.tower.config).hidden_size)
+
+    @property
+    def image_statistics(self) -> dict[str, tuple[float, float, float]]:
+        """`image_mean` and `image_std` that pixels are normalised with: those that a transformers tower learned with.
+
+        Raises:
+            UserError: If a transformers tower does not say.
+        """
+        if self.is_timm:
+            return {}
+        path = Path(self.config["name"]) / PREPROCESSOR_FILE
+        try:
+            facts = json.loads(path.read_text())
+            red_green_blue = {name: facts[name] for name in ("image_mean", "image_std")}
+            return {name: (float(r), float(g), float(b)) for name, (r, g, b) in red_green_blue.items()}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"Expected `image_mean` and `image_std` in {path}, got {error!r}. Take the file from where the tower's "
+                "weights come from."
+            ) from error
+
+    def rebuild_arguments(self) -> dict[str, Any]:
+        """Returns the arguments that build this tower with these weights again.
+
+        Raises:
+            UserError: If it is a timm tower that was never saved.
+        """
+        if self.path is not None:
+            return {"path": str(self.path)}
+        if self.is_timm:
+            raise UserError("Expected `encoder.path`, so that the run can be loaded again. Save the timm tower first.")
+        return dict(self.config)
 
     @cached_property
     def tokens_per_image(self) -> int:

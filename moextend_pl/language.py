@@ -35,7 +35,7 @@ from moextend_pl.moe.reach import Reach, reachable
 from moextend_pl.moe.usage import RouterRecord
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.optim import OptimSpec
-from moextend_pl.stage import StageModule
+from moextend_pl.stage import StageModule, shapes_only
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +141,9 @@ class MoELanguageModel(AnswerMixin, StageModule):
 
     def build(self) -> None:
         """Reads or makes the model, and grows it by the extension plan where it is trained alone."""
-        if self.base is None:
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.model_config())
+        if self.base is None or shapes_only():
+            config = self.model_config()
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
             self.model = load_base(self.base, self.quantize)
         self.model.set_experts_implementation(self.experts_implementation)

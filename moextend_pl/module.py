@@ -22,7 +22,7 @@ from moextend_pl.moe.touch import touch
 from moextend_pl.optim import OptimSpec
 from moextend_pl.projector import Projector
 from moextend_pl.samples.prompt import prompt_batch
-from moextend_pl.stage import StageModule
+from moextend_pl.stage import StageModule, shapes_only
 
 ENCODE_TOGETHER = 16
 CACHE_BYTES = 2**30
@@ -92,10 +92,10 @@ class MoExtend(AnswerMixin, StageModule):
 
     def model_arguments(self) -> dict[str, dict[str, Any]]:
         """Returns what `load` needs to build the three parts again; folders as they are named now."""
-        if self.encoder.path is None or self.language.base is None:
-            raise UserError("Expected `encoder.path` and `language.base`, so that the run can be loaded again.")
+        if self.language.base is None:
+            raise UserError("Expected `language.base`, so that the run can be loaded again.")
         return {
-            "encoder": {"path": str(self.encoder.path)},
+            "encoder": self.encoder.rebuild_arguments(),
             "projector": {"kind": self.projector.kind, "merge": self.projector.merge},
             "language": {
                 "base": self.language.base,
@@ -110,7 +110,8 @@ class MoExtend(AnswerMixin, StageModule):
         """Returns what the model asks of its data; tokenizer and image size have this one source."""
         tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
         side = int(self.encoder.config["image_size"])
-        return SampleSpec(self.language.tokenizer, self.language.image_token_id, tokens, side)
+        pixels = self.encoder.image_statistics
+        return SampleSpec(self.language.tokenizer, self.language.image_token_id, tokens, side, **pixels)
 
     def build(self) -> None:
         """Builds the three parts, grows the language model, and reads the weights of `init_from`."""
@@ -122,7 +123,7 @@ class MoExtend(AnswerMixin, StageModule):
         earlier = read_manifest(self.init_from).plans if self.init_from is not None else ()
         for plan in earlier:
             self.language.extend(plan)
-        if self.init_from is not None:
+        if self.init_from is not None and not shapes_only():
             # Before the next extension, whose new experts may be copies of trained ones.
             load_delta(self, self.init_from)
         own = self.extension_plan

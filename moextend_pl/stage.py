@@ -17,6 +17,11 @@ from moextend_pl.optim import OptimSpec, apply_train_plan, build_optimizer, chec
 log = logging.getLogger(__name__)
 
 
+def shapes_only() -> bool:
+    """Tells whether networks are being built on the meta device: shapes, no weights, no file is read."""
+    return torch.get_default_device().type == "meta"
+
+
 class StageModule(LightningModule):
     """A module that one stage trains: callbacks declare plans in `setup`, `configure_model` applies them.
 

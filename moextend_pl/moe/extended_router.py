@@ -134,7 +134,8 @@ class ExtendedRouter(nn.Module):
 
         Returns:
             In the family's order: logits before score and calibration, (T, M), or those of the wrapped router if
-            no token may reach new experts; routing weights (T, K); expert indices (T, K), where E and above are new experts.
+            no token may reach new experts; routing weights (T, K); expert indices (T, K), where E and above are
+            new experts.
         """
         output = self.base(hidden_states, *extra)
         logits_TE, weights_TK, indices_TK = (output[n] for n in self.facts.order)

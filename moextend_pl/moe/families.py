@@ -262,6 +262,12 @@ def read_facts(router: nn.Module, num_experts: int) -> RouterFacts:
     Raises:
         UserError: If none do; the sentence says what is particular about it.
     """
+    # Also where a model is built without memory: the twin is small and computes.
+    with torch.device("cpu"):
+        return _read_facts(router, num_experts)
+
+
+def _read_facts(router: nn.Module, num_experts: int) -> RouterFacts:
     name = router_weight(router, num_experts)
     if name is None:
         raise _refuse(router, "it has no single weight matrix with one row for each expert")

@@ -77,7 +77,8 @@ def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
             learning_bytes=sum(map(_bytes, learning)),
             learning_tensors=len(learning),
             dtype=",".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
-            quantisable=sum(p.numel() for p in parameters if id(p) in matrices and not p.requires_grad),
+            quantisable=sum(p.numel() for p in parameters if id(p) in matrices and not p.requires_grad)
+            * (name == "language"),
         )
         parts += [part] if parameters else []
     return tuple(parts)

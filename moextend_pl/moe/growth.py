@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth, UserError
@@ -21,10 +20,9 @@ EARLIER_PART = "earlier_extensions"
 
 
 def _facts(block: MoEBlock) -> RouterFacts:
-    if isinstance(block.router, ExtendedRouter):
-        return block.router.facts
-    with torch.device("cpu"):  # they are found by trial, which takes values also where the model is built without any
-        return read_facts(block.router, block.num_experts)
+    return (
+        block.router.facts if isinstance(block.router, ExtendedRouter) else read_facts(block.router, block.num_experts)
+    )
 
 
 def _check_growth(block: MoEBlock, growth: LayerGrowth, plan: ExtensionPlan) -> None:

@@ -65,9 +65,10 @@ def _learns(module: nn.Module) -> bool:
 
 
 def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
-    matrices = {id(p) for p in _quantisable(model)} if model is not None else set()
+    found = {id(p) for p in _quantisable(model)} if model is not None else set()
     parts = []
     for name, parameters in module.parts().items():
+        matrices = found if name == "language" else set()
         learning = [p for p in parameters if p.requires_grad]
         part = Part(
             name=name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,15 +57,15 @@ class Step:
     run: RunShape
 
 
-def make_step(world: TinyWorld, parts: list[str], dtype: torch.dtype) -> Step:
+def make_step(world: TinyWorld, parts: list[str], dtype: torch.dtype, **options: Any) -> Step:
     plan = make_plan((2, 3), init="copy", routing="open") if "new_experts" in parts else None
-    model = world.model(plan, parts).to(dtype)
+    model = world.model(plan, parts, **options).to(dtype)
     model.train()
     model.encoder.eval()
     model.cache_features = False
     batch = world.batch(model, "iiittiii" * 2)
     batch["pixel_values"] = batch["pixel_values"].to(dtype)
-    unbuilt = world.unbuilt()
+    unbuilt = world.unbuilt(**options)
     unbuilt.extension_plan, unbuilt.train_plan = plan, TrainPlan(tuple(parts))
     with torch.device("meta"):
         unbuilt.configure_model()
@@ -82,6 +83,7 @@ def make_step(world: TinyWorld, parts: list[str], dtype: torch.dtype) -> Step:
         images=len(batch["image_keys"]) / sequences,
         encoded_together=ENCODE_TOGETHER,
         compute_bytes=dtype.itemsize,
+        nf4=options.get("quantize") == "nf4",
         new_share=float((torch.cat(grown) >= SIZES["num_local_experts"]).float().mean()) if grown else None,
         learned=int((batch["labels"][:, 1:] >= 0).sum()) / sequences,
     )
@@ -129,6 +131,16 @@ def test_predicted_memory_is_that_of_a_real_step(world: TinyWorld, parts: list[s
     even = memory(step.shape, replace(step.run, new_share=None))
     total = weights + gradients + moments + activations
     assert even.total - even.temporaries == pytest.approx(total, rel=0.15)
+
+
+def test_predicted_memory_of_a_base_in_four_bits_is_that_of_a_real_one(world: TinyWorld) -> None:
+    pytest.importorskip("bitsandbytes")
+    step = make_step(world, PARTS["extension"], torch.float32, quantize="nf4")
+    predicted = memory(step.shape, step.run)
+    assert predicted.weights == size([*step.model.parameters(), *step.model.buffers()])
+    assert predicted.weights < 0.5 * memory(step.shape, replace(step.run, nf4=False)).weights
+    _, activations = saved_bytes(step.model, step.batch)
+    assert predicted.activations == pytest.approx(activations, rel=0.04)
 
 
 def grouped_flops(left: Tensor, right: Tensor, offs: Tensor, *_: object, **__: object) -> int:

@@ -142,6 +142,25 @@ def new_selections(layer: Layer, run: RunShape) -> float:
     return layer.top_k * sum(s.experts for s in layer.stacks if s.new) / max(layer.routed, 1)
 
 
+def held_rows(stack: Stack, layer: Layer, run: RunShape) -> float:
+    """Returns the rows for one token that the tensors of a stack of experts have.
+
+    Old experts hold a row for each of the K selections, also for those that went to new ones; new experts hold
+    K rows for each token that selected one of them.
+    """
+    return layer.top_k * min(1.0, new_selections(layer, run)) if stack.new else layer.top_k
+
+
+def computed_rows(stack: Stack, layer: Layer, run: RunShape) -> float:
+    """Returns the rows for one token that a stack of experts multiplies."""
+    new = new_selections(layer, run)
+    if not stack.new:
+        return layer.top_k - new
+    # torch.histc, with which transformers counts rows, takes equal limits for none: a single expert gets all rows.
+    share = new * stack.experts / sum(s.experts for s in layer.stacks if s.new)
+    return held_rows(stack, layer, run) if stack.experts == 1 else share
+
+
 def saved_inputs(matrices: Iterable[Matrix]) -> int:
     """Returns the values of a token that are kept because matrices that learn read them, each tensor once."""
     return sum({m.reads: m.inputs for m in matrices if m.learns}.values())
@@ -155,11 +174,10 @@ def saved_by_norms(norms: Iterable[Norm], size: int) -> float:
 def saved_by_stack(stack: Stack, layer: Layer, run: RunShape, state: int) -> float:
     """Returns bytes of a token that a stack of experts keeps.
 
-    Old experts hold a row for each of the K selections, also for those that went to new ones; new experts hold
-    K rows for each token that selected one of them. A row is the gate and the value (2 I), the activated gate (I), the
-    output (D), three indices and a weight; where the weights learn, also the input (D) and the product (I).
+    A row is the gate and the value (2 I), the activated gate (I), the output (D), three indices and a weight; where
+    the weights learn, also the input (D) and the product (I).
     """
-    rows = layer.top_k * min(1.0, new_selections(layer, run)) if stack.new else layer.top_k
+    rows = held_rows(stack, layer, run)
     indices = 3 * INT64 + FP32
     learns = stack.learns
     inner = 3 * stack.inner if state == WHOLE or learns else 0
@@ -245,9 +263,8 @@ def layer_operations(layer: Layer, run: RunShape, state: int) -> tuple[float, fl
     inputs = ATTENTION_BACKWARD * attention + 2 * sum(m.weights for m in (*layer.mixer, *layer.mlp))
     weights = 2.0 * sum(m.weights for m in (*layer.mixer, *layer.mlp) if m.learns)
     partial = 0.0
-    new = new_selections(layer, run)
     for stack in layer.stacks:
-        rows = new / max(sum(s.new for s in layer.stacks), 1) if stack.new else layer.top_k - new
+        rows = computed_rows(stack, layer, run)
         forward += 2 * rows * stack.weights
         inputs += 2 * rows * stack.weights
         weights += 2 * rows * stack.weights * stack.learns

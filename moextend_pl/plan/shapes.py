@@ -65,9 +65,10 @@ def _learns(module: nn.Module) -> bool:
 
 
 def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
-    matrices = {id(p) for p in _quantisable(model)} if model is not None else set()
+    found = {id(p) for p in _quantisable(model)} if model is not None else set()
     parts = []
     for name, parameters in module.parts().items():
+        matrices = found if name == "language" else set()
         learning = [p for p in parameters if p.requires_grad]
         part = Part(
             name=name,
@@ -77,7 +78,8 @@ def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
             learning_bytes=sum(map(_bytes, learning)),
             learning_tensors=len(learning),
             dtype=",".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
-            quantisable=sum(p.numel() for p in parameters if id(p) in matrices and not p.requires_grad),
+            quantisable=sum(p.numel() for p in parameters if id(p) in matrices and not p.requires_grad)
+            * (name == "language"),
         )
         parts += [part] if parameters else []
     return tuple(parts)

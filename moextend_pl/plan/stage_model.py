@@ -17,7 +17,7 @@ from moextend_pl.contracts import PLAN_FILE, UserError
 from moextend_pl.encoder import TIMM
 from moextend_pl.preflight import PLAN_ARGUMENTS
 from moextend_pl.stage import StageModule
-from moextend_pl.stage_cli import MoExtendCLI, plain_config
+from moextend_pl.stage_cli import MoExtendCLI, plain_config, replace_plan
 
 COMMAND = "fit"
 CONFIG = "config.json"
@@ -66,6 +66,8 @@ class _StageReader(MoExtendCLI):
     def before_instantiate_classes(self) -> None:
         """Leaves out what needs a run, and puts stand-ins for what is not there yet."""
         config = self.config[COMMAND]
+        if config.get("plan"):
+            replace_plan(config, config["plan"])
         self.plain = plain_config(config)
         self.notes = use_stand_ins(config, self._arguments.files)
         config["trainer.callbacks"] = declaring_callbacks(config)

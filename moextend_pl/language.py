@@ -24,9 +24,11 @@ from transformers import (
     modeling_utils,
 )
 
+from moextend_pl.activations import checkpoint_activations
 from moextend_pl.answers import AnswerMixin
 from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec, UserError
 from moextend_pl.losses import balance_loss, token_loss
+from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.extended_router import open_tokens
 from moextend_pl.moe.growth import grow, new_parameters, router_parameters
@@ -67,8 +69,9 @@ class MoELanguageModel(AnswerMixin, StageModule):
         base: Folder of a transformers model with its tokenizer.
         config: Configuration of a model built from scratch instead; needs `model_type`.
         tokenizer: Folder of the tokenizer; by default that of the base.
-        experts_implementation: How transformers computes experts: `grouped_mm`, `eager` or `batched_mm`.
+        experts_implementation: `grouped_mm`, `eager`, `batched_mm`, or `moextend`: `grouped_mm` for frozen experts.
         quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; null as they are.
+        activation_checkpointing: Whether layers compute their activations again in the backward pass.
         balance_weight: Weight of the balance loss; the paper uses 0.001.
         max_new_tokens: Longest generated answer in test and predict runs.
         optim: Optimizer, where the model is trained alone.
@@ -85,6 +88,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         tokenizer: str | None = None,
         experts_implementation: str = "grouped_mm",
         quantize: str | None = None,
+        activation_checkpointing: bool = False,
         balance_weight: float = 0.001,
         max_new_tokens: int = 8,
         optim: OptimSpec | None = None,
@@ -99,12 +103,11 @@ class MoELanguageModel(AnswerMixin, StageModule):
         check_base(base, quantize)
         self.base, self.config, self.quantize = base, dict(config or {}), quantize
         self.tokenizer_path = tokenizer or str(base)
-        self.experts_implementation = experts_implementation
+        self.experts_implementation, self.activation_checkpointing = experts_implementation, activation_checkpointing
         self.balance_weight, self.max_new_tokens = balance_weight, max_new_tokens
         self.extensions: list[tuple[ExtensionPlan, Reach]] = []
-        self._watch = RouterWatch()
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._opened_to_text = False
+        self._watch, self._opened_to_text = RouterWatch(), False
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -146,7 +149,9 @@ class MoELanguageModel(AnswerMixin, StageModule):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
             self.model = load_base(self.base, self.quantize)
-        self.model.set_experts_implementation(self.experts_implementation)
+        dispatch.use(self.model, self.experts_implementation)
+        if self.activation_checkpointing:
+            checkpoint_activations(self.model)
         self.model.train()
         self._watch.attach(self.model)
         if self.extension_plan is not None:
@@ -216,9 +221,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
         Returns:
             (B, S, V) logits, or (A, V) at the A chosen positions.
         """
-        input_ids = batch["input_ids"]
         self.set_reach(batch)
-        inputs = {"input_ids": input_ids} if embeddings is None else {"inputs_embeds": embeddings}
+        inputs = {"input_ids": batch["input_ids"]} if embeddings is None else {"inputs_embeds": embeddings}
         inputs["attention_mask"] = batch["attention_mask"]
         if logits_at is None:
             return self.model(**inputs, use_cache=False).logits

@@ -1,6 +1,6 @@
 """Experts with new members, wrapped around the frozen ones of the base, as often as a model is extended.
 
-Shapes: T tokens, D width, N new experts, M experts in all, K selected per token, U tokens that chose a new expert.
+Shapes: T tokens, D width, N new experts, M experts in all, K selected per token, U slots that chose a new expert.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def sprout(experts: nn.Module, sources: Sequence[int]) -> Any:
     new._buffers = dict(root._buffers)
     new._modules = {name: copy.deepcopy(child) for name, child in root.named_children() if name not in new._parameters}
     new.num_experts = len(sources)
-    new._is_expert_parallel = True
+    new._is_expert_parallel = False
     return new
 
 
@@ -105,21 +105,17 @@ class ExtendedExperts(nn.Module):
         Returns:
             (T, D).
         """
-        zero = touch(self.new.parameters())
         is_new_TK = top_k_index >= self.base_experts
         y_TD = self._call(self.base, hidden_states, top_k_index, top_k_weights, is_new_TK)
-        if self.reach.nowhere:
-            return y_TD if zero is None else y_TD + zero.to(y_TD.dtype)
-        users_U = (is_new_TK & (top_k_index < self.num_experts)).any(dim=-1).nonzero().squeeze(-1)
-        if len(users_U):
-            new_UD = self._new_output(hidden_states, top_k_index, top_k_weights, users_U)
-            y_TD = y_TD.index_add(0, users_U, new_UD)
+        if not self.reach.nowhere:
+            tokens_U, slots_U = (is_new_TK & (top_k_index < self.num_experts)).nonzero(as_tuple=True)
+            if len(tokens_U):
+                # One slot a row: nothing of this call is another module's, so that nothing has to be skipped.
+                indices_U1 = top_k_index[tokens_U, slots_U, None] - self.base_experts
+                new_UD = self.new(hidden_states[tokens_U], indices_U1, top_k_weights[tokens_U, slots_U, None])
+                return y_TD.index_add(0, tokens_U, new_UD)
+        zero = touch(self.new.parameters())
         return y_TD if zero is None else y_TD + zero.to(y_TD.dtype)
-
-    def _new_output(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, users_U: Tensor) -> Tensor:
-        indices_UK = indices_TK[users_U] - self.base_experts
-        foreign_UK = (indices_UK < 0) | (indices_UK >= self.new.num_experts)
-        return self._call(self.new, x_TD[users_U], indices_UK, weights_TK[users_U], foreign_UK)
 
     def _call(self, experts: Any, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, skip_TK: Tensor) -> Tensor:
         # Not every family's own loop knows the index that is to be skipped; a weight of zero skips as well.

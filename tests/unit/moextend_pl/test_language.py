@@ -13,7 +13,8 @@ from moextend_pl import language
 from moextend_pl.contracts import UserError
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.losses import balance_loss
-from moextend_pl.moe.growth import new_parameters
+from moextend_pl.moe import dispatch
+from moextend_pl.moe.growth import NEW_PARTS, new_parameters
 
 
 def trained(tiny_world: TinyWorld, **options: object) -> MoELanguageModel:
@@ -34,6 +35,68 @@ def test_masked_model_answers_text_as_the_stock_model_does(tiny_world: TinyWorld
     assert not torch.allclose(model(batch), stock(**inputs).logits, atol=1e-2)
     model.open_to_text(False)
     assert torch.equal(model(batch), stock(**inputs).logits)
+
+
+@torch.no_grad()
+def test_masked_model_answers_text_in_half_precision_as_the_stock_model_does(tiny_world: TinyWorld) -> None:
+    model, stock = trained(tiny_world).bfloat16(), tiny_world.stock().bfloat16()
+    batch = tiny_world.batch(model, "ttt")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    assert torch.equal(model(batch), stock(**inputs).logits)
+    with torch.enable_grad():  # the pass of a training step, with frozen experts computed as `moextend` does
+        dispatch.use(model.model, dispatch.FROZEN_EXPERTS)
+        embeddings = model.embed(batch["input_ids"]).detach().requires_grad_()
+        assert torch.equal(model(batch, embeddings), stock(**inputs).logits)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "moextend"])
+@pytest.mark.parametrize("learning", [NEW_PARTS, ("new_experts",)], ids=["all that is new", "experts only"])
+def test_checkpointed_activations_give_the_same_gradients_and_records(
+    tiny_world: TinyWorld, implementation: str, learning: tuple[str, ...]
+) -> None:
+    results = []
+    for checkpointed in (False, True):
+        options = {"activation_checkpointing": checkpointed, "balance_weight": 0.5}
+        # Embeddings are frozen: with reentrant checkpointing nothing would have a gradient here.
+        model = tiny_world.model(make_plan(init="copy"), learning, experts_implementation=implementation, **options)
+        model.train()
+        perturb([p for parameters in new_parameters(model.language.model).values() for p in parameters], size=0.1)
+        batch = tiny_world.batch(model, "iti")
+        calls = []
+        first = model.language.model.model.layers[0].mlp
+        first.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        with model.language.recording() as records:
+            logits = model.language(batch, model.embed(batch))
+        logits.float().logsumexp(-1).sum().backward()
+        assert len(calls) == 1 + checkpointed
+        assert [record.layer for record in records] == [0, 1, 2]
+        model.zero_grad()
+        output = model(batch)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        results.append((output.loss.detach(), gradients))
+    (loss, expected), (other, got) = results
+    assert torch.equal(loss, other)
+    assert expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None
+        assert torch.equal(gradient, got[name]), name
+    assert any(gradient.any() for gradient in expected.values())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_layers_below_the_first_that_learns_are_no_part_of_the_backward_pass(
+    tiny_world: TinyWorld, checkpointed: bool
+) -> None:
+    model = tiny_world.model(make_plan([1]), NEW_PARTS, activation_checkpointing=checkpointed).train()
+    calls: list[int] = []
+    outputs = {}
+    for number, layer in enumerate(model.language.model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+        layer.register_forward_hook(lambda _m, _i, out, number=number: outputs.__setitem__(number, out))
+    model(tiny_world.batch(model, "ii")).loss.backward()
+    assert sorted(calls) == ([0, 1, 1, 2, 2] if checkpointed else [0, 1, 2])
+    assert [outputs[number].requires_grad for number in range(3)] == [False, True, True]
 
 
 @torch.no_grad()

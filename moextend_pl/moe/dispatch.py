@@ -1,0 +1,164 @@
+"""Computes frozen experts for what a frozen base needs: gradients of tokens and routing weights, and no others.
+
+transformers' `grouped_mm` keeps for the backward pass what weight gradients would need, and runs through
+the slots of other devices. Here one node of the autograd graph holds the output of the first projection
+and the order of the slots; the activation is computed again, and the gradient of a routing weight is
+taken where the output of the second projection is not needed:
+`<expert(x), dy> = <activation, dy down>`.
+
+Shapes: T tokens, K selected per token, S = T * K slots, R slots of experts of this module, D width,
+E experts, H width of the first projection, I width of the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+FROZEN_EXPERTS = "moextend"
+"""Name under which transformers knows `frozen_experts_forward` once `use` was called."""
+
+# Slots computed at a time on a CPU: what one chunk makes is still in the cache when it is read.
+CHUNK_SLOTS = 2048
+
+
+def use(model: PreTrainedModel, implementation: str) -> None:
+    """Sets how a model computes its experts; makes `moextend` known to transformers first.
+
+    Args:
+        model: A transformers model.
+        implementation: `moextend`, or any that transformers has.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(FROZEN_EXPERTS, frozen_experts_forward)
+    model.set_experts_implementation(implementation)
+
+
+def frozen_experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Computes the weighted sum of the selected experts, as transformers' `grouped_mm` does, bit for bit.
+
+    Experts that learn, that have biases or a norm behind them, and passes in which tokens need no gradient
+    are left to transformers, and so are passes that `torch.compile` traces.
+
+    Args:
+        self: Experts module of a transformers model.
+        hidden_states: (T, D).
+        top_k_index: (T, K); E and above are skipped.
+        top_k_weights: (T, K).
+
+    Returns:
+        (T, D).
+    """
+    if not _is_frozen_here(self, hidden_states):
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    output: Tensor = _FrozenExperts.apply(hidden_states, top_k_weights, top_k_index, self)
+    return output
+
+
+def _is_frozen_here(experts: Any, x_TD: Tensor) -> bool:
+    # Where only the routing weights need a gradient, in the first layer that learns, keeping the outputs is cheapest.
+    needed = torch.is_grad_enabled() and x_TD.requires_grad
+    if not needed or torch.compiler.is_compiling() or experts.has_bias or experts.has_post_expert_norm:
+        return False
+    return not any(parameter.requires_grad for parameter in experts.parameters())
+
+
+def _first_weight(experts: Any) -> Tensor:
+    return experts.gate_up_proj if experts.has_gate else experts.up_proj
+
+
+def _activation(experts: Any) -> Callable[[Tensor], Tensor]:
+    return experts._apply_gate if experts.has_gate else experts.act_fn
+
+
+def _spans(offsets_E: Tensor, slots: int) -> list[tuple[slice, slice]]:
+    """Cuts the experts into runs of about `CHUNK_SLOTS` slots; on a GPU one run, as reading offsets would wait."""
+    if offsets_E.device.type != "cpu":
+        return [(slice(0, len(offsets_E)), slice(0, slots))]
+    spans, expert, row, ends = [], 0, 0, offsets_E.tolist()
+    for e, end in enumerate(ends):
+        if e + 1 == len(ends) or ends[e + 1] - row > CHUNK_SLOTS:
+            if end > row:
+                spans.append((slice(expert, e + 1), slice(row, end)))
+            expert, row = e + 1, end
+    return spans
+
+
+class _FrozenExperts(torch.autograd.Function):
+    """The node of the graph; the weights are read from the module again in the backward pass, never saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, indices_TK: Tensor, experts: Any) -> Tensor:
+        first_EHD, down_EDI, activation = _first_weight(experts), experts.down_proj, _activation(experts)
+        experts_S, perm_S = torch.sort(indices_TK.reshape(-1))
+        numbers_E = torch.arange(len(first_EHD), device=x_TD.device)
+        offsets_E = torch.searchsorted(experts_S, numbers_E, right=True, out_int32=True)
+        # On a GPU the slots of other modules stay in, as the sum below never reads them.
+        rows = int(offsets_E[-1]) if x_TD.device.type == "cpu" else len(perm_S)
+        perm_R = perm_S[:rows]
+        slots_TK = torch.empty_like(perm_S).scatter_(0, perm_S, torch.arange(len(perm_S), device=x_TD.device))
+        slots_TK = slots_TK.view_as(indices_TK).masked_fill(indices_TK >= len(first_EHD), rows)
+
+        tokens_R = perm_R // indices_TK.shape[-1]
+        # The last row is the zero that slots of other modules add.
+        out_RD = first_EHD.new_empty(rows + 1, x_TD.shape[-1])
+        out_RD[rows:] = 0.0
+        projected = []
+        for members, slots in _spans(offsets_E, rows):
+            offsets = offsets_E[members] - slots.start
+            h = _project(x_TD[tokens_R[slots]], first_EHD[members], offsets, not experts.is_transposed)
+            out_RD[slots] = _project(activation(h), down_EDI[members], offsets, not experts.is_transposed)
+            projected.append(h)
+        ctx.experts = experts
+        ctx.save_for_backward(weights_TK, perm_R, slots_TK, offsets_E, *projected)
+        return _sum_slots(out_RD, slots_TK, weights_TK).to(x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        weights_TK, perm_R, slots_TK, offsets_E, *projected = ctx.saved_tensors
+        experts, needs_weights = ctx.experts, ctx.needs_input_grad[1]
+        first_EHD, down_EDI, activation = _first_weight(experts), experts.down_proj, _activation(experts)
+        rows = len(perm_R)
+        tokens_R, weights_S = perm_R // weights_TK.shape[-1], weights_TK.reshape(-1)
+        dweights_S = torch.empty_like(weights_S)
+        dx_RD = down_EDI.new_empty(rows + 1, dy_TD.shape[-1])
+        dx_RD[rows:] = 0.0
+        for h_saved, (members, slots) in zip(projected, _spans(offsets_E, rows), strict=True):
+            offsets = offsets_E[members] - slots.start
+            d = _project(dy_TD[tokens_R[slots]], down_EDI[members], offsets, experts.is_transposed)
+            with torch.enable_grad():
+                h = h_saved.detach().requires_grad_()
+                a = activation(h)
+            if needs_weights:
+                dweights_S[perm_R[slots]] = (a.detach() * d).sum(dim=-1, dtype=weights_S.dtype)
+            d *= weights_S[perm_R[slots]].unsqueeze(-1)
+            (dh,) = torch.autograd.grad(a, h, d)
+            dx_RD[slots] = _project(dh, first_EHD[members], offsets, experts.is_transposed)
+        dweights_TK = dweights_S.view_as(weights_TK).masked_fill(slots_TK == rows, 0.0) if needs_weights else None
+        return _sum_slots(dx_RD, slots_TK, None).to(dy_TD.dtype), dweights_TK, None, None
+
+
+def _project(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """Multiplies each group of rows by its expert's matrix, or by the matrix transposed."""
+    return F.grouped_mm(x.to(weight.dtype), weight.transpose(-2, -1) if transposed else weight, offs=offsets)
+
+
+def _sum_slots(rows_RD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """Adds up the rows of each token's slots, weighted or not; on a CPU a few tokens at a time."""
+    step = max(CHUNK_SLOTS // slots_TK.shape[-1], 1) if rows_RD.device.type == "cpu" else max(len(slots_TK), 1)
+    parts = []
+    for first in range(0, max(len(slots_TK), 1), step):
+        picked_TKD = rows_RD[slots_TK[first : first + step]]
+        if weights_TK is not None:
+            picked_TKD = picked_TKD * weights_TK[first : first + step].unsqueeze(-1)
+        parts.append(picked_TKD.sum(dim=1))
+    return torch.cat(parts)

@@ -1,0 +1,58 @@
+"""Every benchmark runs on small sizes, agrees with what it compares itself with, and writes what it printed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def run(name: str) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp("benchmarks") / f"{name}.json"
+        options = ["--quick", "--dtype", "fp32", "--rounds", "1", "--json", str(out)]
+        done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(out.read_text())
+        assert report["machine"]["torch"]
+        assert report["question"] in done.stdout
+        return report
+
+    return run
+
+
+@pytest.mark.slow
+def test_all_blocks_compute_the_same_function_and_ours_keeps_least(run: Any) -> None:
+    (rows,) = run("block")["sections"].values()
+    kept: dict[tuple[int, int, str], dict[str, float]] = {}
+    for row in rows:
+        assert row["y_diff"] < 1e-5
+        assert row["dx_diff"] < 1e-5
+        kept.setdefault((row["E"], row["T"], str(row["new"])), {})[row["case"]] = row["kept_MB"]
+    assert len(kept) > 3
+    for cases in kept.values():
+        assert min(cases, key=lambda case: cases[case]) == "extended, moextend"
+
+
+@pytest.mark.slow
+def test_all_steps_start_from_the_same_loss_and_extension_executes_less(run: Any) -> None:
+    (rows,) = run("step")["sections"].values()
+    assert all(row["loss_diff"] < 1e-5 for row in rows)
+    cost = {row["case"]: row for row in rows}
+    full, extended = cost["full, label-only loss"], cost["extended all + projector, label-only loss"]
+    half = cost["extended upper half, projector frozen, label-only loss"]
+    assert half["GFLOP"] < extended["GFLOP"] < full["GFLOP"]
+    assert half["state_MB"] < extended["state_MB"] < full["state_MB"] / 2
+
+
+@pytest.mark.slow
+def test_scaling_has_a_section_for_every_quantity(run: Any) -> None:
+    titles = " ".join(run("scaling")["sections"])
+    assert all(word in titles for word in ("same top-k", "finer", "tokens", "layers", "added experts"))

@@ -35,6 +35,7 @@ from moextend_pl.moe.reach import Reach, reachable
 from moextend_pl.moe.usage import RouterRecord
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.optim import OptimSpec
+from moextend_pl.packing import attention_inputs, packing_obstacle
 from moextend_pl.stage import StageModule, shapes_only
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
 
     def sample_spec(self) -> SampleSpec:
         """Returns what the model asks of text-only data."""
-        return SampleSpec(self.tokenizer, self.image_token_id, tokens_per_image=0, image_size=0)
+        obstacle = packing_obstacle(self.model_config())
+        return SampleSpec(self.tokenizer, self.image_token_id, 0, 0, packing_obstacle=obstacle)
 
     def build(self) -> None:
         """Reads or makes the model, and grows it by the extension plan where it is trained alone."""
@@ -194,12 +196,12 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Declares which tokens of the next passes may reach the new experts of each extension.
 
         Args:
-            batch: `input_ids` (B, S), and `tasks` where a plan belongs to a task.
+            batch: `input_ids` (B, S), `tasks` where a plan belongs to a task, `documents` where rows are packed.
         """
         is_image_BS = batch["input_ids"] == self.image_token_id
         for plan, reach in self.extensions:
             routing = "open" if self._opened_to_text else plan.routing
-            reach.set(reachable(routing, plan.task, is_image_BS, batch.get("tasks")))
+            reach.set(reachable(routing, plan.task, is_image_BS, batch.get("tasks"), batch.get("documents")))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeds ids; image placeholders, which lie outside the vocabulary, become the embedding of id 0."""
@@ -209,7 +211,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Predicts the next token.
 
         Args:
-            batch: `input_ids` and `attention_mask` (B, S).
+            batch: `input_ids` and `attention_mask` (B, S), and `documents` where rows are packed.
             embeddings: (B, S, D) with image features in place; by default the embedded ids.
             logits_at: (B, S) booleans, positions to predict from; by default all.
 
@@ -219,7 +221,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         input_ids = batch["input_ids"]
         self.set_reach(batch)
         inputs = {"input_ids": input_ids} if embeddings is None else {"inputs_embeds": embeddings}
-        inputs["attention_mask"] = batch["attention_mask"]
+        inputs.update(attention_inputs(self.model, batch))
         if logits_at is None:
             return self.model(**inputs, use_cache=False).logits
         if _KEEPS_BY_MASK:

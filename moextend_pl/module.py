@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, I images, P placeholders of one image, C channels o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class MoExtend(AnswerMixin, StageModule):
         tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
         side = int(self.encoder.config["image_size"])
         pixels = self.encoder.image_statistics
-        return SampleSpec(self.language.tokenizer, self.language.image_token_id, tokens, side, **pixels)
+        return replace(self.language.sample_spec(), tokens_per_image=tokens, image_size=side, **pixels)
 
     def build(self) -> None:
         """Builds the three parts, grows the language model, and reads the weights of `init_from`."""

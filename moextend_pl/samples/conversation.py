@@ -124,6 +124,14 @@ class ConversationEncoder:
         question = turns[-1].human.replace(IMAGE_MARK, "").strip()
         return self._sample(key, encoded, pixels, names, question, turns[-1].gpt)
 
+    def length(self, turns: tuple[Turn, ...]) -> int:
+        """Returns how many positions a conversation takes when it is encoded for training.
+
+        Raises:
+            UserError: If the template cannot be used.
+        """
+        return len(self._encode(turns).ids)
+
     def filler(self) -> Sample:
         """Returns the sample that stands where a rank has none left: empty key, nothing to learn."""
         ids = torch.tensor([self.pad_id])

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +25,7 @@ from transformers import (
 
 from moextend_pl.answers import AnswerMixin
 from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec, UserError
-from moextend_pl.losses import balance_loss, token_loss
+from moextend_pl.losses import balance_loss, global_mean, learned_tokens, token_loss
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.extended_router import open_tokens
 from moextend_pl.moe.growth import grow, new_parameters, router_parameters
@@ -36,6 +35,7 @@ from moextend_pl.moe.usage import RouterRecord
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.optim import OptimSpec
 from moextend_pl.packing import attention_inputs, packing_obstacle
+from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.stage import StageModule, shapes_only
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         base: Folder of a transformers model with its tokenizer.
         config: Configuration of a model built from scratch instead; needs `model_type`.
         tokenizer: Folder of the tokenizer; by default that of the base.
+        chat_template: `inst` (MoExtend's), a file with a Jinja template, or null for the tokenizer's own.
         experts_implementation: How transformers computes experts: `grouped_mm`, `eager` or `batched_mm`.
         quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; null as they are.
         balance_weight: Weight of the balance loss; the paper uses 0.001.
@@ -84,6 +85,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         base: str | None = None,
         config: dict[str, Any] | None = None,
         tokenizer: str | None = None,
+        chat_template: str | None = None,
         experts_implementation: str = "grouped_mm",
         quantize: str | None = None,
         balance_weight: float = 0.001,
@@ -99,7 +101,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
             raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
         check_base(base, quantize)
         self.base, self.config, self.quantize = base, dict(config or {}), quantize
-        self.tokenizer_path = tokenizer or str(base)
+        self.tokenizer_path, self.chat_template = tokenizer or str(base), chat_template
         self.experts_implementation = experts_implementation
         self.balance_weight, self.max_new_tokens = balance_weight, max_new_tokens
         self.extensions: list[tuple[ExtensionPlan, Reach]] = []
@@ -111,11 +113,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, read once."""
         if self._tokenizer is None:
-            if not Path(self.tokenizer_path).is_dir():
-                raise UserError(
-                    f"Expected a tokenizer folder at {self.tokenizer_path}, found none. Build the shards first."
-                )
-            self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
+            self._tokenizer = load_tokenizer(self.tokenizer_path, self.chat_template)
         return self._tokenizer
 
     def model_config(self) -> PreTrainedConfig:
@@ -246,7 +244,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         token = token_loss(logits_AV, labels_A)
         wanted = balanced and self.balance_weight > 0
         balance = self._balance(records, batch["attention_mask"]) if wanted else token.new_zeros(())
-        accuracy = (logits_AV.argmax(dim=-1) == labels_A).float().mean() if len(labels_A) else token.new_zeros(())
+        accuracy = global_mean((logits_AV.argmax(dim=-1) == labels_A).float().sum(), learned_BS.sum())
         return LanguageOutput(token + self.balance_weight * balance, token, balance, accuracy)
 
     def _balance(self, records: list[RouterRecord], attention_mask: Tensor) -> Tensor:
@@ -266,7 +264,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Logs loss and accuracy of the supervised tokens."""
         output = self.losses(batch, balanced=False)
         values = {"val/loss": output.token, "val/token_accuracy": output.accuracy}
-        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(batch["keys"]))
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=learned_tokens(batch["labels"]))
 
     @torch.no_grad()
     def answer(self, batch: Batch, embeddings: Tensor | None = None) -> list[str]:

@@ -19,6 +19,7 @@ from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, U
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.fusion import scatter_features
 from moextend_pl.language import LanguageOutput, MoELanguageModel
+from moextend_pl.losses import learned_tokens
 from moextend_pl.moe.touch import touch
 from moextend_pl.optim import OptimSpec
 from moextend_pl.projector import Projector
@@ -100,6 +101,7 @@ class MoExtend(AnswerMixin, StageModule):
             "projector": {"kind": self.projector.kind, "merge": self.projector.merge},
             "language": {
                 "base": self.language.base,
+                "chat_template": self.language.chat_template,
                 "experts_implementation": self.language.experts_implementation,
                 "quantize": self.language.quantize,
                 "balance_weight": self.language.balance_weight,
@@ -218,7 +220,7 @@ class MoExtend(AnswerMixin, StageModule):
         """Logs loss and accuracy of the supervised tokens."""
         output = self.language.losses(batch, self.embed(batch), balanced=False)
         values = {"val/loss": output.token, "val/token_accuracy": output.accuracy}
-        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(batch["keys"]))
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=learned_tokens(batch["labels"]))
 
     @torch.no_grad()
     def answer(self, batch: Batch) -> list[str]:

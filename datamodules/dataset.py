@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,14 @@ from moextend_pl.samples.pixels import PixelTransform, decode_image
 from moextend_pl.samples.turns import Turn, single_turn
 
 TURNS = ("together", "single")
+
+START_METHOD = "fork" if sys.platform == "linux" else None
+"""How workers start. Forked ones share the index and start in milliseconds; fresh ones would import torch for seconds
+each. Forking beside threads is safe for what they do: no CUDA, one thread (`one_thread`), and tokenizers without
+their own pool of threads, which they give up in a fork."""
+
+WORKER_PATIENCE = 900
+"""Seconds after which a batch that does not come is an error, and not a run that stands still for ever."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +192,8 @@ class BatchLoader:
             collate_fn=dataset.collate,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=one_thread,
+            timeout=WORKER_PATIENCE if num_workers else 0,
+            multiprocessing_context=START_METHOD if num_workers else None,
         )
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moextend_pl.contracts import IGNORE_INDEX, Batch, Sample
 from moextend_pl.language import MoELanguageModel
+from moextend_pl.moe.reach import reachable
 from moextend_pl.packing import attention_inputs, has_image, packing_obstacle, position_ids
 from moextend_pl.samples.collate import collate_packed, collate_training
 
@@ -69,6 +70,17 @@ def test_an_image_opens_its_own_document_only_and_no_padding():
     assert has_image(is_image, DOCUMENTS).tolist() == expected
     assert not has_image(torch.zeros_like(is_image), DOCUMENTS).any()
     assert has_image(is_image[:, :3], None).tolist() == [True, False]
+
+
+def test_an_extension_of_a_task_is_reached_by_the_documents_of_that_task_only():
+    is_image = torch.zeros(2, 7, dtype=torch.bool)
+    is_image[0, 1] = is_image[0, 3] = is_image[1, 5] = True  # documents 1, 2 and 4
+    tasks = ["chart", "photo", "chart", "chart", "chart"]
+    expected = [[d in (1, 4) for d in row] for row in DOCUMENTS.tolist()]
+    assert reachable("masked", "chart", is_image, tasks, DOCUMENTS).tolist() == expected
+    tokens = is_image & torch.tensor(expected)
+    assert torch.equal(reachable("masked_tokens", "chart", is_image, tasks, DOCUMENTS), tokens)
+    assert not reachable("masked", "chart", is_image, None, DOCUMENTS).any()
 
 
 def test_padded_batches_keep_their_mask():

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.batching import Row
 from datamodules.order import FILLER
 from datamodules.reader import ShardReader
 from moextend_pl.contracts import Batch, Sample, UserError
@@ -150,16 +149,20 @@ class ConversationDataset(Dataset[Sample]):
     def length(self, unit: int) -> int:
         """Returns the tokens of a unit; 1 if it is damaged, which is said when it is due."""
         try:
-            return self.encoder.length(self.read(unit)[1])
+            return max(1, self.encoder.length(self.read(unit)[1]))
         except UserError:
             return 1
 
-    def __getitems__(self, rows: Sequence[Row]) -> list[Sample] | list[list[Sample]] | Failure:
-        """Returns the samples of a batch, or the first mistake met; torch's fetcher calls this."""
+    def __getitems__(self, rows: Sequence[Any]) -> list[Sample] | list[list[Sample]] | Failure:
+        """Returns the samples of a batch, or the first mistake met; torch's fetcher calls this.
+
+        Args:
+            rows: A unit a row, or several where samples are packed.
+        """
         try:
             if self.packed:
-                return [[self[unit] for unit in row] for row in rows if isinstance(row, tuple)]
-            return [self[unit] for unit in rows if isinstance(unit, int)]
+                return [[self[unit] for unit in row] for row in rows]
+            return [self[unit] for unit in rows]
         except UserError as error:
             return Failure(str(error))
 

@@ -51,10 +51,13 @@ class ImageTextShards(pl.LightningDataModule):
         data:
           class_path: datamodules.ImageTextShards
           init_args:
-            train: data/vqa/train
+            train:
+              - {path: data/vqa/train, weight: 0.9, task: vqa}
+              - {path: data/text, weight: 0.1}
             test: {vqa: data/vqa/test}
-            turns: single
-            batch_size: 64
+            batch_size: 16
+            max_length: 2048
+            packing: true
     """
 
     def __init__(

@@ -14,6 +14,9 @@ from tqdm import tqdm
 from datamodules.dataset import ConversationDataset
 from moextend_pl.samples.conversation import ConversationEncoder
 
+LENGTHS_SCHEMA = "1"
+"""Raised when the same conversation comes to be encoded otherwise, so that files of before are not used."""
+
 CHUNK = 256
 log = logging.getLogger(__name__)
 
@@ -92,5 +95,12 @@ def _fingerprint(encoder: ConversationEncoder, shards: str) -> str:
     spec = encoder.spec
     tokenizer = spec.tokenizer
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
-    facts = [shards, words, str(tokenizer.chat_template), str(spec.tokens_per_image), str(encoder.max_length)]
+    facts = [
+        LENGTHS_SCHEMA,
+        shards,
+        words,
+        str(tokenizer.chat_template),
+        str(spec.tokens_per_image),
+        str(encoder.max_length),
+    ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

@@ -113,7 +113,7 @@ class MoExtend(AnswerMixin, StageModule):
         """Returns what the model asks of its data; tokenizer and image size have this one source."""
         tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
         side = int(self.encoder.config["image_size"])
-        pixels = self.encoder.image_statistics
+        pixels: dict[str, Any] = dict(self.encoder.image_statistics)
         return replace(self.language.sample_spec(), tokens_per_image=tokens, image_size=side, **pixels)
 
     def build(self) -> None:

@@ -3,6 +3,7 @@
 from callbacks.checkpoints import StageCheckpoint
 from callbacks.expert_extension import ExpertExtension
 from callbacks.frozen_guard import FrozenGuard
+from callbacks.ledger import SampleLedger
 from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt, WritePredictions
 from callbacks.progress import StageProgress
 from callbacks.train_only import TrainOnly
@@ -11,6 +12,7 @@ from callbacks.usage_report import UsageReport
 __all__ = [
     "ExpertExtension",
     "FrozenGuard",
+    "SampleLedger",
     "SaveDelta",
     "SavePretrained",
     "StageCheckpoint",

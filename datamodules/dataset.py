@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from datamodules.order import FILLER
 from datamodules.reader import ShardReader
 from moextend_pl.contracts import Batch, Sample, UserError
-from moextend_pl.samples.collate import collate_generation, collate_training
+from moextend_pl.samples.collate import collate_generation, collate_packed, collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.pixels import PixelTransform, decode_image
-from moextend_pl.samples.turns import single_turn
+from moextend_pl.samples.turns import Turn, single_turn
 
 TURNS = ("together", "single")
+
+START_METHOD = "fork" if sys.platform == "linux" else None
+"""How workers start. Forked ones share the index and start in milliseconds; fresh ones would import torch for seconds
+each. Forking beside threads is safe for what they do: no CUDA, one thread (`one_thread`), and tokenizers without
+their own pool of threads, which they give up in a fork."""
+
+WORKER_PATIENCE = 900
+"""Seconds after which a batch that does not come is an error, and not a run that stands still for ever."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +49,18 @@ class UnitTable:
     Args:
         folders: Shard folders; their units follow each other.
         turns: `together` (a unit is a conversation) or `single` (a unit is one turn).
+        tasks: Task of each folder; none has one if empty.
 
     Raises:
         UserError: If `turns` is unknown, or a folder is no valid shard set.
     """
 
-    def __init__(self, folders: Sequence[Path], turns: str = "together") -> None:
+    def __init__(self, folders: Sequence[Path], turns: str = "together", tasks: Sequence[str] = ()) -> None:
         if turns not in TURNS:
             raise UserError(f"Expected `turns` in {list(TURNS)}, got {turns!r}.")
         self.single = turns == "single"
         self.readers = [ShardReader(folder) for folder in folders]
+        self.tasks = tuple(tasks) or ("",) * len(self.readers)
         counts = np.concatenate([reader.turns() if self.single else np.ones(len(reader)) for reader in self.readers])
         counts = counts.astype(np.int64)
         self.sample = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
@@ -62,6 +73,15 @@ class UnitTable:
     def __len__(self) -> int:
         return len(self.sample)
 
+    def sizes_by_folder(self) -> list[list[int]]:
+        """Returns the units of each shard, folder by folder."""
+        sizes = iter(self.sizes)
+        return [[next(sizes) for _ in reader.shards] for reader in self.readers]
+
+    def task(self, unit: int) -> str:
+        """Returns the task of the folder that a unit lies in."""
+        return self.tasks[int(np.searchsorted(self.ends, self.sample[unit], side="right"))]
+
     def locate(self, unit: int) -> tuple[ShardReader, int, int | None]:
         """Returns reader, sample number inside it, and turn (None: all turns) of a unit."""
         number = int(self.sample[unit])
@@ -69,9 +89,10 @@ class UnitTable:
         inside = number - (int(self.ends[folder - 1]) if folder else 0)
         return self.readers[folder], inside, int(self.turn[unit]) if self.single else None
 
-    def fingerprint(self) -> str:
-        """Returns a short digest of all shards and of what a unit is; equal for equal data."""
-        text = [f"{shard.sha256} {len(shard)}" for reader in self.readers for shard in reader.shards]
+    def fingerprint(self, folder: int | None = None) -> str:
+        """Returns a short digest of all shards, or of one folder's, and of what a unit is; equal for equal data."""
+        readers = self.readers if folder is None else [self.readers[folder]]
+        text = [f"{shard.sha256} {len(shard)}" for reader in readers for shard in reader.shards]
         return hashlib.sha256("\n".join([str(self.single), *text]).encode()).hexdigest()[:16]
 
 
@@ -82,12 +103,16 @@ class ConversationDataset(Dataset[Sample]):
         table: Which unit is which.
         encoder: Conversation -> ids and labels.
         generation: Whether samples are prompts for generation instead of training samples.
+        packed: Whether a row of a batch is made of several units.
     """
 
-    def __init__(self, table: UnitTable, encoder: ConversationEncoder, generation: bool = False) -> None:
+    def __init__(
+        self, table: UnitTable, encoder: ConversationEncoder, generation: bool = False, packed: bool = False
+    ) -> None:
         self.table = table
         self.encoder = encoder
         self.generation = generation
+        self.packed = packed
         self.transform = PixelTransform(encoder.spec)
 
     def __len__(self) -> int:
@@ -101,31 +126,52 @@ class ConversationDataset(Dataset[Sample]):
         """
         if unit == FILLER:
             return self.encoder.filler()
-        reader, number, turn = self.table.locate(unit)
-        raw = reader.read(number)
-        key, turns, images = raw.key, raw.turns, raw.images
-        if turn is not None:
-            one, which = single_turn(turns, turn, len(images))
-            key, turns, images = f"{key}#{turn}", (one,), tuple(images[i] for i in which)
-        pixels = [self.transform(decode_image(data, raw.origin)) for data in images]
+        key, turns, images, origin = self.read(unit)
+        pixels = [self.transform(decode_image(data, origin)) for data in images]
         # Named by content: the same picture has the same name in whatever sample it lies.
         names = [hashlib.blake2b(data, digest_size=8).hexdigest() for data in images]
         encode = self.encoder.encode_prompt if self.generation else self.encoder.encode
-        return encode(key, turns, pixels, names)
+        return replace(encode(key, turns, pixels, names), task=self.table.task(unit))
 
-    def __getitems__(self, units: Sequence[int]) -> list[Sample] | Failure:
-        """Returns the samples of a batch, or the first mistake met; torch's fetcher calls this."""
+    def read(self, unit: int) -> tuple[str, tuple[Turn, ...], tuple[bytes, ...], str]:
+        """Returns key, turns, image files and, for messages, origin of a unit.
+
+        Raises:
+            UserError: If the sample is damaged.
+        """
+        reader, number, turn = self.table.locate(unit)
+        raw = reader.read(number)
+        if turn is None:
+            return raw.key, raw.turns, raw.images, raw.origin
+        one, which = single_turn(raw.turns, turn, len(raw.images))
+        return f"{raw.key}#{turn}", (one,), tuple(raw.images[i] for i in which), raw.origin
+
+    def length(self, unit: int) -> int:
+        """Returns the tokens of a unit; 1 if it is damaged, which is said when it is due."""
         try:
-            return [self[unit] for unit in units]
+            return max(1, self.encoder.length(self.read(unit)[1]))
+        except UserError:
+            return 1
+
+    def __getitems__(self, rows: Sequence[Any]) -> list[Sample] | list[list[Sample]] | Failure:
+        """Returns the samples of a batch, or the first mistake met; torch's fetcher calls this.
+
+        Args:
+            rows: A unit a row, or several where samples are packed.
+        """
+        try:
+            if self.packed:
+                return [[self[unit] for unit in row] for row in rows]
+            return [self[unit] for unit in rows]
         except UserError as error:
             return Failure(str(error))
 
-    def collate(self, samples: list[Sample] | Failure) -> Batch | Failure:
+    def collate(self, samples: list[Any] | Failure) -> Batch | Failure:
         """Pads and stacks; lets a failure pass."""
         if isinstance(samples, Failure):
             return samples
-        collate: Callable[..., Batch] = collate_generation if self.generation else collate_training
-        return collate(samples, self.encoder.pad_id)
+        collate: Callable[..., Batch] = collate_packed if self.packed else collate_training
+        return (collate_generation if self.generation else collate)(samples, self.encoder.pad_id)
 
 
 class BatchLoader:
@@ -140,7 +186,7 @@ class BatchLoader:
         num_workers: Processes that read and encode; 0 does it in this one.
     """
 
-    def __init__(self, dataset: ConversationDataset, batches: Sampler[list[int]], num_workers: int) -> None:
+    def __init__(self, dataset: ConversationDataset, batches: Sampler[list[Any]], num_workers: int) -> None:
         self.dataset = dataset
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
@@ -149,6 +195,8 @@ class BatchLoader:
             collate_fn=dataset.collate,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=one_thread,
+            timeout=WORKER_PATIENCE if num_workers else 0,
+            multiprocessing_context=START_METHOD if num_workers else None,
         )
 
     def __len__(self) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 
+from datamodules.batching import BatchPlan, BucketBatches, EndlessBatches, PackedBatches, PlainBatches, check_options
 from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
-from datamodules.order import EndlessBatches, EveryUnitOnce, Order, shuffled, slice_of_rank
-from moextend_pl.contracts import SampleSpec, UserError
+from datamodules.lengths import unit_lengths
+from datamodules.mixture import Sets, ShardSet, shard_sets, training_order
+from datamodules.order import EveryUnitOnce, shuffled, slice_of_rank
+from moextend_pl.contracts import SampleSpec, UserError, run_directory
 from moextend_pl.samples.conversation import ConversationEncoder
 
 STATE_SCHEMA = 1
@@ -26,15 +28,19 @@ class ImageTextShards(pl.LightningDataModule):
     number of workers and any number of ranks that divides the batch.
 
     Args:
-        train: Folder or folders to train on; several are concatenated.
-        val: Folder or folders to validate on.
+        train: Folder or folders to train on, or sets `{path, weight, task}`. Without weights every sample is seen
+            once an epoch; with weights the sets are mixed by them, see `datamodules.mixture.Mixture`.
+        val: Folder or folders to validate on; weights do not count.
         test: Name -> folder; each gets a generation loader of its own, in the order of `test_names`.
         predict: As `test`, for `trainer.predict`; names in `predict_names`.
-        batch_size: Samples of a batch over all ranks together.
+        batch_size: Rows of a batch over all ranks together.
         eval_batch_size: The same for validation, test and predict; `batch_size` if None.
         turns: `together` (a sample is a whole conversation) or `single` (each question with its answer is
             a sample; for sets whose questions do not depend on each other).
         max_length: Longest sequence; longer ones are cut, but never inside an image. None for no limit.
+        packing: Whether a row of a training batch holds as many samples as fit into `max_length` tokens, each
+            attending to itself only, instead of one. `batch_size` stays the number of rows.
+        bucket: Batches whose samples are sorted by length together, so that little is padded; 1 for none.
         num_workers: Processes that read and encode.
         seed: Seed of the order.
         val_samples: Validate on this many samples only, drawn once; None for all.
@@ -45,23 +51,28 @@ class ImageTextShards(pl.LightningDataModule):
         data:
           class_path: datamodules.ImageTextShards
           init_args:
-            train: data/vqa/train
+            train:
+              - {path: data/vqa/train, weight: 0.9, task: vqa}
+              - {path: data/text, weight: 0.1}
             test: {vqa: data/vqa/test}
-            turns: single
-            batch_size: 64
+            batch_size: 16
+            max_length: 2048
+            packing: true
     """
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
-        val: str | list[str] | None = None,
-        test: dict[str, str] | None = None,
-        predict: dict[str, str] | None = None,
+        train: str | ShardSet | list[str | ShardSet] | None = None,
+        val: str | ShardSet | list[str | ShardSet] | None = None,
+        test: dict[str, str | ShardSet] | None = None,
+        predict: dict[str, str | ShardSet] | None = None,
         *,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         turns: str = "together",
         max_length: int | None = None,
+        packing: bool = False,
+        bucket: int = 1,
         num_workers: int = 0,
         seed: int = 0,
         val_samples: int | None = None,
@@ -76,11 +87,15 @@ class ImageTextShards(pl.LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.turns = turns
         self.max_length = max_length
+        self.packing = packing
+        self.bucket = bucket
         self.num_workers = num_workers
         self.seed = seed
         self.val_samples = val_samples
         self.spec = spec
-        self._tables: dict[tuple[str, ...], UnitTable] = {}
+        check_options(packing, bucket, max_length)
+        self._tables: dict[tuple[ShardSet, ...], UnitTable] = {}
+        self._plan: BatchPlan | None = None
         self._start = 0
         self._processed_at_start: int | None = None
 
@@ -94,6 +109,11 @@ class ImageTextShards(pl.LightningDataModule):
         """Names of the predict loaders, in order."""
         return list(self.predict)
 
+    def prepare_data(self) -> None:
+        """Counts the tokens of the training samples if their number is needed: on one rank, while the others wait."""
+        if self.train and self._needs_lengths and self.trainer and self.trainer.state.fn == "fit":
+            self._training_plan()
+
     def setup(self, stage: str | None = None) -> None:
         """Opens and checks the folders that a stage needs.
 
@@ -101,7 +121,8 @@ class ImageTextShards(pl.LightningDataModule):
             stage: `fit`, `validate`, `test` or `predict`; None for all that are given.
 
         Raises:
-            UserError: If a folder is missing or no valid shard set, or a batch size cannot be shared.
+            UserError: If a folder is missing or no valid shard set, a batch size cannot be shared, or samples
+                cannot be packed.
         """
         self.sample_spec()
         slice_of_rank(self.batch_size, *self._ranks())
@@ -109,12 +130,12 @@ class ImageTextShards(pl.LightningDataModule):
         self._check_trainer()
         if stage == "fit":
             self._start, self._processed_at_start = 0, None
-            self._table(self.train, "train")
-        wanted = {
+            self._plan = self._training_plan()
+        wanted: dict[str, list[Sets]] = {
             "fit": [self.val],
             "validate": [self.val],
-            "test": self.test.values(),
-            "predict": self.predict.values(),
+            "test": list(self.test.values()),
+            "predict": list(self.predict.values()),
         }
         groups = wanted.values() if stage is None else [wanted[stage]]
         for folders in (folders for group in groups for folders in group if folders):
@@ -142,7 +163,8 @@ class ImageTextShards(pl.LightningDataModule):
         processed = self._processed_batches()
         if self._processed_at_start is None:
             self._processed_at_start = processed
-        return self._start + (processed - self._processed_at_start) * self.batch_size
+        batches = processed - self._processed_at_start
+        return self._plan.after(self._start, batches) if self._plan else self._start
 
     @property
     def epoch(self) -> int:
@@ -151,10 +173,9 @@ class ImageTextShards(pl.LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """Returns the endless loader; every iteration over it starts at the first sample not yet consumed."""
-        table = self._table(self.train, "train")
-        order = Order(table.sizes, self.seed)
-        batches = EndlessBatches(order, self.batch_size, *self._ranks(), consumed=lambda: self.consumed)
-        return BatchLoader(self._dataset(table, generation=False), batches, self.num_workers)
+        self._plan = self._plan or self._training_plan()
+        batches = EndlessBatches(self._plan, *self._ranks(), consumed=lambda: self.consumed)
+        return BatchLoader(self._training_set(), batches, self.num_workers)
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         """Returns a loader of training-like batches, once over the validation set; none if there is none."""
@@ -178,45 +199,71 @@ class ImageTextShards(pl.LightningDataModule):
         """Returns what a checkpoint has to keep; it holds for every rank and any number of workers."""
         if not self.train:
             return {}
-        fingerprint = self._table(self.train, "train").fingerprint()
-        return {"schema": STATE_SCHEMA, "consumed": self.consumed, "seed": self.seed, "data": fingerprint}
+        weights = [one.weight for one in shard_sets(self.train)]
+        data = self._table(self.train, "train").fingerprint() + (f" mixed {weights}" if any(weights) else "")
+        state = {"schema": STATE_SCHEMA, "consumed": self.consumed, "seed": self.seed, "data": data}
+        # A window of buckets can be taken up at the border of a batch only; other plans go on at any sample.
+        return {**state, "bucket": [self.bucket, self.batch_size]} if self.bucket > 1 else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up where a checkpoint stopped.
 
         Raises:
-            UserError: If the checkpoint was written with other data, other turns, or another seed.
+            UserError: If the checkpoint was written with other data, turns, weights or buckets, or another seed.
         """
         if not self.train or not state_dict:
             return
         now = self.state_dict()
-        for name, what in (("schema", "format of the data state"), ("seed", "`seed`"), ("data", "training shards")):
-            if state_dict.get(name) != now[name]:
+        names = {"schema": "format of the data state", "seed": "`seed`", "data": "training shards"}
+        for name, what in {**names, "bucket": "`bucket` and `batch_size`"}.items():
+            if state_dict.get(name) != now.get(name):
                 raise UserError(
                     f"Cannot resume: the checkpoint was written with {what} {state_dict.get(name)!r}, this run has "
-                    f"{now[name]!r}. Resume with the same data, `turns` and `seed`, or start a new run."
+                    f"{now.get(name)!r}. Resume with the same data, `turns` and `seed`, or start a new run."
                 )
         self._start, self._processed_at_start = int(state_dict["consumed"]), None
 
-    def _table(self, folders: str | Sequence[str] | None, name: str) -> UnitTable:
-        if not folders:
+    def _table(self, sets: Sets, name: str) -> UnitTable:
+        found = shard_sets(sets)
+        if not found:
             raise UserError(f"Expected a folder of shards under `{name}` of the data module, got none. Set it.")
-        names = (folders,) if isinstance(folders, str) else tuple(folders)
-        if names not in self._tables:
-            self._tables[names] = UnitTable([Path(folder) for folder in names], self.turns)
-        return self._tables[names]
+        if found not in self._tables:
+            folders, tasks = [Path(one.path) for one in found], [one.task for one in found]
+            self._tables[found] = UnitTable(folders, self.turns, tasks)
+        return self._tables[found]
 
-    def _dataset(self, table: UnitTable, generation: bool) -> ConversationDataset:
+    def _dataset(self, table: UnitTable, *, generation: bool = False, packed: bool = False) -> ConversationDataset:
         encoder = ConversationEncoder(self.sample_spec(), self.max_length)
-        return ConversationDataset(table, encoder, generation)
+        return ConversationDataset(table, encoder, generation, packed)
 
-    def _generation(self, folder: str, name: str) -> BatchLoader:
+    def _training_set(self) -> ConversationDataset:
+        return self._dataset(self._table(self.train, "train"), packed=self.packing)
+
+    def _training_plan(self) -> BatchPlan:
+        obstacle = self.sample_spec().packing_obstacle
+        if self.packing and obstacle:
+            raise UserError(f"Expected a model whose samples can be packed, but {obstacle}. Set `packing: false`.")
+        sizes = self._table(self.train, "train").sizes_by_folder()
+        order = training_order(shard_sets(self.train), sizes, self.seed)
+        if not self._needs_lengths:
+            return PlainBatches(order, self.batch_size)
+        run = run_directory(self.trainer) if self.trainer else None
+        lengths = unit_lengths(self._training_set(), run, self.num_workers)
+        if self.packing and self.max_length is not None:
+            return PackedBatches(order, lengths, self.batch_size, self.max_length)
+        return BucketBatches(order, lengths, self.batch_size, self.bucket)
+
+    @property
+    def _needs_lengths(self) -> bool:
+        return self.packing or self.bucket > 1
+
+    def _generation(self, folder: str | ShardSet, name: str) -> BatchLoader:
         table = self._table(folder, name)
         return self._once(table, np.arange(len(table)), generation=True)
 
     def _once(self, table: UnitTable, units: np.ndarray, generation: bool) -> BatchLoader:
         batches = EveryUnitOnce(units, self.eval_batch_size, *self._ranks())
-        return BatchLoader(self._dataset(table, generation), batches, self.num_workers)
+        return BatchLoader(self._dataset(table, generation=generation), batches, self.num_workers)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,14 +1,15 @@
 """In which order samples are seen: a pure function of (seed, epoch), the same for any ranks and workers.
 
-Positions count samples over the endless row of epochs. Global batch g of size B holds the positions
-[gB, (g + 1)B); rank r of R takes the r-th of its R equal slices. What a run has seen is therefore one
-number: the samples consumed.
+Positions count samples over the endless row of epochs. A global batch takes the positions that follow those
+of the batch before it (which of them, says a plan in `batching.py`); rank r of R takes the r-th of R equal
+slices of its rows. What a run has seen is therefore one number: the samples consumed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -37,33 +38,28 @@ def shuffled(count: int, *seeds: int) -> np.ndarray:
     return np.argsort(_mix(_mix(np.arange(count, dtype=np.uint64) ^ state)), kind="stable")
 
 
-class Order:
-    """Order of all units of a set: shards are shuffled, then units inside blocks of shards.
+class EndlessOrder(ABC):
+    """Epoch after epoch of units; a subclass says what an epoch is.
 
-    A unit is what becomes one `Sample`: a conversation, or one turn of it. Blocks keep reads near to
-    each other, and bound what a cache has to hold.
+    A unit is what becomes one `Sample`: a conversation, or one turn of it.
 
     Args:
-        sizes: Units of each shard.
         seed: Any number.
-        block: K, shards that are mixed with each other.
     """
 
-    def __init__(self, sizes: Sequence[int], seed: int, block: int = 8) -> None:
-        if block < 1:
-            raise UserError(f"Expected at least 1 shard in a block, got {block}.")
-        self.sizes = [int(size) for size in sizes]
-        self.starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+    def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.block = block
         # Two epochs: a batch may lie across the border. Per object, so that it dies with it.
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _permutation(self, epoch: int) -> np.ndarray: ...
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Returns all units in the order of one epoch, (n,) int64; treat it as read-only."""
+        """Returns the units of one epoch in their order, (n,) int64; treat it as read-only."""
         return self._epoch(epoch)
 
     def units(self, start: int, count: int) -> np.ndarray:
@@ -75,6 +71,29 @@ class Order:
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+class Order(EndlessOrder):
+    """Order of all units of a set: shards are shuffled, then units inside blocks of shards.
+
+    Blocks keep reads near to each other, and bound what a cache has to hold.
+
+    Args:
+        sizes: Units of each shard.
+        seed: Any number.
+        block: K, shards that are mixed with each other.
+    """
+
+    def __init__(self, sizes: Sequence[int], seed: int, block: int = 8) -> None:
+        if block < 1:
+            raise UserError(f"Expected at least 1 shard in a block, got {block}.")
+        super().__init__(seed)
+        self.sizes = [int(size) for size in sizes]
+        self.starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+        self.block = block
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         shards = shuffled(len(self.sizes), self.seed, epoch)
@@ -101,37 +120,6 @@ def slice_of_rank(batch_size: int, rank: int, world_size: int) -> slice:
         )
     share = batch_size // world_size
     return slice(rank * share, (rank + 1) * share)
-
-
-class EndlessBatches(Sampler[list[int]]):
-    """Batches of units for training, without end; has no length on purpose.
-
-    Args:
-        order: The order of the set.
-        batch_size: Global batch size, over all ranks.
-        rank: Number of this process.
-        world_size: Number of processes.
-        consumed: Tells how many samples were consumed, over all ranks; asked when iteration starts.
-
-    Raises:
-        UserError: If the ranks cannot share the batch evenly.
-    """
-
-    def __init__(
-        self, order: Order, batch_size: int, rank: int, world_size: int, consumed: Callable[[], int] = lambda: 0
-    ) -> None:
-        self.order = order
-        self.batch_size = batch_size
-        self.part = slice_of_rank(batch_size, rank, world_size)
-        self.consumed = consumed
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._batches(self.consumed())
-
-    def _batches(self, start: int) -> Iterator[list[int]]:
-        while True:
-            yield self.order.units(start, self.batch_size)[self.part].tolist()
-            start += self.batch_size
 
 
 class EveryUnitOnce(Sampler[list[int]]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ SAMPLES_PER_SHARD = 1000
 MAX_PROBLEMS = 20
 MAX_NAME = 99
 """Longest member name, in bytes, that the tar format in use can hold."""
+
+OURS = re.compile(r".*\.tar|\.?lengths-\w+\.npy(\.\d+\.tmp)?")
+"""Shards, and lengths of samples (`lengths.py`), a half-written file of which a kill may have left."""
 
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
@@ -80,9 +84,9 @@ def replace_folder(out: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
 
 
 def is_shard_folder(folder: Path) -> bool:
-    """Tells whether a folder holds shards with their index, and nothing else."""
+    """Tells whether a folder holds shards with what is written beside them, and nothing else."""
     names = [path.name for path in folder.iterdir()]
-    return INDEX_FILE in names and all(name == INDEX_FILE or name.endswith(".tar") for name in names)
+    return INDEX_FILE in names and all(name == INDEX_FILE or OURS.fullmatch(name) for name in names)
 
 
 def write_shards(entries: Iterable[Entry], folder: Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> list[Shard]:

@@ -7,17 +7,9 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "[INST]", "[/INST]")
+from moextend_pl.samples.templates import INST
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
-    "{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
-    "{% else %}{{ raise_exception('expected only user and assistant, got ' + message['role']) }}"
-    "{% endif %}{% endfor %}"
-)
-"""`<s>[INST] question [/INST] answer</s>[INST] ...`, as Mixtral writes it."""
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "[INST]", "[/INST]")
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -45,7 +37,7 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         additional_special_tokens=["[INST]", "[/INST]"],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=INST,
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )

@@ -44,6 +44,7 @@ class SampleSpec:
         image_size: Side of the square, in pixels, that images are resized to.
         image_mean: Per channel mean of the pixel values in [0, 1].
         image_std: Per channel standard deviation of the pixel values in [0, 1].
+        packing_obstacle: Why the model cannot take rows of several documents; empty if it can.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class SampleSpec:
     image_size: int
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    packing_obstacle: str = ""
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Sample:
         image_keys: I names, one an image, equal for equal pictures of one shard set.
         prompt: Text asked when the sample is used for generation, without its answer.
         answer: Text expected when the sample is used for generation.
+        task: Name of the task its shard set belongs to; empty if none was given.
     """
 
     key: str
@@ -75,6 +78,7 @@ class Sample:
     image_keys: list[str]
     prompt: str = ""
     answer: str = ""
+    task: str = ""
 
 
 class Batch(TypedDict):
@@ -82,9 +86,13 @@ class Batch(TypedDict):
 
     Training batches are padded on the right. Generation batches hold prompts only, are padded on the
     left, and carry `prompts` and `answers`.
+
+    Where rows are packed, each holds several samples, here called documents, and `documents` tells which
+    token is whose: document n, counted from 1 over all rows, is sample n - 1 of `keys` and `tasks`. The
+    first token of a document is never a label, since nothing of its own document stands before it.
     """
 
-    keys: list[str]
+    keys: list[str]  # N samples; N = B but in packed batches
     input_ids: Tensor  # (B, S) int64
     attention_mask: Tensor  # (B, S) int64, 1 on real tokens
     labels: Tensor  # (B, S) int64
@@ -92,11 +100,12 @@ class Batch(TypedDict):
     image_keys: list[str]  # I
     prompts: NotRequired[list[str]]  # B
     answers: NotRequired[list[str]]  # B
-    tasks: NotRequired[list[str]]  # B, names of the tasks that samples belong to
+    tasks: NotRequired[list[str]]  # N, names of the tasks that samples belong to
+    documents: NotRequired[Tensor]  # (B, S) int64, 0 on padding
 
 
 def samples_in(batch: Batch) -> int:
-    """Returns B, for Lightning's ThroughputMonitor."""
+    """Returns the number of samples, for Lightning's ThroughputMonitor."""
     return len(batch["keys"])
 
 

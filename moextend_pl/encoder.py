@@ -196,7 +196,9 @@ class VisionEncoder(StageModule):
         if self.tokenizer_path is None:
             raise UserError("Expected `tokenizer` to train the vision encoder alone, got none. Name its folder.")
         tokenizer = self._tokenizer()
-        return SampleSpec(tokenizer, len(tokenizer), self.tokens_per_image, int(self.config["image_size"]))
+        side = int(self.config["image_size"])
+        obstacle = "the contrastive loss compares each image with the text of its row"
+        return SampleSpec(tokenizer, len(tokenizer), self.tokens_per_image, side, packing_obstacle=obstacle)
 
     def forward(self, pixels_I3HW: Tensor) -> Tensor:
         """Encodes images.

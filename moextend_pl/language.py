@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +26,7 @@ from transformers import (
 from moextend_pl.activations import checkpoint_activations
 from moextend_pl.answers import AnswerMixin
 from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec, UserError
-from moextend_pl.losses import balance_loss, token_loss
+from moextend_pl.losses import balance_loss, global_mean, learned_tokens, token_loss
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.extended_router import open_tokens
@@ -37,6 +36,8 @@ from moextend_pl.moe.reach import Reach, reachable
 from moextend_pl.moe.usage import RouterRecord
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.optim import OptimSpec
+from moextend_pl.packing import attention_inputs, packing_obstacle
+from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.stage import StageModule, shapes_only
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         base: Folder of a transformers model with its tokenizer.
         config: Configuration of a model built from scratch instead; needs `model_type`.
         tokenizer: Folder of the tokenizer; by default that of the base.
+        chat_template: `inst` (MoExtend's), a file with a Jinja template, or null for the tokenizer's own.
         experts_implementation: `grouped_mm`, `eager`, `batched_mm`, or `moextend`: `grouped_mm` for frozen experts.
         quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; null as they are.
         activation_checkpointing: Whether layers compute their activations again in the backward pass.
@@ -86,6 +88,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         base: str | None = None,
         config: dict[str, Any] | None = None,
         tokenizer: str | None = None,
+        chat_template: str | None = None,
         experts_implementation: str = "grouped_mm",
         quantize: str | None = None,
         activation_checkpointing: bool = False,
@@ -102,7 +105,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
             raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
         check_base(base, quantize)
         self.base, self.config, self.quantize = base, dict(config or {}), quantize
-        self.tokenizer_path = tokenizer or str(base)
+        self.tokenizer_path, self.chat_template = tokenizer or str(base), chat_template
         self.experts_implementation, self.activation_checkpointing = experts_implementation, activation_checkpointing
         self.balance_weight, self.max_new_tokens = balance_weight, max_new_tokens
         self.extensions: list[tuple[ExtensionPlan, Reach]] = []
@@ -113,11 +116,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, read once."""
         if self._tokenizer is None:
-            if not Path(self.tokenizer_path).is_dir():
-                raise UserError(
-                    f"Expected a tokenizer folder at {self.tokenizer_path}, found none. Build the shards first."
-                )
-            self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
+            self._tokenizer = load_tokenizer(self.tokenizer_path, self.chat_template)
         return self._tokenizer
 
     def model_config(self) -> PreTrainedConfig:
@@ -140,7 +139,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
 
     def sample_spec(self) -> SampleSpec:
         """Returns what the model asks of text-only data."""
-        return SampleSpec(self.tokenizer, self.image_token_id, tokens_per_image=0, image_size=0)
+        obstacle = packing_obstacle(self.model_config())
+        return SampleSpec(self.tokenizer, self.image_token_id, 0, 0, packing_obstacle=obstacle)
 
     def build(self) -> None:
         """Reads or makes the model, and grows it by the extension plan where it is trained alone."""
@@ -199,12 +199,12 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Declares which tokens of the next passes may reach the new experts of each extension.
 
         Args:
-            batch: `input_ids` (B, S), and `tasks` where a plan belongs to a task.
+            batch: `input_ids` (B, S), `tasks` where a plan belongs to a task, `documents` where rows are packed.
         """
         is_image_BS = batch["input_ids"] == self.image_token_id
         for plan, reach in self.extensions:
             routing = "open" if self._opened_to_text else plan.routing
-            reach.set(reachable(routing, plan.task, is_image_BS, batch.get("tasks")))
+            reach.set(reachable(routing, plan.task, is_image_BS, batch.get("tasks"), batch.get("documents")))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeds ids; image placeholders, which lie outside the vocabulary, become the embedding of id 0."""
@@ -214,7 +214,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Predicts the next token.
 
         Args:
-            batch: `input_ids` and `attention_mask` (B, S).
+            batch: `input_ids` and `attention_mask` (B, S), and `documents` where rows are packed.
             embeddings: (B, S, D) with image features in place; by default the embedded ids.
             logits_at: (B, S) booleans, positions to predict from; by default all.
 
@@ -223,7 +223,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """
         self.set_reach(batch)
         inputs = {"input_ids": batch["input_ids"]} if embeddings is None else {"inputs_embeds": embeddings}
-        inputs["attention_mask"] = batch["attention_mask"]
+        inputs.update(attention_inputs(self.model, batch))
         if logits_at is None:
             return self.model(**inputs, use_cache=False).logits
         if _KEEPS_BY_MASK:
@@ -248,7 +248,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         token = token_loss(logits_AV, labels_A)
         wanted = balanced and self.balance_weight > 0
         balance = self._balance(records, batch["attention_mask"]) if wanted else token.new_zeros(())
-        accuracy = (logits_AV.argmax(dim=-1) == labels_A).float().mean() if len(labels_A) else token.new_zeros(())
+        accuracy = global_mean((logits_AV.argmax(dim=-1) == labels_A).float().sum(), learned_BS.sum())
         return LanguageOutput(token + self.balance_weight * balance, token, balance, accuracy)
 
     def _balance(self, records: list[RouterRecord], attention_mask: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Logs loss and accuracy of the supervised tokens."""
         output = self.losses(batch, balanced=False)
         values = {"val/loss": output.token, "val/token_accuracy": output.accuracy}
-        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(batch["keys"]))
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=learned_tokens(batch["labels"]))
 
     @torch.no_grad()
     def answer(self, batch: Batch, embeddings: Tensor | None = None) -> list[str]:

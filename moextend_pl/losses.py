@@ -44,6 +44,17 @@ def global_mean(local_sum: Tensor, local_count: Tensor) -> Tensor:
     return local_sum * _world_size() / sum_over_ranks(local_count.float()).clamp(min=1.0)
 
 
+def learned_tokens(labels_BS: Tensor) -> int:
+    """Counts the learned tokens of the global batch: the weight of a batch in a mean over a set.
+
+    With it a mean of batch means is the mean over all tokens, on any number of ranks and with any fillers.
+
+    Args:
+        labels_BS: Labels as they stand in a batch; the first of a row is never learned.
+    """
+    return int(sum_over_ranks((labels_BS[:, 1:] != IGNORE_INDEX).sum()))
+
+
 def token_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """Mean cross-entropy of the learned tokens of the global batch.
 

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, I images, P placeholders of one image, C channels o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, U
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.fusion import scatter_features
 from moextend_pl.language import LanguageOutput, MoELanguageModel
+from moextend_pl.losses import learned_tokens
 from moextend_pl.moe.touch import touch
 from moextend_pl.optim import OptimSpec
 from moextend_pl.projector import Projector
@@ -99,6 +101,7 @@ class MoExtend(AnswerMixin, StageModule):
             "projector": {"kind": self.projector.kind, "merge": self.projector.merge},
             "language": {
                 "base": self.language.base,
+                "chat_template": self.language.chat_template,
                 "experts_implementation": self.language.experts_implementation,
                 "quantize": self.language.quantize,
                 "balance_weight": self.language.balance_weight,
@@ -110,8 +113,8 @@ class MoExtend(AnswerMixin, StageModule):
         """Returns what the model asks of its data; tokenizer and image size have this one source."""
         tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
         side = int(self.encoder.config["image_size"])
-        pixels = self.encoder.image_statistics
-        return SampleSpec(self.language.tokenizer, self.language.image_token_id, tokens, side, **pixels)
+        pixels: dict[str, Any] = dict(self.encoder.image_statistics)
+        return replace(self.language.sample_spec(), tokens_per_image=tokens, image_size=side, **pixels)
 
     def build(self) -> None:
         """Builds the three parts, grows the language model, and reads the weights of `init_from`."""
@@ -217,7 +220,7 @@ class MoExtend(AnswerMixin, StageModule):
         """Logs loss and accuracy of the supervised tokens."""
         output = self.language.losses(batch, self.embed(batch), balanced=False)
         values = {"val/loss": output.token, "val/token_accuracy": output.accuracy}
-        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(batch["keys"]))
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=learned_tokens(batch["labels"]))
 
     @torch.no_grad()
     def answer(self, batch: Batch) -> list[str]:

@@ -1,6 +1,6 @@
 """Which tokens may reach the new experts of one extension.
 
-Shapes: B batch, S sequence, T tokens.
+Shapes: B batch, S sequence, T tokens, N samples (B, but in packed rows).
 """
 
 from __future__ import annotations
@@ -9,27 +9,37 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from moextend_pl.packing import has_image
 
 
-def reachable(routing: str, task: str, is_image_BS: Tensor, tasks: Sequence[str] | None) -> Tensor:
+def reachable(
+    routing: str, task: str, is_image_BS: Tensor, tasks: Sequence[str] | None, documents_BS: Tensor | None = None
+) -> Tensor:
     """Returns which tokens may reach the new experts of an extension.
 
     Args:
         routing: `open`, `masked` or `masked_tokens`, see `contracts.ExtensionPlan`.
         task: The plan's task, or empty.
         is_image_BS: True on image placeholders.
-        tasks: B names of tasks; None if the samples have none.
+        tasks: Names of tasks, one a sample; None if the samples have none.
+        documents_BS: Which sample each token belongs to, counted from 1; None where a row is one sample.
 
     Returns:
         A mask for `Reach.set`, (B,) or (B, S).
     """
     if routing == "open":
         return is_image_BS.new_ones(len(is_image_BS))
-    mask = is_image_BS if routing == "masked_tokens" else is_image_BS.any(dim=1)
+    mask = is_image_BS if routing == "masked_tokens" else has_image(is_image_BS, documents_BS)
     if not task:
         return mask
-    of_task_B = torch.tensor([name == task for name in tasks or [""] * len(mask)], device=mask.device)
-    return mask & (of_task_B if mask.dim() == 1 else of_task_B.unsqueeze(1))
+    if not tasks:
+        return torch.zeros_like(mask)
+    of_task_N = torch.tensor([name == task for name in tasks], device=mask.device)
+    if documents_BS is not None:
+        return mask & F.pad(of_task_N, (1, 0))[documents_BS]
+    return mask & (of_task_N if mask.dim() == 1 else of_task_N.unsqueeze(1))
 
 
 class Reach:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -38,7 +39,24 @@ def collate_training(samples: Sequence[Sample], pad_id: int) -> Batch:
         samples: B samples.
         pad_id: Id of padding.
     """
-    return _collate(samples, pad_id, left=False)
+    return _collate(samples, [sample.input_ids for sample in samples], [sample.labels for sample in samples], pad_id)
+
+
+def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
+    """Puts several samples side by side into each row, and adds `documents`.
+
+    Args:
+        rows: B rows of at least one sample each.
+        pad_id: Id of padding.
+    """
+    samples = [sample for row in rows for sample in row]
+    ids = [torch.cat([sample.input_ids for sample in row]) for row in rows]
+    labels = [torch.cat([_labels_within(sample) for sample in row]) for row in rows]
+    batch = _collate(samples, ids, labels, pad_id)
+    numbers = count(1)
+    documents = [torch.cat([torch.full_like(sample.input_ids, next(numbers)) for sample in row]) for row in rows]
+    batch["documents"] = pad(documents, 0)
+    return batch
 
 
 def collate_generation(samples: Sequence[Sample], pad_id: int) -> Batch:
@@ -48,18 +66,29 @@ def collate_generation(samples: Sequence[Sample], pad_id: int) -> Batch:
         samples: B samples out of `ConversationEncoder.encode_prompt`.
         pad_id: Id of padding.
     """
-    batch = _collate(samples, pad_id, left=True)
+    ids, labels = [sample.input_ids for sample in samples], [sample.labels for sample in samples]
+    batch = _collate(samples, ids, labels, pad_id, left=True)
     batch["prompts"] = [sample.prompt for sample in samples]
     batch["answers"] = [sample.answer for sample in samples]
     return batch
 
 
-def _collate(samples: Sequence[Sample], pad_id: int, left: bool) -> Batch:
+def _labels_within(sample: Sample) -> Tensor:
+    """Returns the labels without the first, which the last token of the document before would learn."""
+    labels = sample.labels.clone()
+    labels[0] = IGNORE_INDEX
+    return labels
+
+
+def _collate(
+    samples: Sequence[Sample], ids: Sequence[Tensor], labels: Sequence[Tensor], pad_id: int, left: bool = False
+) -> Batch:
     return Batch(
         keys=[sample.key for sample in samples],
-        input_ids=pad([sample.input_ids for sample in samples], pad_id, left),
-        attention_mask=pad([torch.ones_like(sample.input_ids) for sample in samples], 0, left),
-        labels=pad([sample.labels for sample in samples], IGNORE_INDEX, left),
+        input_ids=pad(ids, pad_id, left),
+        attention_mask=pad([torch.ones_like(row) for row in ids], 0, left),
+        labels=pad(labels, IGNORE_INDEX, left),
         pixel_values=torch.cat([sample.pixel_values for sample in samples]),
         image_keys=[name for sample in samples for name in sample.image_keys],
+        tasks=[sample.task for sample in samples],
     )

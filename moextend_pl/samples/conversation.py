@@ -1,7 +1,6 @@
-"""Conversation -> ids and labels: the only place that knows chat templates, placeholders and label masks.
+"""Conversation -> ids and labels: the only place that knows placeholders and label masks.
 
-What is learned follows from the tokenizer's own chat template. The conversation is rendered in growing
-steps; the text that a step adds after the generation prompt is the answer, end token included.
+What is learned follows from the chat template, see `templates.answer_spans`.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from itertools import pairwise
 import torch
 
 from moextend_pl.contracts import IGNORE_INDEX, Sample, SampleSpec, UserError
+from moextend_pl.samples.templates import answer_spans
 from moextend_pl.samples.turns import IMAGE_MARK, Turn
 
 CACHED_TEXTS = 4096
@@ -63,8 +63,8 @@ class ConversationEncoder:
     def __init__(self, spec: SampleSpec, max_length: int | None = None) -> None:
         if not spec.tokenizer.chat_template:
             raise UserError(
-                "Expected a tokenizer with a chat template, got one without. Set `tokenizer.chat_template`, or add "
-                "`chat_template.jinja` to the tokenizer's folder."
+                "Expected a tokenizer with a chat template, got one without. Set `chat_template` of the language model "
+                "to `inst` or to a file with a Jinja template."
             )
         if max_length is not None and max_length < 1:
             raise UserError(
@@ -124,6 +124,14 @@ class ConversationEncoder:
         question = turns[-1].human.replace(IMAGE_MARK, "").strip()
         return self._sample(key, encoded, pixels, names, question, turns[-1].gpt)
 
+    def length(self, turns: tuple[Turn, ...]) -> int:
+        """Returns how many positions a conversation takes when it is encoded for training.
+
+        Raises:
+            UserError: If the template cannot be used.
+        """
+        return len(self._encode(turns).ids)
+
     def filler(self) -> Sample:
         """Returns the sample that stands where a rank has none left: empty key, nothing to learn."""
         ids = torch.tensor([self.pad_id])
@@ -143,27 +151,9 @@ class ConversationEncoder:
         """Renders a conversation and finds its answers.
 
         Raises:
-            UserError: If the template is not usable: an earlier part of the text changes as turns are added.
+            UserError: If the template is not usable: it refuses, drops images, or changes what stands before answers.
         """
-        messages = [
-            message
-            for turn in turns
-            for message in ({"role": "user", "content": turn.human}, {"role": "assistant", "content": turn.gpt})
-        ]
-        ends = range(2, len(messages) + 1, 2)
-        prompts = self._apply([messages[: end - 1] for end in ends], add_generation_prompt=True)
-        fulls = self._apply([messages[:end] for end in ends], add_generation_prompt=False)
-        text = ""
-        answers: list[tuple[int, int]] = []
-        for prompt, full in zip(prompts, fulls, strict=True):
-            if not prompt.startswith(text) or not full.startswith(prompt):
-                raise UserError(
-                    "Expected a chat template whose text only grows as turns are added, got one that changes what it "
-                    f"wrote before, at turn {len(answers)} of {len(turns)} (templates that hide earlier thoughts do "
-                    'so). Use `turns: "single"`, or give the tokenizer a simpler template.'
-                )
-            answers.append((len(prompt), len(full)))
-            text = full
+        text, answers = answer_spans(self.spec.tokenizer, turns)
         if text.count(IMAGE_MARK) != sum(turn.human.count(IMAGE_MARK) for turn in turns):
             raise UserError(f"Expected a chat template that keeps every `{IMAGE_MARK}` of the text, got: {text!r}.")
         return Rendered(text, tuple(answers))
@@ -172,17 +162,6 @@ class ConversationEncoder:
         """Sets up the caches, which are not pickled; sets of short questions repeat the same texts."""
         self._encode = lru_cache(maxsize=CACHED_TEXTS)(self._encode_uncached)
         self._encode_prompt = lru_cache(maxsize=CACHED_TEXTS)(self._encode_prompt_uncached)
-
-    def _apply(self, steps: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[str]:
-        tokenizer = self.spec.tokenizer
-        try:
-            return list(
-                tokenizer.apply_chat_template(steps, tokenize=False, add_generation_prompt=add_generation_prompt)
-            )
-        except Exception as error:  # templates are programs, and raise what they like
-            raise UserError(
-                f"The tokenizer's chat template refuses a conversation of questions and answers: {error}."
-            ) from error
 
     def _encode_uncached(self, turns: tuple[Turn, ...]) -> Encoded:
         return self._expand(self.render(turns))

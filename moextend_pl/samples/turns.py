@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moextend_pl.contracts import UserError
@@ -13,6 +13,9 @@ IMAGE_MARK = "<image>"
 ROLES = ("human", "gpt")
 """Who speaks, in turn."""
 
+SYSTEM = "system"
+"""Who may speak before all others."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -21,23 +24,30 @@ class Turn:
     Attributes:
         human: What is asked; holds one `<image>` for each image shown with it.
         gpt: What is to be answered.
+        system: Instruction that stands before the first question; empty if there is none.
     """
 
     human: str
     gpt: str
+    system: str = ""
 
 
 def conversation_problems(conversations: Any, images: int) -> list[str]:
     """Lists everything that is wrong with a conversation; an empty list means it is valid.
 
     Args:
-        conversations: List of `{"from": "human" | "gpt", "value": text}`, as LLaVA writes it.
+        conversations: List of `{"from": "human" | "gpt", "value": text}`, as LLaVA writes it; the first may be
+            from "system".
         images: How many images the sample has.
     """
     if not isinstance(conversations, list) or not conversations:
         return ["expected a list of turns under `conversations`, got none"]
+    if isinstance(conversations[0], dict) and conversations[0].get("from") == SYSTEM:
+        text, conversations = conversations[0].get("value"), conversations[1:]
+        if not isinstance(text, str) or not text.strip() or IMAGE_MARK in text:
+            return [f"expected a text without `{IMAGE_MARK}` from {SYSTEM!r}, got {text!r}"]
     problems = []
-    if len(conversations) % 2:
+    if not conversations or len(conversations) % 2:
         problems.append(f"expected an even number of turns (human, gpt, ...), got {len(conversations)}")
     marks = 0
     for position, turn in enumerate(conversations):
@@ -73,15 +83,17 @@ def parse_turns(conversations: Any, images: int, origin: str) -> tuple[Turn, ...
     problems = conversation_problems(conversations, images)
     if problems:
         raise UserError(f"{origin}: {'; '.join(problems)}. Mend the sample and build the shards again.")
-    values = [turn["value"] for turn in conversations]
-    return tuple(Turn(human, gpt) for human, gpt in zip(values[::2], values[1::2], strict=True))
+    system = conversations[0]["value"] if conversations[0]["from"] == SYSTEM else ""
+    values = [turn["value"] for turn in conversations[1 if system else 0 :]]
+    turns = [Turn(human, gpt) for human, gpt in zip(values[::2], values[1::2], strict=True)]
+    return (replace(turns[0], system=system), *turns[1:])
 
 
 def single_turn(turns: tuple[Turn, ...], position: int, images: int) -> tuple[Turn, range]:
     """Takes one turn out of its conversation, to stand alone.
 
     A turn that marks images keeps exactly those; a turn that marks none is given all images of the
-    sample, with their marks at its start.
+    sample, with their marks at its start. The conversation's system text goes with every turn.
 
     Args:
         turns: The whole conversation.
@@ -91,9 +103,9 @@ def single_turn(turns: tuple[Turn, ...], position: int, images: int) -> tuple[Tu
     Returns:
         The turn, and the positions of its images among the sample's.
     """
-    turn = turns[position]
+    turn = replace(turns[position], system=turns[0].system)
     marks = turn.human.count(IMAGE_MARK)
     if marks or not images:
         first = sum(earlier.human.count(IMAGE_MARK) for earlier in turns[:position])
         return turn, range(first, first + marks)
-    return Turn(f"{IMAGE_MARK}\n" * images + turn.human, turn.gpt), range(images)
+    return replace(turn, human=f"{IMAGE_MARK}\n" * images + turn.human), range(images)

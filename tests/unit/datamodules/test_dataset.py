@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import pickle
+import time
+
 import pytest
 import torch
 
-from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
+from datamodules.dataset import WORKER_PATIENCE, BatchLoader, ConversationDataset, UnitTable
 from datamodules.order import FILLER, EveryUnitOnce, Order
 from datamodules.shards import Entry, conversation, write_shards
 from moextend_pl.contracts import IGNORE_INDEX, UserError
@@ -98,6 +101,39 @@ def test_workers_change_no_batch(folder, spec):
     assert [batch["keys"] for batch in plain] == [batch["keys"] for batch in forked]
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(plain, forked, strict=True))
     assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(plain, forked, strict=True))
+
+
+def test_workers_start_again_and_again_beside_busy_threads(folder, spec):
+    """A fork takes no threads along: pools that were used before it must not be waited for in a worker."""
+    torch.set_num_threads(2)
+    try:
+        weights = torch.randn(256, 256, requires_grad=True)
+        expected = [batch["keys"] for batch in BatchLoader(dataset(folder, spec), EveryUnitOnce(range(4), 2, 0, 1), 0)]
+        for _ in range(8):
+            (weights @ weights).sum().backward()
+            spec.tokenizer(["what is the color ?"] * 2000)
+            loader = BatchLoader(dataset(folder, spec), EveryUnitOnce(range(4), 2, 0, 1), 1)
+            loader.loader.timeout = 30
+            assert [batch["keys"] for batch in loader] == expected
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_worker_that_stands_still_is_an_error(folder, spec, monkeypatch):
+    samples = dataset(folder, spec)
+    monkeypatch.setattr(samples, "collate", lambda _samples: time.sleep(60))
+    loader = BatchLoader(samples, EveryUnitOnce(range(4), 2, 0, 1), 1)
+    assert loader.loader.timeout == WORKER_PATIENCE
+    loader.loader.timeout = 1
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        next(iter(loader))
+
+
+def test_a_dataset_can_be_sent_to_a_process_that_was_not_forked(folder, spec):
+    samples = dataset(folder, spec, "single")
+    sent = pickle.loads(pickle.dumps(samples))
+    assert [sent[unit].key for unit in range(16)] == [samples[unit].key for unit in range(16)]
+    assert torch.equal(sent[5].input_ids, samples[5].input_ids)
 
 
 def test_a_filler_gives_an_empty_sample(folder, spec):

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 
 from datamodules import ImageTextShards
+from datamodules.dataset import ConversationDataset
+from datamodules.mixture import ShardSet
+from datamodules.shards import Entry, conversation, is_shard_folder, write_shards
 from moextend_pl.contracts import IGNORE_INDEX, UserError
 
 
@@ -47,7 +52,7 @@ def trainer(tmp_path, steps, **options):
 
 
 def data(folder, **options):
-    return ImageTextShards(train=str(folder), **{"batch_size": 4, "turns": "single", **options})
+    return ImageTextShards(**{"train": str(folder), "batch_size": 4, "turns": "single", **options})
 
 
 def run(tmp_path, folder, spec, steps, ckpt=None, save_at=None, trainer_options=None, **options):
@@ -130,6 +135,123 @@ def test_resuming_with_another_order_is_refused(tmp_path, folder, spec, change):
     run(tmp_path, folder, spec, 3, save_at=3)
     with pytest.raises(UserError, match="Cannot resume"):
         run(tmp_path, folder, spec, 5, str(tmp_path / "ckpt/step=3.ckpt"), **change)
+
+
+PLANS = {
+    "packing": {"packing": True, "max_length": 40, "batch_size": 2},
+    "bucket": {"bucket": 3, "batch_size": 2},
+    "mixture": {"weights": (3.0, 1.0)},
+}
+
+
+def two_sets(tmp_path, folder, weights=(None, None)):
+    text = tmp_path / "text"
+    if not text.exists():
+        text.mkdir()
+        entries = (Entry(f"t{i}", conversation((f"what is {'a ' * i} circle ?", "yes"))) for i in range(5))
+        write_shards(entries, text, samples_per_shard=2)
+    return [ShardSet(str(folder), weights[0], "vqa"), ShardSet(str(text), weights[1], "text")]
+
+
+def flat(batches):
+    return [key for batch in batches for key in batch]
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
+def test_every_plan_of_batches_is_resumed_exactly(tmp_path, folder, spec, name, before, after):
+    options = dict(PLANS[name])
+    options["train"] = two_sets(tmp_path, folder, options.pop("weights", (None, None)))
+    whole = run(tmp_path, folder, spec, 12, **options).trained
+    cut = run(tmp_path, folder, spec, 7, save_at=5, num_workers=before, **options)
+    resumed = run(tmp_path, folder, spec, 12, str(tmp_path / "ckpt/step=5.ckpt"), num_workers=after, **options)
+    assert cut.trained == whole[:7]
+    assert resumed.trained == whole[5:]
+    assert resumed.data.consumed == len(flat(whole))
+
+
+def test_packed_batches_show_the_samples_of_the_order_also_after_a_resume_with_other_rows(tmp_path, folder, spec):
+    options = {"packing": True, "max_length": 40, "train": two_sets(tmp_path, folder)}
+    order = flat(run(tmp_path, folder, spec, 14, train=options["train"]).trained)
+    packed = run(tmp_path, folder, spec, 8, save_at=3, batch_size=2, **options).trained
+    for batches in range(1, 9):
+        shown = flat(packed[:batches])
+        assert sorted(shown) == sorted(order[: len(shown)])
+    resumed = run(tmp_path, folder, spec, 6, str(tmp_path / "ckpt/step=3.ckpt"), batch_size=4, **options).trained
+    shown = flat(packed[:3] + resumed)
+    assert sorted(shown) == sorted(order[: len(shown)])
+
+
+def test_buckets_are_resumed_with_the_same_batches_only(tmp_path, folder, spec):
+    run(tmp_path, folder, spec, 3, save_at=3, bucket=2)
+    with pytest.raises(UserError, match="`bucket` and `batch_size`"):
+        run(tmp_path, folder, spec, 5, str(tmp_path / "ckpt/step=3.ckpt"), bucket=2, batch_size=2)
+
+
+def test_a_mixture_is_resumed_with_the_same_weights_only(tmp_path, folder, spec):
+    run(tmp_path, folder, spec, 3, save_at=3, train=two_sets(tmp_path, folder, (1.0, 2.0)))
+    with pytest.raises(UserError, match="Cannot resume"):
+        run(tmp_path, folder, spec, 5, str(tmp_path / "ckpt/step=3.ckpt"), train=two_sets(tmp_path, folder, (1.0, 1.0)))
+
+
+def test_samples_carry_the_task_of_their_set(tmp_path, folder, spec):
+    module = ImageTextShards(train=two_sets(tmp_path, folder), batch_size=21, turns="single", spec=spec)
+    module.setup("fit")
+    batch = next(iter(module.train_dataloader()))
+    assert {key[0] for key in batch["keys"]} == {"s", "t"}
+    assert batch["tasks"] == [{"s": "vqa", "t": "text"}[key[0]] for key in batch["keys"]]
+
+
+def test_lengths_are_counted_once_and_kept_beside_the_shards(tmp_path, folder, spec, monkeypatch):
+    def lengths(**options):
+        module = data(folder, spec=spec, packing=True, **{"max_length": 40, **options})
+        module.setup("fit")
+        return module, np.load(next(iter(set(folder.glob("lengths-*.npy")) - known)))
+
+    known = set()
+    module, kept = lengths()
+    samples = module._training_set()
+    assert kept.tolist() == [len(samples[unit].input_ids) for unit in range(len(samples))]
+    known = set(folder.glob("lengths-*.npy"))
+    _, cut = lengths(max_length=12, turns="together")
+    assert cut.max() == 12
+    assert is_shard_folder(folder), "the files must not stop a set from being built again"
+    monkeypatch.setattr(ConversationDataset, "length", lambda *_: pytest.fail("counted again"))
+    known = set()
+    lengths()
+
+
+def test_lengths_of_a_folder_that_cannot_be_written_are_kept_in_the_run_directory(tmp_path, folder, spec, monkeypatch):
+    real = np.save
+
+    def refuse(stream, *arguments, **options):
+        if str(folder) in stream.name:
+            raise PermissionError(13, "read-only")
+        real(stream, *arguments, **options)
+
+    monkeypatch.setattr(np, "save", refuse)
+    (tmp_path / "run").mkdir()
+    run(tmp_path / "run", folder, spec, 2, packing=True, max_length=40)
+    assert len(list((tmp_path / "run").glob("lengths-*.npy"))) == 1
+    assert not list(folder.glob("*lengths*"))
+
+
+def test_a_model_that_cannot_take_packed_rows_is_refused(tmp_path, folder, spec):
+    leaking = replace(spec, packing_obstacle="jamba has layers (linear_attention) that leak")
+    with pytest.raises(UserError, match="jamba has layers.*packing: false"):
+        run(tmp_path, folder, leaking, 1, packing=True, max_length=40)
+
+
+def test_a_damaged_sample_counts_as_short_and_is_reported_when_it_is_due(tmp_path, spec, picture):
+    (tmp_path / "s").mkdir()
+    entries = [Entry(f"k{i}", conversation(("what ?", "red"))) for i in range(2)]
+    write_shards([*entries, Entry("bad", conversation(("what ?", "red")))], tmp_path / "s")
+    tar = tmp_path / "s" / "00000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b'{"conversations"', b'{"conversaXions"', 1))
+    module = ImageTextShards(train=str(tmp_path / "s"), spec=spec, batch_size=1, packing=True, max_length=20)
+    module.setup("fit")
+    with pytest.raises(UserError, match="00000.tar"):
+        next(iter(module.train_dataloader()))
 
 
 def ranked(folder, spec, rank, world, distributed_sampler=False, **options):
@@ -259,3 +381,14 @@ def test_it_is_built_from_a_configuration(folder):
     found = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config).data
     assert isinstance(found, ImageTextShards)
     assert (found.train, found.test_names, found.batch_size) == ([str(folder)], ["x"], 2)
+
+
+def test_a_mixture_is_built_from_a_configuration(folder):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    mixed = [{"path": "a", "weight": 0.8, "task": "vqa"}, {"path": "b", "weight": 0.2}]
+    arguments = {"train": mixed, "val": ["c"], "test": {"x": {"path": "d", "task": "vqa"}, "y": "e"}}
+    config = parser.parse_object({"data": {"class_path": "datamodules.ImageTextShards", "init_args": arguments}})
+    found = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config).data
+    assert found.train == [ShardSet("a", 0.8, "vqa"), ShardSet("b", 0.2)]
+    assert (found.val, found.test) == (["c"], {"x": ShardSet("d", None, "vqa"), "y": "e"})

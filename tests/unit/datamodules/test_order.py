@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from datamodules.order import FILLER, EndlessBatches, EveryUnitOnce, Order, shuffled
+from datamodules.batching import EndlessBatches, PlainBatches
+from datamodules.order import FILLER, EveryUnitOnce, Order, shuffled
 from moextend_pl.contracts import UserError
 
 SIZES = [5, 3, 0, 7, 4, 2, 6]
@@ -12,7 +13,7 @@ UNITS = sum(SIZES)
 
 
 def batches(rank=0, world=1, consumed=0, count=20, seed=3, size=8):
-    sampler = EndlessBatches(Order(SIZES, seed, block=2), size, rank, world, lambda: consumed)
+    sampler = EndlessBatches(PlainBatches(Order(SIZES, seed, block=2), size), rank, world, lambda: consumed)
     return list(itertools.islice(sampler, count))
 
 
@@ -100,7 +101,7 @@ def test_a_run_goes_on_at_any_number_of_consumed_samples(consumed):
 
 def test_every_iteration_asks_anew_what_was_consumed():
     place = [0]
-    sampler = EndlessBatches(Order(SIZES, 3), 8, 0, 1, lambda: place[0])
+    sampler = EndlessBatches(PlainBatches(Order(SIZES, 3), 8), 0, 1, lambda: place[0])
     first = list(itertools.islice(sampler, 5))
     place[0] = 16
     assert list(itertools.islice(sampler, 3)) == first[2:5]
@@ -108,13 +109,13 @@ def test_every_iteration_asks_anew_what_was_consumed():
 
 def test_the_endless_sampler_has_no_length():
     with pytest.raises(TypeError):
-        len(EndlessBatches(Order(SIZES, 3), 8, 0, 1))
+        len(EndlessBatches(PlainBatches(Order(SIZES, 3), 8), 0, 1))
 
 
 @pytest.mark.parametrize(("size", "world", "advice"), [(10, 4, "8 or 12"), (3, 4, "Use 4"), (0, 2, "Use 2")])
 def test_a_batch_that_cannot_be_shared_names_the_nearest_numbers(size, world, advice):
     with pytest.raises(UserError, match=advice):
-        EndlessBatches(Order(SIZES, 3), size, 0, world)
+        EndlessBatches(PlainBatches(Order(SIZES, 3), size), 0, world)
     with pytest.raises(UserError, match=advice):
         EveryUnitOnce(range(5), size, 0, world)
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moextend_pl.contracts import IGNORE_INDEX, Sample
-from moextend_pl.samples.collate import collate_generation, collate_training
+from moextend_pl.samples.collate import collate_generation, collate_packed, collate_training
 
 
 def sample(key, ids, images, answer=""):
@@ -44,3 +46,23 @@ def test_the_types_are_those_of_the_contract():
     batch = collate_training(SAMPLES, pad_id=9)
     assert {batch[name].dtype for name in ("input_ids", "attention_mask", "labels")} == {torch.int64}
     assert batch["pixel_values"].dtype == torch.float32
+
+
+def test_packed_rows_number_their_samples_over_the_whole_batch():
+    batch = collate_packed([SAMPLES[:2], SAMPLES[2:]], pad_id=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]]
+    assert batch["documents"].tolist() == [[1, 1, 1, 2], [3, 3, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["keys"] == ["a", "b", "c"]
+    assert batch["image_keys"] == ["a0", "c0", "c1"]
+    assert SAMPLES[0].labels.tolist() == [101, 102, 103], "the sample itself is left alone"
+
+
+def test_the_first_token_of_a_document_is_never_a_label():
+    assert collate_packed([SAMPLES[:2], SAMPLES[2:]], pad_id=9)["labels"].tolist() == [[X, 102, 103, X], [X, 106, X, X]]
+
+
+def test_batches_carry_the_task_of_each_sample():
+    tasks = [replace(one, task=task) for one, task in zip(SAMPLES, ("vqa", "", "text"), strict=True)]
+    for batch in (collate_training(tasks, 9), collate_generation(tasks, 9), collate_packed([tasks], 9)):
+        assert batch["tasks"] == ["vqa", "", "text"]

@@ -8,6 +8,16 @@ from moextend_pl.samples.turns import Turn, conversation_problems, parse_turns, 
 
 GOOD = conversation(("<image>\nwhat?", "this"), ("and?", "that"))
 
+SYSTEM = {"from": "system", "value": "Be brief."}
+
+
+def test_a_system_text_belongs_to_the_first_turn_and_to_every_single_turn():
+    assert conversation_problems([SYSTEM, *GOOD], 1) == []
+    turns = parse_turns([SYSTEM, *GOOD], 1, "x")
+    assert turns == (Turn("<image>\nwhat?", "this", "Be brief."), Turn("and?", "that"))
+    assert single_turn(turns, 1, 1)[0] == Turn("<image>\nand?", "that", "Be brief.")
+    assert single_turn(turns, 0, 1)[0] == turns[0]
+
 
 def test_a_valid_conversation_has_no_problems_and_becomes_pairs():
     assert conversation_problems(GOOD, 1) == []
@@ -28,6 +38,11 @@ def test_a_valid_conversation_has_no_problems_and_becomes_pairs():
         (GOOD, 2, "1 `<image>` in the text for 2 image"),
         (GOOD, 0, "1 `<image>` in the text for 0 image"),
         (conversation(("what?", "an <image>")), 1, "stands in an answer"),
+        ([SYSTEM, *GOOD[:1]], 1, "even number"),
+        ([SYSTEM], 0, "even number"),
+        ([GOOD[0], SYSTEM], 1, "got 'system'"),
+        ([{"from": "system", "value": " "}, *GOOD], 1, "expected a text without `<image>` from 'system'"),
+        ([{"from": "system", "value": "<image> x"}, *GOOD], 2, "from 'system'"),
     ],
 )
 def test_each_mistake_is_named(conversations, images, sentence):

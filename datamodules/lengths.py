@@ -1,0 +1,106 @@
+"""How many tokens each unit takes: counted once for a tokenizer, then read from a file beside the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datamodules.dataset import ConversationDataset
+from moextend_pl.samples.conversation import ConversationEncoder
+
+LENGTHS_SCHEMA = "1"
+"""Raised when the same conversation comes to be encoded otherwise, so that files of before are not used."""
+
+CHUNK = 256
+log = logging.getLogger(__name__)
+
+
+class _Chunks(Dataset[np.ndarray]):
+    """Lengths of the units first .. last - 1, some hundred at a time."""
+
+    def __init__(self, dataset: ConversationDataset, first: int, last: int) -> None:
+        self.dataset = dataset
+        self.first = first
+        self.last = last
+
+    def __len__(self) -> int:
+        return -(-(self.last - self.first) // CHUNK)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        start = self.first + number * CHUNK
+        units = range(start, min(start + CHUNK, self.last))
+        return np.array([self.dataset.length(unit) for unit in units], dtype=np.int32)
+
+
+def unit_lengths(dataset: ConversationDataset, run: Path | None, num_workers: int) -> np.ndarray:
+    """Returns the tokens of each unit, as training would encode it.
+
+    Kept for each folder as `lengths-<fingerprint>.npy` beside its shards or, where that folder cannot be
+    written to, in the run directory. The fingerprint covers shards, tokenizer and chat template, tokens of an
+    image, longest sequence, and what a unit is.
+
+    Args:
+        dataset: Training samples.
+        run: The run directory, if there is one.
+        num_workers: Processes that count.
+
+    Returns:
+        (n,) int32.
+    """
+    table = dataset.table
+    bounds = np.cumsum([0] + [sum(sizes) for sizes in table.sizes_by_folder()]).tolist()
+    lengths = []
+    for number, reader in enumerate(table.readers):
+        name = f"lengths-{_fingerprint(dataset.encoder, table.fingerprint(number))}.npy"
+        places = [folder / name for folder in (Path(reader.folder), run) if folder is not None]
+        found = next((place for place in places if place.is_file()), None)
+        if found is not None:
+            lengths.append(np.load(found, allow_pickle=False))
+            continue
+        log.info("counting the tokens of %d samples in %s, once", bounds[number + 1] - bounds[number], reader.folder)
+        lengths.append(_count(_Chunks(dataset, bounds[number], bounds[number + 1]), num_workers))
+        _keep(lengths[-1], places)
+    return np.concatenate(lengths)
+
+
+def _count(chunks: _Chunks, num_workers: int) -> np.ndarray:
+    loader: DataLoader[np.ndarray] = DataLoader(chunks, batch_size=None, num_workers=num_workers)
+    progress = tqdm(loader, unit_scale=CHUNK, unit="sample", desc="lengths", disable=None)
+    return np.concatenate([np.asarray(chunk) for chunk in progress])
+
+
+def _keep(lengths: np.ndarray, places: list[Path]) -> None:
+    """Writes the file to the first place that takes it; without one it is counted again next time."""
+    for place in places:
+        partial = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as stream:
+                np.save(stream, lengths, allow_pickle=False)
+            partial.replace(place)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            log.info("%s cannot be written (%s)", place, error.strerror)
+        else:
+            return
+
+
+def _fingerprint(encoder: ConversationEncoder, shards: str) -> str:
+    spec = encoder.spec
+    tokenizer = spec.tokenizer
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
+    facts = [
+        LENGTHS_SCHEMA,
+        shards,
+        words,
+        str(tokenizer.chat_template),
+        str(spec.tokens_per_image),
+        str(encoder.max_length),
+    ]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

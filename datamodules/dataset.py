@@ -6,14 +6,16 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamodules.bad_samples import BadSample, BadSampleBook, bad_samples_of, placeholder
 from datamodules.order import FILLER
 from datamodules.reader import ShardReader
+from datamodules.streaming import ShardError, StreamOptions
 from moextend_pl.contracts import Batch, Sample, UserError
 from moextend_pl.samples.collate import collate_generation, collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
@@ -34,22 +36,37 @@ class Failure:
     message: str
 
 
+class Delivery(NamedTuple):
+    """A batch on its way from a worker to the main process; a tuple, which torch's loader can pin.
+
+    Attributes:
+        batch: What the model gets.
+        bad: Samples that placeholders stand for.
+    """
+
+    batch: Batch
+    bad: list[BadSample]
+
+
 class UnitTable:
     """Which unit is which: shard folders in a row, and with `single` every turn a unit of its own.
 
     Args:
-        folders: Shard folders; their units follow each other.
+        folders: Shard folders or addresses of remote ones; their units follow each other.
         turns: `together` (a unit is a conversation) or `single` (a unit is one turn).
+        streaming: How remote folders are read.
 
     Raises:
         UserError: If `turns` is unknown, or a folder is no valid shard set.
     """
 
-    def __init__(self, folders: Sequence[Path], turns: str = "together") -> None:
+    def __init__(
+        self, folders: Sequence[str | Path], turns: str = "together", streaming: StreamOptions | None = None
+    ) -> None:
         if turns not in TURNS:
             raise UserError(f"Expected `turns` in {list(TURNS)}, got {turns!r}.")
         self.single = turns == "single"
-        self.readers = [ShardReader(folder) for folder in folders]
+        self.readers = [ShardReader(folder, streaming) for folder in folders]
         counts = np.concatenate([reader.turns() if self.single else np.ones(len(reader)) for reader in self.readers])
         counts = counts.astype(np.int64)
         self.sample = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
@@ -94,14 +111,24 @@ class ConversationDataset(Dataset[Sample]):
         return len(self.table)
 
     def __getitem__(self, unit: int) -> Sample:
-        """Returns one sample; `FILLER` gives the empty one.
+        """Returns one sample; `FILLER` gives the empty one, a damaged sample its placeholder.
 
         Raises:
-            UserError: If the sample is damaged or cannot be encoded.
+            ShardError: If its whole shard cannot be used.
         """
         if unit == FILLER:
             return self.encoder.filler()
         reader, number, turn = self.table.locate(unit)
+        try:
+            return self._sample(reader, number, turn)
+        except ShardError:
+            raise
+        except UserError as error:
+            shard, key = reader.describe(number)
+            reason = str(error).removeprefix(f"{shard}: {key}: ")
+            return placeholder(self.encoder.filler(), BadSample(shard, key, reason))
+
+    def _sample(self, reader: ShardReader, number: int, turn: int | None) -> Sample:
         raw = reader.read(number)
         key, turns, images = raw.key, raw.turns, raw.images
         if turn is not None:
@@ -120,12 +147,12 @@ class ConversationDataset(Dataset[Sample]):
         except UserError as error:
             return Failure(str(error))
 
-    def collate(self, samples: list[Sample] | Failure) -> Batch | Failure:
-        """Pads and stacks; lets a failure pass."""
+    def collate(self, samples: list[Sample] | Failure) -> Delivery | Failure:
+        """Pads and stacks, and says which samples were bad; lets a failure pass."""
         if isinstance(samples, Failure):
             return samples
         collate: Callable[..., Batch] = collate_generation if self.generation else collate_training
-        return collate(samples, self.encoder.pad_id)
+        return Delivery(collate(samples, self.encoder.pad_id), bad_samples_of(samples))
 
 
 class BatchLoader:
@@ -138,10 +165,18 @@ class BatchLoader:
         dataset: The samples.
         batches: Which units form which batch.
         num_workers: Processes that read and encode; 0 does it in this one.
+        book: Counts bad samples; the first one stops if None.
     """
 
-    def __init__(self, dataset: ConversationDataset, batches: Sampler[list[int]], num_workers: int) -> None:
+    def __init__(
+        self,
+        dataset: ConversationDataset,
+        batches: Sampler[list[int]],
+        num_workers: int,
+        book: BadSampleBook | None = None,
+    ) -> None:
         self.dataset = dataset
+        self.book = book
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -155,10 +190,17 @@ class BatchLoader:
         return len(self.loader)  # the endless sampler has no length, so neither has its loader
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            if isinstance(batch, Failure):
-                raise UserError(batch.message)
-            yield batch
+        for delivery in self.loader:
+            if isinstance(delivery, Failure):
+                raise UserError(delivery.message)
+            if delivery.bad:
+                self._note(delivery.bad)
+            yield delivery.batch
+
+    def _note(self, bad: list[BadSample]) -> None:
+        if self.book is None:
+            raise UserError(f"{bad[0].shard}: {bad[0].key}: {bad[0].reason}")
+        self.book.note(bad)
 
 
 def one_thread(_worker: int) -> None:

@@ -47,7 +47,7 @@ def test_check_decodes_every_image(tmp_path, picture, capsys):
 
 def test_check_compares_the_index_with_the_shard(folder, capsys):
     index = json.loads((folder / INDEX_FILE).read_text())
-    index["shards"][0]["samples"][0][1] += 1
+    index["shards"][0]["images"] += 1
     (folder / INDEX_FILE).write_text(json.dumps(index))
     assert main(["check", str(folder)]) == 1
     assert "00000.tar: the index lists other samples" in capsys.readouterr().out

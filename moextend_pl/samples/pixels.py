@@ -36,6 +36,8 @@ def open_image(data: bytes, origin: str, max_pixels: int = MAX_PIXELS) -> Image.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=DECODERS)
+    except Image.DecompressionBombError as error:  # Pillow's own limit lies far above ours
+        raise UserError(f"{origin}: expected at most {max_pixels} pixels, Pillow says: {error}.") from error
     except Exception as error:  # Pillow's plugins raise whatever they like on damaged headers
         raise UserError(f"{origin}: expected an image as {', '.join(DECODERS)}, Pillow says: {error}.") from error
     width, height = image.size

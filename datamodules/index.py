@@ -20,7 +20,7 @@ from typing import Any, overload
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save_file
+from safetensors.numpy import load, save
 
 from datamodules.cache import DIGEST, Source
 from datamodules.members import Member, check_name
@@ -147,7 +147,8 @@ def save_index(folder: Path, shards: Sequence[Shard]) -> None:
         "key_ends": np.concatenate([[0], np.cumsum(key_sizes)]),
     }
     partial = folder / f".{ARRAYS_FILE}.part"
-    save_file({name: np.ascontiguousarray(arrays[name], dtype=dtype) for name, dtype in DTYPES.items()}, partial)
+    # Not `save_file`, whose files only their owner may read.
+    partial.write_bytes(save({name: np.ascontiguousarray(arrays[name], dtype=kind) for name, kind in DTYPES.items()}))
     facts = [
         {
             "name": shard.name,

@@ -216,27 +216,22 @@ def resized_difference(folder: Path) -> float:
 
 
 OPENING = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
-from datamodules.dataset import UnitTable
-from datamodules.reader import ShardReader
 
-def resident():
+def peak():  # not ru_maxrss, which a child takes over from its parent
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
-imported = resident()
+start = time.perf_counter()
+from datamodules.reader import ShardReader
+imports, imported = time.perf_counter() - start, peak()
 start = time.perf_counter()
 reader = ShardReader(sys.argv[1])
 opened = time.perf_counter() - start
 keys = [reader.describe(number)[1] for number in range(0, len(reader), max(len(reader) // 1000, 1))]
-after = resident()
-start = time.perf_counter()
-UnitTable([sys.argv[1]])
-table = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"open s": opened, "MiB over imports": after - imported, "MiB in all": after, "table s": table,
-                  "peak MiB over imports": peak - imported}))
+after = peak()
+print(json.dumps({"import s": imports, "open s": opened, "peak MiB": after, "of it for the index": after - imported}))
 """
 
 

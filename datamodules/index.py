@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +21,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from datamodules.cache import DIGEST, Source
 from datamodules.members import Member, check_name
@@ -33,7 +34,14 @@ MAX_INDEX_BYTES = 256 * 2**20
 """Largest `index.json`: a few hundred bytes a shard."""
 
 HINT = "Write shards with `python -m moextend_pl shards build`, or index those of others with `shards index`."
-DTYPES = {"turns": np.int32, "starts": np.int64, "members": np.int64, "keys": np.uint8, "key_ends": np.int64}
+KINDS: dict[type, str] = {np.int32: "I32", np.int64: "I64", np.uint8: "U8"}
+DTYPES: dict[str, type] = {
+    "turns": np.int32,
+    "starts": np.int64,
+    "members": np.int64,
+    "keys": np.uint8,
+    "key_ends": np.int64,
+}
 
 
 class Keys(Sequence[str]):
@@ -215,17 +223,26 @@ def _arrays(source: Source, facts: dict[str, Any]) -> dict[str, np.ndarray]:
     name, digest = source.name(ARRAYS_FILE), _digest(facts["sha256"])
     handle = source.open(ARRAYS_FILE, int(facts["bytes"]), digest)
     with os.fdopen(handle, "rb") as stream:
-        try:
-            if source.remote:  # a cache may take the name away at any moment, so by its handle
-                return _of_kind(load(stream.read()))
-            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                raise ShardError(
-                    f"{name}: not the file that {INDEX_FILE} belongs to. Run `shards index` on its folder."
-                )
-            with safe_open(name, framework="pt") as mapped:
-                return _of_kind({key: mapped.get_tensor(key).numpy() for key in DTYPES})
-        except SafetensorError as error:
-            raise ValueError(f"{ARRAYS_FILE}: {error}") from error
+        if not source.remote and hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+            raise ShardError(f"{name}: not the file that {INDEX_FILE} was written with. Run `shards index` again.")
+        return _of_kind(_mapped(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
+
+
+def _mapped(data: mmap.mmap) -> dict[str, np.ndarray]:
+    """Returns views of the arrays; safetensors' own reader would copy them, or need torch.
+
+    Format: https://huggingface.co/docs/safetensors/index#format. Whatever does not fit it raises ValueError.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start].decode("utf-8"))
+    arrays: dict[str, np.ndarray] = {}
+    for name, kind in DTYPES.items():
+        shape = [int(length) for length in header[name]["shape"]]
+        if header[name]["dtype"] != KINDS[kind] or min(shape, default=0) < 0:
+            raise ValueError(f"{ARRAYS_FILE}: {name} is {header[name]['dtype']} of shape {shape}")
+        offset = start + int(header[name]["data_offsets"][0])
+        arrays[name] = np.frombuffer(data, kind, math.prod(shape), offset).reshape(shape)
+    return arrays
 
 
 def _digest(text: Any) -> str:
@@ -268,9 +285,9 @@ def _split(facts: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[S
 def _of_kind(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the arrays if they fit together, else raises ValueError."""
     samples = len(arrays["turns"])
-    for name, dtype in DTYPES.items():
-        if arrays[name].dtype != dtype or arrays[name].ndim != (2 if name == "members" else 1):
-            raise ValueError(f"{ARRAYS_FILE}: {name} is {arrays[name].dtype} of shape {arrays[name].shape}")
+    for name, array in arrays.items():
+        if array.ndim != (2 if name == "members" else 1):
+            raise ValueError(f"{ARRAYS_FILE}: {name} has the shape {array.shape}")
     for name, total in (("starts", len(arrays["members"])), ("key_ends", len(arrays["keys"]))):
         ends = arrays[name]
         if len(ends) != samples + 1 or ends[0] != 0 or ends[-1] != total or (np.diff(ends) < 1).any():

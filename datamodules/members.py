@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.pixels import IMAGE_FORMATS
+from moextend_pl.samples.turns import IMAGE_FORMATS
 
 TEXTS = ("json", "txt")
 """Extensions of texts: LLaVA's conversations or facts with a caption, and a plain caption."""

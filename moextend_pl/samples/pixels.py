@@ -11,15 +11,13 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from moextend_pl.contracts import UserError
+from moextend_pl.samples.turns import IMAGE_FORMATS
 
 if TYPE_CHECKING:
     from moextend_pl.contracts import SampleSpec
 
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded; below the limit at which Pillow itself warns of a bomb."""
-
-IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
-"""Image extensions that shards may hold, and the decoder that each belongs to."""
 
 DECODERS = tuple(dict.fromkeys(IMAGE_FORMATS.values()))
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -199,3 +201,30 @@ def test_a_key_is_found_again_whatever_its_bytes(tmp_path):
 def test_a_folder_without_samples_is_refused(tmp_path):
     with pytest.raises(UserError, match="Expected samples"):
         build_index(tmp_path)
+
+
+def test_an_index_opens_without_torch_which_would_take_seconds(folder):
+    program = (
+        "import sys; from datamodules.reader import ShardReader\n"
+        f"print(ShardReader({str(folder)!r}).read(5).key, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout == "s05 False\n"
+
+
+def test_the_arrays_are_a_file_that_safetensors_reads(folder):
+    found = load_file(folder / ARRAYS_FILE)
+    assert {name: (array.dtype, array.shape) for name, array in found.items()} == {
+        "turns": (np.int32, (11,)),
+        "starts": (np.int64, (12,)),
+        "members": (np.int64, (21, 3)),
+        "keys": (np.uint8, (33,)),
+        "key_ends": (np.int64, (12,)),
+    }
+
+
+def test_an_index_written_anew_does_not_disturb_who_has_the_old_one_open(folder, entry):
+    reader = ShardReader(folder)
+    build_index(folder)
+    assert [reader.read(n).key for n in range(11)] == [entry(n).key for n in range(11)]
+    assert (folder / ARRAYS_FILE).stat().st_mode & 0o044 == (folder / INDEX_FILE).stat().st_mode & 0o044

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -30,9 +31,8 @@ def in_processes(work: Callable[[Job], Result], jobs: Sequence[Job], workers: in
         for number, job in enumerate(jobs):
             yield number, work(job)
         return
-    # Forked like torch's loaders: starting afresh would import torch in each process.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
+    # Forked where that is safe: starting afresh would import torch in each process.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_leave_interrupts)
     try:
         futures = {pool.submit(work, job): number for number, job in enumerate(jobs)}

@@ -71,6 +71,11 @@ class ShardReader:
     def __reduce__(self) -> tuple[type[ShardReader], tuple[str, StreamOptions]]:
         return ShardReader, (self.source.place, self.source.options)  # an index may be large; the file is there
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder, None if it is a remote one."""
+        return None if self.source.remote else Path(self.source.place)
+
     def turns(self) -> np.ndarray:
         """Returns the number of turns of each sample, (n,)."""
         return np.concatenate([shard.turns for shard in self.shards])

@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 
+import lightning.pytorch as pl
 import pytest
+import torch
 
+from datamodules import ImageTextShards
 from datamodules.bad_samples import BAD_SAMPLES_FILE, BadSample, BadSampleBook, placeholder
 from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
 from datamodules.order import EveryUnitOnce
@@ -107,3 +110,54 @@ def test_every_other_sample_of_a_batch_stays_as_it_is(tmp_path, spec, picture, w
     strict = BatchLoader(dataset, EveryUnitOnce(range(len(table)), 4, 0, 1), workers, BadSampleBook(1, tmp_path / "r"))
     with pytest.raises(UserError, match=r"(?s)at most 1 bad.*00000.tar: k1: .*00001.tar: k4: "):
         list(strict)
+
+
+class Counting(pl.LightningModule):
+    """Counts what it is given."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.spec = spec
+        self.seen = []
+
+    def sample_spec(self):
+        return self.spec
+
+    def training_step(self, batch):
+        self.seen += batch["keys"]
+        return self.weight * batch["pixel_values"].sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_lists_bad_samples_in_its_directory_and_stops_beyond_the_budget(tmp_path, spec, picture, workers):
+    question = conversation(("<image> what ?", "red"))
+    images = [picture(n) if n % 2 else picture(n)[:-30] for n in range(8)]
+    (tmp_path / "s").mkdir()
+    write_shards([Entry(f"k{n}", question, (images[n],)) for n in range(8)], tmp_path / "s", 4)
+
+    def fit(run, budget):
+        module = Counting(spec)
+        trainer = pl.Trainer(
+            max_steps=6,  # three epochs
+            default_root_dir=run,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+        )
+        data = ImageTextShards(train=str(tmp_path / "s"), batch_size=4, num_workers=workers, max_bad_samples=budget)
+        trainer.fit(module, datamodule=data)
+        return module
+
+    assert sorted(fit(tmp_path / "run", 4).seen) == sorted([f"k{n}" for n in range(8)] * 3)
+    assert sorted(line["key"] for line in listed(tmp_path / "run")) == ["k0", "k2", "k4", "k6"]
+    fit(tmp_path / "run", 4)  # started again: the same four
+    assert len(listed(tmp_path / "run")) == 4
+    with pytest.raises(UserError, match="at most 3 bad sample"):
+        fit(tmp_path / "other", 3)

@@ -1,26 +1,28 @@
-"""`python -m moextend_pl shards`: build, check and show shards."""
+"""`python -m moextend_pl shards`: build, index, check and show shards."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from datamodules.dataset import ConversationDataset, UnitTable
+from datamodules.audit import AuditOptions, audit, totals
 from datamodules.easy_vqa import SPLITS, TOKENIZER, build_easy_vqa
-from datamodules.index import Shard, file_sha256, index_shard, load_index
-from datamodules.reader import ShardReader
-from datamodules.shards import SAMPLES_PER_SHARD, build_from_llava
-from moextend_pl.contracts import IGNORE_INDEX, Sample, SampleSpec, UserError
-from moextend_pl.samples.conversation import ConversationEncoder
-from moextend_pl.samples.pixels import decode_image, open_image
+from datamodules.index import ARRAYS_FILE, INDEX_FILE
+from datamodules.llava import BuildOptions, Progress, build_from_llava
+from datamodules.scan import build_index
+from datamodules.shards import SAMPLES_PER_SHARD, SKIPPED_FILE
+from datamodules.show import describe_labels, describe_sample, find_sample, save_picture
+from moextend_pl.contracts import UserError
 
-GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
+SHOWN_FAULTS = 20
+FOLDER = "folder, or the address of a remote one"
 
 
 def main(argv: list[str]) -> int:
@@ -41,35 +43,56 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moextend_pl shards", description="Build, check and show shards.")
+    parser = argparse.ArgumentParser(
+        prog="moextend_pl shards", description="Build, index, check and show shards of samples."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
-    build = commands.add_parser("build", help="write shards").add_subparsers(required=True, metavar="source")
+    _add_build(commands.add_parser("build", help="write shards").add_subparsers(required=True, metavar="source"))
 
+    index = commands.add_parser("index", help="write the index of shards of others: WebDataset, img2dataset")
+    index.add_argument("folder", type=Path)
+    index.set_defaults(run=_index)
+
+    check = commands.add_parser("check", help="compare shards with their index and decode every member")
+    check.add_argument("folder", help=FOLDER)
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    _workers_option(check)
+    _tokenizer_options(check, "a tokenizer with a chat template: count tokens and what is learned of them")
+    check.set_defaults(run=_check)
+
+    show = commands.add_parser("show", help="print one sample; with a tokenizer also what is learned of it")
+    show.add_argument("folder", help=FOLDER)
+    show.add_argument("key")
+    show.add_argument("--png", type=Path, metavar="FILE", help="write the sample's images to this file")
+    show.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    _tokenizer_options(show, "folder of a tokenizer with a chat template")
+    show.set_defaults(run=_show)
+    return parser
+
+
+def _add_build(build: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     easy = build.add_parser("easy-vqa", help="captions, questions and texts of the package easy_vqa, and a tokenizer")
     easy.add_argument("--out", type=Path, required=True, help="folder to write")
     _shard_option(easy)
     easy.set_defaults(run=_build_easy_vqa)
 
-    llava = build.add_parser("llava", help="shards of a LLaVA JSON file and a folder of images")
+    llava = build.add_parser(
+        "llava",
+        help="shards of a LLaVA JSON file and a folder of images",
+        description="Writes shards and their index; the bytes do not depend on --workers. The same command "
+        "goes on where a stopped one was.",
+    )
     llava.add_argument("--json", type=Path, required=True, help="list of {id, image, conversations}")
     llava.add_argument("--images", type=Path, required=True, help="folder that the image names start from")
     llava.add_argument("--out", type=Path, required=True, help="folder to write")
+    llava.add_argument(
+        "--resize", type=int, metavar="SIDE", help="shrink larger images to SIDE x SIDE JPEGs, as training would"
+    )
+    llava.add_argument("--quality", type=int, default=95, help="JPEG quality of what --resize shrinks (default 95)")
+    llava.add_argument("--skip-bad", action="store_true", help=f"leave bad entries out, listed in {SKIPPED_FILE}")
+    _workers_option(llava)
     _shard_option(llava)
     llava.set_defaults(run=_build_llava)
-
-    check = commands.add_parser("check", help="compare shards with their index and decode every member")
-    check.add_argument("folder", type=Path)
-    check.set_defaults(run=_check)
-
-    show = commands.add_parser("show", help="print one sample; with a tokenizer also what is learned of it")
-    show.add_argument("folder", type=Path)
-    show.add_argument("key")
-    show.add_argument("--tokenizer", type=Path, help="folder of a tokenizer with a chat template")
-    show.add_argument("--tokens-per-image", type=int, default=16, help="placeholders of one image (default 16)")
-    show.add_argument("--max-length", type=int, help="cut as training would (default: no limit)")
-    show.add_argument("--color", choices=("auto", "always", "never"), default="auto")
-    show.set_defaults(run=_show)
-    return parser
 
 
 def _shard_option(parser: argparse.ArgumentParser) -> None:
@@ -78,18 +101,37 @@ def _shard_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _workers_option(parser: argparse.ArgumentParser) -> None:
+    cores = min(os.cpu_count() or 1, 16)
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default {cores}, by the cores here)")
+
+
+def _tokenizer_options(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--tokenizer", type=Path, help=text)
+    parser.add_argument("--tokens-per-image", type=int, default=16, help="placeholders of one image (default 16)")
+    parser.add_argument("--max-length", type=int, help="cut as training would (default: no limit)")
+
+
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _progress(items: Iterable[Any], unit: str = "sample") -> Iterable[Any]:
-    return tqdm(items, unit=unit, disable=None)  # None: silent where nobody watches
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """Shows how many samples are done and the time that is left."""
+    with tqdm(unit="sample", disable=None) as bar:  # None: silent where nobody watches
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
 
 
 def _build_easy_vqa(options: argparse.Namespace) -> int:
     sets = build_easy_vqa(options.out, options.samples_per_shard)
     for name, shards in sets.items():
-        _say(_counts(options.out / name, shards))
+        _say(totals(options.out / name, shards))
     _say(f"{options.out / TOKENIZER}: word-level tokenizer")
     for split in SPLITS:
         total, known = (sum(map(len, sets[f"{name}/{split}"])) for name in ("vqa", "captions"))
@@ -98,111 +140,50 @@ def _build_easy_vqa(options: argparse.Namespace) -> int:
 
 
 def _build_llava(options: argparse.Namespace) -> int:
-    shards = build_from_llava(options.json, options.images, options.out, options.samples_per_shard, _progress)
-    _say(_counts(options.out, shards))
+    how = BuildOptions(options.samples_per_shard, options.workers, options.resize, options.quality, options.skip_bad)
+    with _progress() as progress:
+        built = build_from_llava(options.json, options.images, options.out, how, progress)
+    _say(totals(options.out, built.shards))
+    if built.renamed:
+        _say(f"{built.renamed} entries got a key of their own: their id was taken, or held a dot")
+    if options.resize:
+        before, after = built.done.bytes_before / 2**20, built.done.bytes_after / 2**20
+        _say(f"images: {before:.1f} MiB as files, {after:.1f} MiB in the shards")
+    if built.done.problems:
+        _say(f"{len(built.done.problems)} problem(s): see {options.out / SKIPPED_FILE} for what was left out")
     return 0
 
 
-def _counts(folder: Path, shards: list[Shard]) -> str:
-    samples = sum(map(len, shards))
-    turns = sum(int(shard.turns.sum()) for shard in shards)
-    images = sum(len(shard.members) for shard in shards) - samples
-    size = sum(shard.size for shard in shards) / 2**20
-    return f"{folder}: {len(shards)} shards, {samples} samples, {images} images, {turns} turns, {size:.1f} MiB"
+def _index(options: argparse.Namespace) -> int:
+    if not options.folder.is_dir():
+        raise UserError(f"Expected a folder with shards at {options.folder}, found none (cwd {Path.cwd()}).")
+    faults: list[str] = []
+    shards = build_index(options.folder, faults)
+    for fault in faults[:SHOWN_FAULTS]:
+        _say(fault)
+    _say(totals(options.folder, shards))
+    _say(f"wrote {INDEX_FILE} and {ARRAYS_FILE}")
+    if faults:
+        _say(f"{len(faults)} sample(s) cannot be used; training counts them as bad samples (`max_bad_samples`)")
+    return 0
 
 
 def _check(options: argparse.Namespace) -> int:
-    folder: Path = options.folder
-    shards = load_index(folder)
-    known = {shard.name for shard in shards}
-    problems = [f"{path.name}: not in the index" for path in sorted(folder.glob("*.tar")) if path.name not in known]
-    for shard in _progress(shards, "shard"):
-        problems += [f"{shard.name}: {problem}" for problem in _shard_problems(folder / shard.name, shard)]
-    if not problems:
-        problems = _sample_problems(ShardReader(folder))
-    for problem in problems:
-        _say(problem)
-    _say(_counts(folder, shards))
-    _say(f"{len(problems)} problem(s)" if problems else "ok")
-    return 1 if problems else 0
-
-
-def _shard_problems(path: Path, shard: Shard) -> list[str]:
-    """Compares a shard with its part of the index."""
-    if not path.is_file():
-        return ["missing"]
-    size = path.stat().st_size
-    if size != shard.size:
-        return [f"the index says {shard.size} bytes, the file has {size}"]
-    if file_sha256(path) != shard.sha256:
-        return ["the content differs from what was indexed (sha256)"]
-    try:
-        found = index_shard(path)
-    except UserError as error:
-        return [str(error)]
-    return [] if found.to_dict() == shard.to_dict() else ["the index lists other samples than the file holds"]
-
-
-def _sample_problems(reader: ShardReader) -> list[str]:
-    """Reads and decodes every sample."""
-    problems = []
-    for number in _progress(range(len(reader))):
-        try:
-            raw = reader.read(number)
-            for data in raw.images:
-                decode_image(data, raw.origin)
-        except UserError as error:
-            problems.append(str(error))
-    return problems
+    tokenizer = str(options.tokenizer) if options.tokenizer else None
+    how = AuditOptions(options.workers, tokenizer, options.tokens_per_image, options.max_length)
+    with _progress() as progress:
+        report = audit(options.folder, how, progress)
+    _say(json.dumps(report.to_dict(), indent=1) if options.json else "\n".join(report.lines()))
+    return 1 if report.found.problems else 0
 
 
 def _show(options: argparse.Namespace) -> int:
-    reader = ShardReader(options.folder)
-    keys = [key for shard in reader.shards for key in shard.keys]
-    if options.key not in keys:
-        some = ", ".join(keys[:3])
-        raise UserError(f"Expected a key of {options.folder}, such as {some}; got {options.key!r}.")
-    number = keys.index(options.key)
-    raw = reader.read(number)
-    _say(raw.origin)
-    for position, data in enumerate(raw.images):
-        image = open_image(data, raw.origin)
-        _say(f"image {position}: {image.format} {image.size[0]} x {image.size[1]} {image.mode}, {len(data)} bytes")
-    for turn in raw.turns:
-        _say(f"human: {turn.human}\ngpt:   {turn.gpt}")
+    raw = find_sample(options.folder, options.key)
+    lines = describe_sample(raw)
     if options.tokenizer:
-        _show_labels(options, number)
+        colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
+        lines += describe_labels(raw, options.tokenizer, options.tokens_per_image, options.max_length, colour)
+    if options.png:
+        lines.append(save_picture(raw, options.png))
+    _say("\n".join(lines))
     return 0
-
-
-def _show_labels(options: argparse.Namespace, number: int) -> None:
-    """Prints the ids; learned ones are green, or stand in brackets where there is no colour."""
-    if not options.tokenizer.is_dir():
-        raise UserError(f"Expected a tokenizer's folder at {options.tokenizer}, found none (cwd {Path.cwd()}).")
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, local_files_only=True)
-    spec = SampleSpec(tokenizer, len(tokenizer), options.tokens_per_image, image_size=32)
-    dataset = ConversationDataset(UnitTable([options.folder]), ConversationEncoder(spec, options.max_length))
-    colour = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
-    sample = dataset[number]
-    learned = int((sample.labels != IGNORE_INDEX).sum())
-    _say(f"ids: {len(sample.input_ids)}, learned: {learned} ({'green' if colour else 'in [brackets]'})")
-    _say(" ".join(_marked(sample, spec, colour)))
-
-
-def _marked(sample: Sample, spec: SampleSpec, colour: bool) -> list[str]:
-    out: list[str] = []
-    run = 0
-    ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
-    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if token == spec.image_token_id:
-            run += 1
-            if position + 1 == len(ids) or ids[position + 1] != token:
-                out.append(f"{GREY if colour else ''}<image>*{run}{PLAIN if colour else ''}")
-                run = 0
-            continue
-        text = f"{spec.tokenizer.convert_ids_to_tokens(token)}:{token}"
-        if label == IGNORE_INDEX:
-            out.append(f"{GREY}{text}{PLAIN}" if colour else text)
-        else:
-            out.append(f"{GREEN}{text}{PLAIN}" if colour else f"[{text}]")
-    return out

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamodules.bad_samples import BadSample, BadSampleBook, bad_samples_of, placeholder
 from datamodules.order import FILLER
 from datamodules.reader import ShardReader
+from datamodules.streaming import ShardError, StreamOptions
 from moextend_pl.contracts import Batch, Sample, UserError
 from moextend_pl.samples.collate import collate_generation, collate_packed, collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
@@ -43,23 +46,42 @@ class Failure:
     message: str
 
 
+class Delivery(NamedTuple):
+    """A batch on its way from a worker to the main process; a tuple, which torch's loader can pin.
+
+    Attributes:
+        batch: What the model gets.
+        bad: Samples that placeholders stand for.
+    """
+
+    batch: Batch
+    bad: list[BadSample]
+
+
 class UnitTable:
     """Which unit is which: shard folders in a row, and with `single` every turn a unit of its own.
 
     Args:
-        folders: Shard folders; their units follow each other.
+        folders: Shard folders or addresses of remote ones; their units follow each other.
         turns: `together` (a unit is a conversation) or `single` (a unit is one turn).
         tasks: Task of each folder; none has one if empty.
+        streaming: How remote folders are read.
 
     Raises:
         UserError: If `turns` is unknown, or a folder is no valid shard set.
     """
 
-    def __init__(self, folders: Sequence[Path], turns: str = "together", tasks: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folders: Sequence[str | Path],
+        turns: str = "together",
+        tasks: Sequence[str] = (),
+        streaming: StreamOptions | None = None,
+    ) -> None:
         if turns not in TURNS:
             raise UserError(f"Expected `turns` in {list(TURNS)}, got {turns!r}.")
         self.single = turns == "single"
-        self.readers = [ShardReader(folder) for folder in folders]
+        self.readers = [ShardReader(folder, streaming) for folder in folders]
         self.tasks = tuple(tasks) or ("",) * len(self.readers)
         counts = np.concatenate([reader.turns() if self.single else np.ones(len(reader)) for reader in self.readers])
         counts = counts.astype(np.int64)
@@ -119,13 +141,24 @@ class ConversationDataset(Dataset[Sample]):
         return len(self.table)
 
     def __getitem__(self, unit: int) -> Sample:
-        """Returns one sample; `FILLER` gives the empty one.
+        """Returns one sample; `FILLER` gives the empty one, a damaged sample its placeholder.
 
         Raises:
-            UserError: If the sample is damaged or cannot be encoded.
+            ShardError: If its whole shard cannot be used.
         """
         if unit == FILLER:
             return self.encoder.filler()
+        try:
+            return self._sample(unit)
+        except ShardError:
+            raise
+        except UserError as error:
+            reader, number, _ = self.table.locate(unit)
+            shard, key = reader.describe(number)
+            reason = str(error).removeprefix(f"{shard}: {key}: ")
+            return placeholder(self.encoder.filler(), BadSample(shard, key, reason))
+
+    def _sample(self, unit: int) -> Sample:
         key, turns, images, origin = self.read(unit)
         pixels = [self.transform(decode_image(data, origin)) for data in images]
         # Named by content: the same picture has the same name in whatever sample it lies.
@@ -150,6 +183,8 @@ class ConversationDataset(Dataset[Sample]):
         """Returns the tokens of a unit; 1 if it is damaged, which is said when it is due."""
         try:
             return max(1, self.encoder.length(self.read(unit)[1]))
+        except ShardError:
+            raise
         except UserError:
             return 1
 
@@ -166,12 +201,13 @@ class ConversationDataset(Dataset[Sample]):
         except UserError as error:
             return Failure(str(error))
 
-    def collate(self, samples: list[Any] | Failure) -> Batch | Failure:
-        """Pads and stacks; lets a failure pass."""
+    def collate(self, samples: list[Any] | Failure) -> Delivery | Failure:
+        """Pads and stacks, and says which samples were bad; lets a failure pass."""
         if isinstance(samples, Failure):
             return samples
         collate: Callable[..., Batch] = collate_packed if self.packed else collate_training
-        return (collate_generation if self.generation else collate)(samples, self.encoder.pad_id)
+        batch = (collate_generation if self.generation else collate)(samples, self.encoder.pad_id)
+        return Delivery(batch, bad_samples_of(itertools.chain(*samples) if self.packed else samples))
 
 
 class BatchLoader:
@@ -184,10 +220,18 @@ class BatchLoader:
         dataset: The samples.
         batches: Which units form which batch.
         num_workers: Processes that read and encode; 0 does it in this one.
+        book: Counts bad samples; the first one stops if None.
     """
 
-    def __init__(self, dataset: ConversationDataset, batches: Sampler[list[Any]], num_workers: int) -> None:
+    def __init__(
+        self,
+        dataset: ConversationDataset,
+        batches: Sampler[list[Any]],
+        num_workers: int,
+        book: BadSampleBook | None = None,
+    ) -> None:
         self.dataset = dataset
+        self.book = book
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -203,10 +247,17 @@ class BatchLoader:
         return len(self.loader)  # the endless sampler has no length, so neither has its loader
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            if isinstance(batch, Failure):
-                raise UserError(batch.message)
-            yield batch
+        for delivery in self.loader:
+            if isinstance(delivery, Failure):
+                raise UserError(delivery.message)
+            if delivery.bad:
+                self._note(delivery.bad)
+            yield delivery.batch
+
+    def _note(self, bad: list[BadSample]) -> None:
+        if self.book is None:
+            raise UserError(f"{bad[0].shard}: {bad[0].key}: {bad[0].reason}")
+        self.book.note(bad)
 
 
 def one_thread(_worker: int) -> None:

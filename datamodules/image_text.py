@@ -8,11 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 
+from datamodules.bad_samples import MAX_BAD_SAMPLES, BadSampleBook
 from datamodules.batching import BatchPlan, BucketBatches, EndlessBatches, PackedBatches, PlainBatches, check_options
 from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
 from datamodules.lengths import unit_lengths
 from datamodules.mixture import Sets, ShardSet, shard_sets, training_order
 from datamodules.order import EveryUnitOnce, shuffled, slice_of_rank
+from datamodules.streaming import StreamOptions
 from moextend_pl.contracts import SampleSpec, UserError, run_directory
 from moextend_pl.samples.conversation import ConversationEncoder
 
@@ -44,6 +46,10 @@ class ImageTextShards(pl.LightningDataModule):
         num_workers: Processes that read and encode.
         seed: Seed of the order.
         val_samples: Validate on this many samples only, drawn once; None for all.
+        max_bad_samples: How many different samples of the training and validation sets may be damaged; each is
+            replaced by a placeholder without weight and listed in `bad_samples.jsonl` of the run directory. Tests and
+            predictions allow none, since they would measure something else.
+        streaming: Cache and patience for folders that are addresses, such as `s3://bucket/train`.
         spec: What the model asks of its data; asked from the trainer's module if None.
 
     Example::
@@ -76,6 +82,8 @@ class ImageTextShards(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_samples: int | None = None,
+        max_bad_samples: int = MAX_BAD_SAMPLES,
+        streaming: StreamOptions | None = None,
         spec: SampleSpec | None = None,
     ) -> None:
         super().__init__()
@@ -92,6 +100,8 @@ class ImageTextShards(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.val_samples = val_samples
+        self.max_bad_samples = max_bad_samples
+        self.streaming = streaming
         self.spec = spec
         check_options(packing, bucket, max_length)
         self._tables: dict[tuple[ShardSet, ...], UnitTable] = {}
@@ -175,7 +185,7 @@ class ImageTextShards(pl.LightningDataModule):
         """Returns the endless loader; every iteration over it starts at the first sample not yet consumed."""
         self._plan = self._plan or self._training_plan()
         batches = EndlessBatches(self._plan, *self._ranks(), consumed=lambda: self.consumed)
-        return BatchLoader(self._training_set(), batches, self.num_workers)
+        return BatchLoader(self._training_set(), batches, self.num_workers, self._book())
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         """Returns a loader of training-like batches, once over the validation set; none if there is none."""
@@ -228,8 +238,8 @@ class ImageTextShards(pl.LightningDataModule):
         if not found:
             raise UserError(f"Expected a folder of shards under `{name}` of the data module, got none. Set it.")
         if found not in self._tables:
-            folders, tasks = [Path(one.path) for one in found], [one.task for one in found]
-            self._tables[found] = UnitTable(folders, self.turns, tasks)
+            folders, tasks = [one.path for one in found], [one.task for one in found]
+            self._tables[found] = UnitTable(folders, self.turns, tasks, self.streaming)
         return self._tables[found]
 
     def _dataset(self, table: UnitTable, *, generation: bool = False, packed: bool = False) -> ConversationDataset:
@@ -263,7 +273,12 @@ class ImageTextShards(pl.LightningDataModule):
 
     def _once(self, table: UnitTable, units: np.ndarray, generation: bool) -> BatchLoader:
         batches = EveryUnitOnce(units, self.eval_batch_size, *self._ranks())
-        return BatchLoader(self._dataset(table, generation=generation), batches, self.num_workers)
+        book = None if generation else self._book()
+        return BatchLoader(self._dataset(table, generation=generation), batches, self.num_workers, book)
+
+    def _book(self) -> BadSampleBook:
+        folder = getattr(self.trainer, "default_root_dir", None)
+        return BadSampleBook(self.max_bad_samples, Path(folder) if folder else None)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,47 +1,89 @@
 """The index beside the shards: where each sample lies, so that any sample can be read at once.
 
-`index.json` holds a schema number and, for each shard, its name, size, sha256 and samples; a sample
-is `[key, turns, [extension, offset, size, ...]]`, with extensions written as positions in the shard's
-list `extensions`.
+`index.json` holds a schema number, facts of each shard (name, bytes, sha256, counts, extensions), and size and
+digest of `index.safetensors`. That file holds arrays over all samples of all shards in a row, n samples with
+m members: `turns` (n,), `starts` (n + 1,) into the rows of `members` (m, 3: extension as a position in the
+shard's list, offset, size), and the keys as bytes with their `key_ends` (n + 1,). It is mapped into memory, so
+that a million samples open at once, and processes share the pages.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+from safetensors.numpy import save
 
+from datamodules.cache import DIGEST, Source
+from datamodules.members import Member, check_name
+from datamodules.streaming import ShardError
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.pixels import IMAGE_FORMATS
 
-INDEX_SCHEMA = 1
-INDEX_FILE = "index.json"
-MEMBER_NAME = re.compile(r"((?:[^/]+/)*[^/.]+)\.((?:[0-9]+\.)?[a-z]+)")
-"""KEY.EXTENSION or KEY.NUMBER.EXTENSION; a key has no dot, so that WebDataset reads the same key."""
+INDEX_SCHEMA = 2
+INDEX_FILE, ARRAYS_FILE = "index.json", "index.safetensors"
+MAX_INDEX_BYTES = 256 * 2**20
+"""Largest `index.json`: a few hundred bytes a shard."""
 
-TAR_BLOCK = 512
+HINT = "Write shards with `python -m moextend_pl shards build`, or index those of others with `shards index`."
+KINDS: dict[type, str] = {np.int32: "I32", np.int64: "I64", np.uint8: "U8"}
+DTYPES: dict[str, type] = {
+    "turns": np.int32,
+    "starts": np.int64,
+    "members": np.int64,
+    "keys": np.uint8,
+    "key_ends": np.int64,
+}
 
 
-@dataclass(frozen=True)
-class Member:
-    """One file of a sample.
+class Keys(Sequence[str]):
+    """Names of samples, kept as bytes and decoded one at a time.
 
-    Attributes:
-        extension: What follows the key: `json`, `png`, `1.png`.
-        offset: First byte of the content inside the shard.
-        size: Bytes of the content.
+    Args:
+        data: All names in a row, UTF-8.
+        ends: (n + 1,) name i is `data[ends[i]:ends[i + 1]]`.
     """
 
-    extension: str
-    offset: int
-    size: int
+    def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
+        self.data = data
+        self.ends = ends
+
+    @classmethod
+    def of(cls, keys: Sequence[str]) -> Keys:
+        """Packs names."""
+        names = [key.encode("utf-8") for key in keys]
+        ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(names), dtype=np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @overload
+    def __getitem__(self, position: int) -> str: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[str]: ...
+    def __getitem__(self, position: int | slice) -> str | list[str]:
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        if not -len(self) <= position < len(self):
+            raise IndexError(position)
+        position %= len(self)
+        name = self.data[int(self.ends[position]) : int(self.ends[position + 1])].tobytes()
+        return name.decode("utf-8", "replace")
+
+    def __iter__(self) -> Iterator[str]:
+        text = self.data[int(self.ends[0]) : int(self.ends[-1])].tobytes()
+        ends = (self.ends - self.ends[0]).tolist()
+        for start, end in pairwise(ends):
+            yield text[start:end].decode("utf-8", "replace")
 
 
 @dataclass
@@ -54,84 +96,44 @@ class Shard:
         sha256: Digest of the file.
         keys: n names.
         turns: (n,) turns of each sample.
-        starts: (n + 1,) sample i owns rows `starts[i]:starts[i + 1]` of `members`.
+        starts: (n + 1,) sample i owns rows `starts[i] - starts[0]` to `starts[i + 1] - starts[0]` of `members`.
         members: (m, 3) extension, offset and size.
         extensions: Names of the extensions that `members` refers to.
+        images: Images of all samples.
     """
 
     name: str
     size: int
     sha256: str
-    keys: list[str]
+    keys: Keys
     turns: np.ndarray
     starts: np.ndarray
     members: np.ndarray
     extensions: list[str]
+    images: int
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def sample(self, position: int) -> list[Member]:
         """Returns the members of one sample, in the order in which they lie in the shard."""
-        rows = self.members[self.starts[position] : self.starts[position + 1]].tolist()
-        return [Member(self.extensions[extension], offset, size) for extension, offset, size in rows]
+        first, last = (self.starts[position : position + 2] - self.starts[0]).tolist()
+        return [Member(self.extensions[kind], offset, size) for kind, offset, size in self.members[first:last].tolist()]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the shard as plain lists, ready for JSON."""
-        bounds = self.starts.tolist()
-        rows = self.members.tolist()
-        samples = [
-            [key, turns, [number for row in rows[bounds[i] : bounds[i + 1]] for number in row]]
-            for i, (key, turns) in enumerate(zip(self.keys, self.turns.tolist(), strict=True))
-        ]
-        head = {"name": self.name, "bytes": self.size, "sha256": self.sha256, "extensions": self.extensions}
-        return {**head, "samples": samples}
+    def alone(self) -> Shard:
+        """Returns the shard without a hold on the arrays of the others, to be sent to another process."""
+        keys, starts = Keys.of(list(self.keys)), self.starts - self.starts[0]
+        return replace(self, keys=keys, turns=self.turns.copy(), starts=starts, members=self.members.copy())
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Shard:
-        """Reads what `to_dict` wrote."""
-        samples = data["samples"]
-        flat = np.array([number for sample in samples for number in sample[2]], dtype=np.int64)
-        return cls(
-            name=check_name(data["name"]),
-            size=int(data["bytes"]),
-            sha256=str(data["sha256"]),
-            keys=[str(sample[0]) for sample in samples],
-            turns=np.array([sample[1] for sample in samples], dtype=np.int32),
-            starts=np.cumsum([0] + [len(sample[2]) // 3 for sample in samples], dtype=np.int64),
-            members=flat.reshape(-1, 3),
-            extensions=[str(extension) for extension in data["extensions"]],
+    def differs(self, other: Shard) -> bool:
+        """Tells whether two descriptions of a shard are not the same."""
+        facts = ("name", "size", "sha256", "extensions", "images")
+        return any(getattr(self, fact) != getattr(other, fact) for fact in facts) or not (
+            list(self.keys) == list(other.keys)
+            and np.array_equal(self.turns, other.turns)
+            and np.array_equal(self.starts - self.starts[0], other.starts - other.starts[0])
+            and np.array_equal(self.members, other.members)
         )
-
-
-def check_name(name: str) -> str:
-    """Refuses names that lead out of their folder.
-
-    Raises:
-        UserError: If the name is empty, absolute, or has a part `..`.
-    """
-    if not name or name.startswith(("/", "~")) or "\\" in name or "\0" in name or ".." in name.split("/"):
-        raise UserError(f"Expected a plain relative name, got {name!r}. Absolute names and `..` are refused.")
-    return name
-
-
-def split_member(name: str, origin: str) -> tuple[str, str]:
-    """Splits a member's name into key and extension.
-
-    Raises:
-        UserError: If the name is absolute, leads outside, or is not KEY.json or an image of a known kind.
-    """
-    match = MEMBER_NAME.fullmatch(check_name(name))
-    if match is None or match[2].rpartition(".")[2] not in (*IMAGE_FORMATS, "json") or match[2].endswith(".json"):
-        kinds = ", ".join(["json", *IMAGE_FORMATS])
-        raise UserError(f"{origin}: expected members named KEY.EXTENSION with one of {kinds}, got {name!r}.")
-    return match[1], match[2]
-
-
-def image_order(member: Member) -> int:
-    """Sorts KEY.0.png before KEY.1.png; use as the key of `sorted`."""
-    number = member.extension.partition(".")[0]
-    return int(number) if number.isdigit() else 0
 
 
 def file_sha256(path: Path) -> str:
@@ -140,145 +142,156 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def walk_shard(path: Path) -> Iterator[tuple[str, list[Member], bytes]]:
-    """Yields key, members and JSON content of each sample of a tar file, and checks its structure.
-
-    Raises:
-        UserError: If the file is no plain tar, is cut short, or a member is no valid part of a sample.
-    """
-    key, text = "", b""
-    members: list[Member] = []
-    for name, member, content in _walk_members(path):
-        if name != key and members:
-            yield key, members, text
-            members, text = [], b""
-        key = name
-        members.append(member)
-        text = content or text
-    if members:
-        yield key, members, text
-
-
-def _walk_members(path: Path) -> Iterator[tuple[str, Member, bytes]]:
-    """Yields key, place and, for JSON only, content of each member."""
-    end = 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if not info.isreg():
-                    raise UserError(f"{path}: member {info.name!r} is no regular file; links and devices are refused.")
-                key, extension = split_member(info.name, str(path))
-                stream = tar.extractfile(info) if extension == "json" else None
-                yield key, Member(extension, info.offset_data, info.size), stream.read() if stream else b""
-                end = info.offset_data + -(-info.size // TAR_BLOCK) * TAR_BLOCK
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a whole plain tar file ({error}). Copy or build the shard again.") from error
-    _check_end(path, end)
-
-
-def _check_end(path: Path, end: int) -> None:
-    """Python's reader stops without a word at a broken header; only the end marker proves that all was read."""
-    with path.open("rb") as stream:
-        stream.seek(end)
-        tail = stream.read()
-    if len(tail) < 2 * TAR_BLOCK or tail.strip(b"\0"):
-        raise UserError(
-            f"{path}: expected the end of the tar after byte {end}, got {len(tail)} bytes that are no end marker. "
-            "The shard is cut short or damaged; copy or build it again."
-        )
+def save_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Writes the index of a folder; the old one holds until the new one is whole."""
+    members = np.concatenate([shard.members for shard in shards])
+    counts = np.concatenate([np.diff(shard.starts) for shard in shards])
+    key_sizes = np.concatenate([np.diff(shard.keys.ends) for shard in shards])
+    arrays = {
+        "turns": np.concatenate([shard.turns for shard in shards]),
+        "starts": np.concatenate([[0], np.cumsum(counts)]),
+        "members": members,
+        "keys": np.concatenate([shard.keys.data[shard.keys.ends[0] : shard.keys.ends[-1]] for shard in shards]),
+        "key_ends": np.concatenate([[0], np.cumsum(key_sizes)]),
+    }
+    partial = folder / f".{ARRAYS_FILE}.part"
+    # Not `save_file`, whose files only their owner may read.
+    partial.write_bytes(save({name: np.ascontiguousarray(arrays[name], dtype=kind) for name, kind in DTYPES.items()}))
+    facts = [
+        {
+            "name": shard.name,
+            "bytes": shard.size,
+            "sha256": shard.sha256,
+            "samples": len(shard),
+            "images": shard.images,
+            "turns": int(shard.turns.sum()),
+            "extensions": shard.extensions,
+        }
+        for shard in shards
+    ]
+    beside = {"bytes": partial.stat().st_size, "sha256": file_sha256(partial)}
+    text = json.dumps({"schema": INDEX_SCHEMA, "arrays": beside, "shards": facts}, indent=1, ensure_ascii=False)
+    written = folder / f".{INDEX_FILE}.part"
+    written.write_text(text + "\n", encoding="utf-8")
+    # A process killed between the two leaves a digest that does not fit, which is told with the way to mend it.
+    partial.replace(folder / ARRAYS_FILE)
+    written.replace(folder / INDEX_FILE)
 
 
-def index_shard(path: Path) -> Shard:
-    """Reads one tar file and returns its part of the index.
+def load_index(place: str | Path | Source) -> list[Shard]:
+    """Reads the index of a folder.
 
-    Raises:
-        UserError: If the shard is damaged, a key stands twice, or a sample has no valid JSON.
-    """
-    keys: list[str] = []
-    turns: list[int] = []
-    counts: list[int] = [0]
-    rows: list[tuple[int, int, int]] = []
-    extensions: dict[str, int] = {}
-    seen: set[str] = set()
-    for key, members, text in walk_shard(path):
-        if key in seen or len({member.extension for member in members}) != len(members):
-            raise UserError(f"{path}: key {key!r} stands twice. Give each sample a key of its own.")
-        if not text:
-            raise UserError(f"{path}: expected {key}.json beside the images of {key!r}, found none.")
-        seen.add(key)
-        keys.append(key)
-        turns.append(len(parse_json(text, f"{path}: {key}")) // 2)
-        counts.append(len(members))
-        rows += [(extensions.setdefault(m.extension, len(extensions)), m.offset, m.size) for m in members]
-    return Shard(
-        name=path.name,
-        size=path.stat().st_size,
-        sha256=file_sha256(path),
-        keys=keys,
-        turns=np.array(turns, dtype=np.int32),
-        starts=np.cumsum(counts, dtype=np.int64),
-        members=np.array(rows, dtype=np.int64).reshape(-1, 3),
-        extensions=list(extensions),
-    )
-
-
-def parse_json(data: bytes, origin: str) -> list[dict[str, str]]:
-    """Decodes KEY.json and returns its `conversations`.
-
-    Raises:
-        UserError: If the bytes are no strict UTF-8, no JSON, or hold no list of conversations.
-    """
-    try:
-        content = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{origin}: expected UTF-8 JSON with `conversations`, got bytes that fail: {error}.") from error
-    conversations = content.get("conversations") if isinstance(content, dict) else None
-    if not isinstance(conversations, list):
-        raise UserError(f"{origin}: expected a JSON object with a list `conversations`, got {type(content).__name__}.")
-    return conversations
-
-
-def build_index(folder: Path) -> list[Shard]:
-    """Indexes every `*.tar` of a folder and writes `index.json` beside them.
-
-    Raises:
-        UserError: If there is no shard, or a key stands in two shards.
-    """
-    shards = [index_shard(path) for path in sorted(folder.glob("*.tar"))]
-    if not any(len(shard) for shard in shards):
-        raise UserError(f"Expected samples in {folder / '*.tar'}, found {len(shards)} shard(s) with none.")
-    owner: dict[str, str] = {}
-    for shard in shards:
-        for key in shard.keys:
-            if owner.setdefault(key, shard.name) != shard.name:
-                raise UserError(f"{folder}: key {key!r} stands in {owner[key]} and {shard.name}; keys must differ.")
-    data = {"schema": INDEX_SCHEMA, "shards": [shard.to_dict() for shard in shards]}
-    partial = folder / (INDEX_FILE + ".part")
-    partial.write_text(json.dumps(data, separators=(",", ":"), ensure_ascii=False), encoding="utf-8")
-    partial.replace(folder / INDEX_FILE)
-    return shards
-
-
-def load_index(folder: Path) -> list[Shard]:
-    """Reads `index.json` of a folder.
+    Args:
+        place: Folder, or address of a remote one.
 
     Raises:
         UserError: If folder or index is missing, is of another schema, or is damaged.
     """
-    path = folder / INDEX_FILE
-    hint = "Write shards with `python -m moextend_pl shards build`."
-    if not path.is_file():
-        state = "a folder without it" if folder.is_dir() else "no such folder"
-        raise UserError(f"Expected shards with {INDEX_FILE} in {folder}, found {state} (cwd {Path.cwd()}). {hint}")
+    source = place if isinstance(place, Source) else Source(place)
+    name = source.name(INDEX_FILE)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(source.read_small(INDEX_FILE, MAX_INDEX_BYTES).decode("utf-8"))
         schema = data.get("schema")
         if schema == INDEX_SCHEMA:
-            shards = [Shard.from_dict(shard) for shard in data["shards"]]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable index ({type(error).__name__}: {error}). {hint}") from error
+            shards = _split(data["shards"], _arrays(source, data["arrays"]))
+    except OSError:
+        raise UserError(_absent(source)) from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{name}: not a readable index ({type(error).__name__}: {error}). {HINT}") from error
     if schema != INDEX_SCHEMA:
-        raise UserError(f"{path}: expected `schema: {INDEX_SCHEMA}`, got {schema!r}. {hint}")
+        raise UserError(
+            f"{name}: expected `schema: {INDEX_SCHEMA}`, got {schema!r}. Shards written for another version stay as "
+            "they are; run `python -m moextend_pl shards index` on their folder."
+        )
     if not any(len(shard) for shard in shards):
-        raise UserError(f"{path}: expected at least one sample, the index lists none. {hint}")
+        raise UserError(f"{name}: expected at least one sample, the index lists none. {HINT}")
     return shards
+
+
+def _absent(source: Source) -> str:
+    there = Path(source.place).is_dir()
+    state = "a folder without it" if there else "no such folder"
+    pattern = any(sign in source.place for sign in "*?[{") and not there
+    advice = " Patterns and braces are not expanded: name each folder in a list." if pattern else ""
+    return f"Expected shards with {INDEX_FILE} in {source}, found {state} (cwd {Path.cwd()}).{advice} {HINT}"
+
+
+def _arrays(source: Source, facts: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Maps the arrays into memory, after their digest was compared."""
+    name, digest = source.name(ARRAYS_FILE), _digest(facts["sha256"])
+    handle = source.open(ARRAYS_FILE, int(facts["bytes"]), digest)
+    with os.fdopen(handle, "rb") as stream:
+        if not source.remote and hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+            raise ShardError(f"{name}: not the file that {INDEX_FILE} was written with. Run `shards index` again.")
+        return _of_kind(_mapped(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
+
+
+def _mapped(data: mmap.mmap) -> dict[str, np.ndarray]:
+    """Returns views of the arrays; safetensors' own reader would copy them, or need torch.
+
+    Format: https://huggingface.co/docs/safetensors/index#format. Whatever does not fit it raises ValueError.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start].decode("utf-8"))
+    arrays: dict[str, np.ndarray] = {}
+    for name, kind in DTYPES.items():
+        shape = [int(length) for length in header[name]["shape"]]
+        if header[name]["dtype"] != KINDS[kind] or min(shape, default=0) < 0:
+            raise ValueError(f"{ARRAYS_FILE}: {name} is {header[name]['dtype']} of shape {shape}")
+        offset = start + int(header[name]["data_offsets"][0])
+        arrays[name] = np.frombuffer(data, kind, math.prod(shape), offset).reshape(shape)
+    return arrays
+
+
+def _digest(text: Any) -> str:
+    if not isinstance(text, str) or not DIGEST.fullmatch(text):
+        raise ValueError(f"expected a sha256 of 64 digits, got {text!r}")
+    return text
+
+
+def _split(facts: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[Shard]:
+    """Cuts the arrays into shards; whatever does not fit together raises ValueError."""
+    shards = []
+    first = row = 0
+    for fact in facts:
+        last = first + int(fact["samples"])
+        if not first <= last <= len(arrays["turns"]):
+            raise ValueError(f"{fact['name']}: more samples than the arrays hold")
+        end = int(arrays["starts"][last])
+        members, extensions = arrays["members"][row:end], [str(extension) for extension in fact["extensions"]]
+        if len(members) and not members[:, 0].max() < len(extensions):
+            raise ValueError(f"{fact['name']}: an unknown extension")
+        shards.append(
+            Shard(
+                name=check_name(fact["name"]),
+                size=int(fact["bytes"]),
+                sha256=_digest(fact["sha256"]),
+                keys=Keys(arrays["keys"], arrays["key_ends"][first : last + 1]),
+                turns=arrays["turns"][first:last],
+                starts=arrays["starts"][first : last + 1],
+                members=members,
+                extensions=extensions,
+                images=int(fact["images"]),
+            )
+        )
+        first, row = last, end
+    if first != len(arrays["turns"]):
+        raise ValueError("fewer samples than the arrays hold")
+    return shards
+
+
+def _of_kind(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays if they fit together, else raises ValueError."""
+    samples = len(arrays["turns"])
+    for name, array in arrays.items():
+        if array.ndim != (2 if name == "members" else 1):
+            raise ValueError(f"{ARRAYS_FILE}: {name} has the shape {array.shape}")
+    for name, total in (("starts", len(arrays["members"])), ("key_ends", len(arrays["keys"]))):
+        ends = arrays[name]
+        if len(ends) != samples + 1 or ends[0] != 0 or ends[-1] != total or (np.diff(ends) < 1).any():
+            raise ValueError(f"{ARRAYS_FILE}: {name} does not fit {samples} samples")
+    if arrays["members"].shape[1:] != (3,) or (arrays["members"] < 0).any() or (arrays["turns"] < 1).any():
+        raise ValueError(f"{ARRAYS_FILE}: expected members (m, 3) and turns without negative numbers")
+    return arrays

@@ -58,12 +58,12 @@ def unit_lengths(dataset: ConversationDataset, run: Path | None, num_workers: in
     lengths = []
     for number, reader in enumerate(table.readers):
         name = f"lengths-{_fingerprint(dataset.encoder, table.fingerprint(number))}.npy"
-        places = [folder / name for folder in (Path(reader.folder), run) if folder is not None]
+        places = [folder / name for folder in (reader.folder, run) if folder is not None]
         found = next((place for place in places if place.is_file()), None)
         if found is not None:
             lengths.append(np.load(found, allow_pickle=False))
             continue
-        log.info("counting the tokens of %d samples in %s, once", bounds[number + 1] - bounds[number], reader.folder)
+        log.info("counting the tokens of %d samples in %s, once", bounds[number + 1] - bounds[number], reader.source)
         lengths.append(_count(_Chunks(dataset, bounds[number], bounds[number + 1]), num_workers))
         _keep(lengths[-1], places)
     return np.concatenate(lengths)

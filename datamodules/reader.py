@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from datamodules.index import Member, image_order, load_index, parse_json
+from datamodules.cache import Source
+from datamodules.foreign import conversations_of
+from datamodules.index import Shard, load_index
+from datamodules.members import Member, image_order, is_text
+from datamodules.scan import MAX_SAMPLE_BYTES
+from datamodules.streaming import StreamOptions
+from datamodules.tar import BLOCK, belongs
 from moextend_pl.contracts import UserError
 from moextend_pl.samples.turns import Turn, parse_turns
-
-MAX_MEMBER_BYTES = 256 * 2**20
-"""Largest member that is read into memory."""
 
 MAX_OPEN_SHARDS = 16
 
@@ -44,28 +47,34 @@ class ShardReader:
     position; a pickled reader leaves its handles behind and opens its own.
 
     Args:
-        folder: Holds the shards and their `index.json`.
+        place: Folder with shards and their index, or the address of a remote one.
+        options: How remote folders are read.
+        shards: Only these shards, as the index describes them; all of the index if None.
 
     Raises:
         UserError: If the folder has no valid index, or a shard is missing or differs from it in size.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.shards = load_index(self.folder)
+    def __init__(
+        self, place: str | Path, options: StreamOptions | None = None, shards: Sequence[Shard] | None = None
+    ) -> None:
+        self.source = Source(place, options)
+        self.shards = load_index(self.source) if shards is None else list(shards)
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self._handles: OrderedDict[int, int] = OrderedDict()
         for shard in self.shards:
-            path = self.folder / shard.name
-            if not path.is_file():
-                raise UserError(f"Expected shard {path}, which the index lists; found no such file. Copy it there.")
-            self._check_size(path, shard.size, path.stat().st_size)
+            self.source.check(shard.name, shard.size)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": OrderedDict()}
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[str, StreamOptions]]:
+        return ShardReader, (self.source.place, self.source.options)  # an index may be large; the file is there
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder, None if it is a remote one."""
+        return None if self.source.remote else Path(self.source.place)
 
     def turns(self) -> np.ndarray:
         """Returns the number of turns of each sample, (n,)."""
@@ -92,18 +101,36 @@ class ShardReader:
             UserError: If the shard changed since it was indexed, or the sample is not valid.
         """
         where, position = self.locate(number)
-        shard = self.shards[where]
-        key = shard.keys[position]
-        origin = f"{self.folder / shard.name}: {key}"
-        members = shard.sample(position)
-        contents = self._contents(where, members, origin)
-        texts = [data for member, data in zip(members, contents, strict=True) if member.extension == "json"]
-        if len(texts) != 1:
-            raise UserError(f"{origin}: expected one KEY.json, got {len(texts)}. Build the shards again.")
-        pairs = [(m, data) for m, data in zip(members, contents, strict=True) if m.extension != "json"]
-        images = tuple(data for _, data in sorted(pairs, key=lambda pair: image_order(pair[0])))
-        turns = parse_turns(parse_json(texts[0], origin), len(images), origin)
+        members = self.shards[where].sample(position)
+        shard, key = self.describe(number)
+        origin = f"{shard}: {key}"
+        contents = self._contents(where, key, members, origin)
+        pairs = list(zip(members, contents, strict=True))
+        texts = {member.extension.lower(): data for member, data in pairs if is_text(member.extension)}
+        pairs = sorted((p for p in pairs if not is_text(p[0].extension)), key=lambda pair: image_order(pair[0]))
+        images = tuple(data for _, data in pairs)
+        turns = parse_turns(conversations_of(texts, len(images), origin), len(images), origin)
         return RawSample(key=key, turns=turns, images=images, origin=origin)
+
+    def describe(self, number: int) -> tuple[str, str]:
+        """Returns shard and key of a sample without reading it.
+
+        Raises:
+            IndexError: If there is no such sample.
+        """
+        where, position = self.locate(number)
+        return self.source.name(self.shards[where].name), self.shards[where].keys[position]
+
+    def find(self, key: str) -> int | None:
+        """Returns the number of the sample with a key, None if there is none."""
+        first = 0
+        for shard in self.shards:
+            if key.encode() in shard.keys.data[shard.keys.ends[0] : shard.keys.ends[-1]].tobytes():
+                for position, other in enumerate(shard.keys):
+                    if other == key:
+                        return first + position
+            first += len(shard)
+        return None
 
     def close(self) -> None:
         """Closes all file handles; the next read opens them again."""
@@ -114,16 +141,28 @@ class ShardReader:
         if hasattr(self, "_handles"):
             self.close()
 
-    def _contents(self, where: int, members: list[Member], origin: str) -> list[bytes]:
-        """Reads the members of a sample, which lie side by side, in one go."""
-        first = min(member.offset for member in members)
+    def _contents(self, where: int, key: str, members: list[Member], origin: str) -> list[bytes]:
+        """Reads the members of a sample, which lie side by side, in one go.
+
+        Their headers are read with them and compared with the index: an image never meets the text of another.
+        """
+        first = min(member.offset for member in members) - BLOCK
         size = max(member.offset + member.size for member in members) - first
-        if size > MAX_MEMBER_BYTES:
-            raise UserError(f"{origin}: expected at most {MAX_MEMBER_BYTES} bytes a sample, got {size}.")
+        if first < 0 or size > MAX_SAMPLE_BYTES + BLOCK:
+            raise UserError(f"{origin}: expected at most {MAX_SAMPLE_BYTES} bytes a sample, got {size}.")
         block = os.pread(self._handle(where), size, first)
         if len(block) != size:
             raise UserError(f"{origin}: expected {size} bytes at byte {first}, got {len(block)}. Copy the shard again.")
-        return [block[member.offset - first : member.offset - first + member.size] for member in members]
+        contents = []
+        for member in members:
+            start = member.offset - first
+            if not belongs(block[start - BLOCK : start], f"{key}.{member.extension}", member.size):
+                raise UserError(
+                    f"{origin}: expected the header of {key}.{member.extension} at byte {member.offset - BLOCK}, got "
+                    "something else; the shard is not the one that was indexed, or damaged. Copy it again."
+                )
+            contents.append(block[start : start + member.size])
+        return contents
 
     def _handle(self, where: int) -> int:
         if where in self._handles:
@@ -131,19 +170,6 @@ class ShardReader:
             return self._handles[where]
         while len(self._handles) >= MAX_OPEN_SHARDS:
             os.close(self._handles.popitem(last=False)[1])
-        path = self.folder / self.shards[where].name
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"Expected to read shard {path}, got: {error.strerror}.") from error
-        self._handles[where] = handle
-        self._check_size(path, self.shards[where].size, os.fstat(handle).st_size)
-        return handle
-
-    @staticmethod
-    def _check_size(path: Path, expected: int, got: int) -> None:
-        if expected != got:
-            raise UserError(
-                f"{path}: the index says {expected} bytes, the file has {got}. The shard was changed after it was "
-                "indexed; copy or build it again."
-            )
+        shard = self.shards[where]
+        self._handles[where] = self.source.open(shard.name, shard.size, shard.sha256)
+        return self._handles[where]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -14,20 +15,24 @@ from typing import Any
 
 from webdataset import TarWriter
 
-from datamodules.index import INDEX_FILE, MEMBER_NAME, Shard, build_index, check_name
+from datamodules.index import ARRAYS_FILE, INDEX_FILE, Shard
+from datamodules.members import MEMBER_NAME, check_name
+from datamodules.scan import build_index
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.pixels import decode_image, open_image
-from moextend_pl.samples.turns import conversation_problems
+from moextend_pl.samples.pixels import open_image
 
 SAMPLES_PER_SHARD = 1000
-MAX_PROBLEMS = 20
 MAX_NAME = 99
 """Longest member name, in bytes, that the tar format in use can hold."""
 
 OURS = re.compile(r".*\.tar|\.?lengths-\w+\.npy(\.\d+\.tmp)?")
 """Shards, and lengths of samples (`lengths.py`), a half-written file of which a kill may have left."""
 
-SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
+"""MPO is what Pillow calls a JPEG with a second picture behind it, as phones take them."""
+
+SKIPPED_FILE = "skipped.jsonl"
+"""Lists the entries that a build has left out, if it was told to."""
 
 
 @dataclass(frozen=True)
@@ -64,29 +69,43 @@ def replace_folder(out: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
         UserError: If the folder holds something else.
     """
     out = out.absolute()
-    if out.exists() and not (out.is_dir() and (ours(out) or not any(out.iterdir()))):
-        raise UserError(f"Expected {out} to be new, empty, or written by this command; it holds something else.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_free(out, ours)
     partial = out.parent / f".{out.name}.part-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
         yield partial
-        if out.exists():
-            old = out.parent / f".{out.name}.old-{os.getpid()}"
-            out.replace(old)
-            partial.replace(out)
-            shutil.rmtree(old)
-        else:
-            partial.replace(out)
+        take_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_free(out: Path, ours: Callable[[Path], bool]) -> None:
+    """Makes sure that a folder may be written.
+
+    Raises:
+        UserError: If it holds something that is not ours.
+    """
+    if out.exists() and not (out.is_dir() and (ours(out) or not any(out.iterdir()))):
+        raise UserError(f"Expected {out} to be new, empty, or written by this command; it holds something else.")
+
+
+def take_place(partial: Path, out: Path) -> None:
+    """Puts a finished folder where an older one may be, which is deleted then."""
+    if not out.exists():
+        partial.replace(out)
+        return
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    out.replace(old)
+    partial.replace(out)
+    shutil.rmtree(old)
+
+
 def is_shard_folder(folder: Path) -> bool:
     """Tells whether a folder holds shards with what is written beside them, and nothing else."""
-    names = [path.name for path in folder.iterdir()]
-    return INDEX_FILE in names and all(name == INDEX_FILE or OURS.fullmatch(name) for name in names)
+    names = {path.name for path in folder.iterdir()}
+    others = names - {INDEX_FILE, ARRAYS_FILE, SKIPPED_FILE}
+    return INDEX_FILE in names and all(OURS.fullmatch(name) for name in others)
 
 
 def write_shards(entries: Iterable[Entry], folder: Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> list[Shard]:
@@ -102,15 +121,37 @@ def write_shards(entries: Iterable[Entry], folder: Path, samples_per_shard: int 
     """
     if samples_per_shard < 1:
         raise UserError(f"Expected at least 1 sample a shard, got {samples_per_shard}.")
+    rest = iter(entries)
+    for number in itertools.count():
+        part = itertools.islice(rest, samples_per_shard)
+        if not write_shard(folder / f"{number:05d}.tar", part):
+            break
+    return build_index(folder)
+
+
+def write_shard(path: Path, entries: Iterable[Entry]) -> int:
+    """Writes one tar file, none if there is no sample.
+
+    Args:
+        path: The file.
+        entries: Samples, already checked.
+
+    Returns:
+        How many samples it holds.
+
+    Raises:
+        UserError: If a key cannot be a name, or an image is of no known kind.
+    """
+    count = 0
     with contextlib.ExitStack() as stack:
         writer: Any = None
-        for number, entry in enumerate(entries):
-            if number % samples_per_shard == 0:
-                stack.close()
-                stream = stack.enter_context((folder / f"{number // samples_per_shard:05d}.tar").open("wb"))
+        for entry in entries:
+            if writer is None:
+                stream = stack.enter_context(path.open("wb"))
                 writer = stack.enter_context(TarWriter(stream, encoder=False, user="", group="", mtime=0))
             writer.write(_members(entry))
-    return build_index(folder)
+            count += 1
+    return count
 
 
 def _members(entry: Entry) -> dict[str, Any]:
@@ -137,97 +178,3 @@ def key_problem(key: str) -> str | None:
     if len(f"{key}.999.webp".encode()) > MAX_NAME:
         return f"expected an id of at most {MAX_NAME - 9} bytes, got {key!r}"
     return None
-
-
-def build_from_llava(
-    annotations: Path,
-    image_root: Path,
-    out: Path,
-    samples_per_shard: int = SAMPLES_PER_SHARD,
-    progress: Callable[[list[Any]], Iterable[Any]] = iter,
-) -> list[Shard]:
-    """Builds shards from a LLaVA JSON file; all or nothing.
-
-    Args:
-        annotations: List of `{"id", "image"?: name or names, "conversations"}`.
-        image_root: Folder that the image names start from.
-        out: Folder of shards to write.
-        samples_per_shard: Samples of each shard but the last.
-        progress: Wraps the list of entries, to show how far it got.
-
-    Raises:
-        UserError: With all problems of all entries, if there is any.
-    """
-    items = _read_annotations(annotations)
-    problems: list[str] = []
-
-    def entries() -> Iterator[Entry]:
-        seen: set[str] = set()
-        for number, item in enumerate(progress(items)):
-            entry, found = _check_item(item, image_root, seen)
-            problems.extend(f"entry {number} ({_name(item)}): {problem}" for problem in found)
-            if entry is not None and not problems:
-                yield entry
-        if problems:
-            raise UserError(_summary(annotations, problems))
-
-    with replace_folder(out, is_shard_folder) as folder:
-        return write_shards(entries(), folder, samples_per_shard)
-
-
-def _read_annotations(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise UserError(f"Expected a LLaVA JSON file at {path}, found none (cwd {Path.cwd()}).")
-    try:
-        items = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected UTF-8 JSON, got bytes that fail: {error}.") from error
-    if not isinstance(items, list) or not items:
-        raise UserError(f"{path}: expected a list with at least one entry, got {type(items).__name__}.")
-    return items
-
-
-def _name(item: Any) -> str:
-    return f"id {item.get('id')!r}" if isinstance(item, dict) else type(item).__name__
-
-
-def _summary(path: Path, problems: list[str]) -> str:
-    shown = "".join(f"\n  {problem}" for problem in problems[:MAX_PROBLEMS])
-    more = f"\n  ... and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-    return f"{path}: expected valid entries, got {len(problems)} problem(s). Mend them and build again.{shown}{more}"
-
-
-def _check_item(item: Any, image_root: Path, seen: set[str]) -> tuple[Entry | None, list[str]]:
-    """Returns the entry, or None, and all that is wrong with it."""
-    if not isinstance(item, dict):
-        return None, ["expected an object with `id` and `conversations`"]
-    problems = []
-    identity = item.get("id")
-    key = str(identity) if isinstance(identity, (str, int)) and not isinstance(identity, bool) else ""
-    wrong = key_problem(key) if key else "expected `id` to be a text or a number"
-    if wrong:
-        problems.append(wrong)
-    elif key in seen:
-        problems.append(f"the id {key!r} stands twice; give each entry an id of its own")
-    seen.add(key)
-    names = item.get("image")
-    names = [] if names is None else names if isinstance(names, list) else [names]
-    images = []
-    for name in names:
-        try:
-            images.append(_read_image(image_root, name))
-        except UserError as error:
-            problems.append(str(error))
-    problems += conversation_problems(item.get("conversations"), len(names))
-    return (None if problems else Entry(key, item["conversations"], tuple(images))), problems
-
-
-def _read_image(root: Path, name: Any) -> bytes:
-    if not isinstance(name, str):
-        raise UserError(f"expected the name of an image, got {name!r}")
-    path = root / check_name(name)
-    if not path.is_file():
-        raise UserError(f"expected an image at {path}, found no file")
-    data = path.read_bytes()
-    decode_image(data, str(path))
-    return data

@@ -29,7 +29,7 @@ TOOL_COMMANDS = {
     "plan": ("moextend_pl.plan.command", "memory, hours and cost of a stage, without its weights"),
     "quickstart": ("moextend_pl.quickstart", "run the whole method on easy-VQA and write a report"),
     "generate": ("moextend_pl.generate", "ask a trained model about a picture"),
-    "shards": ("datamodules.command", "build, check and show shards of samples"),
+    "shards": ("datamodules.command", "build, index, check and show shards of samples"),
 }
 OWN_LOGGERS = ("moextend_pl", "datamodules", "callbacks")
 EXIT_USER_ERROR = 2

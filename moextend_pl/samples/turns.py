@@ -10,6 +10,9 @@ from moextend_pl.contracts import UserError
 IMAGE_MARK = "<image>"
 """Stands in a human turn where an image belongs."""
 
+IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
+"""Extensions of the images that may belong to a conversation, and the decoder of each."""
+
 ROLES = ("human", "gpt")
 """Who speaks, in turn."""
 

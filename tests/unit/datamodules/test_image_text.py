@@ -248,7 +248,9 @@ def test_a_damaged_sample_counts_as_short_and_is_reported_when_it_is_due(tmp_pat
     write_shards([*entries, Entry("bad", conversation(("what ?", "red")))], tmp_path / "s")
     tar = tmp_path / "s" / "00000.tar"
     tar.write_bytes(tar.read_bytes().replace(b'{"conversations"', b'{"conversaXions"', 1))
-    module = ImageTextShards(train=str(tmp_path / "s"), spec=spec, batch_size=1, packing=True, max_length=20)
+    module = ImageTextShards(
+        train=str(tmp_path / "s"), spec=spec, batch_size=1, packing=True, max_length=20, max_bad_samples=0
+    )
     module.setup("fit")
     with pytest.raises(UserError, match="00000.tar"):
         next(iter(module.train_dataloader()))

@@ -63,8 +63,8 @@ def open_handles() -> int:
 
 def test_few_handles_stay_open(folder, monkeypatch):
     monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 2)
-    before = open_handles()
     reader = ShardReader(folder)
+    before = open_handles()  # the index keeps one
     for number in [0, 4, 8, 0, 4, 8]:
         reader.read(number)
     assert open_handles() == before + 2
@@ -110,6 +110,6 @@ def test_threads_do_not_disturb_each_other(folder):
 
 
 def test_a_member_too_large_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr(reader_module, "MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr(reader_module, "MAX_SAMPLE_BYTES", 10)
     with pytest.raises(UserError, match="s00"):
         ShardReader(folder).read(0)

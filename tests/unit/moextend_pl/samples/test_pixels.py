@@ -74,7 +74,22 @@ def test_pixels_are_normalised_channel_by_channel(words):
             torch.testing.assert_close(found[:, y, x], expected, rtol=0, atol=1e-6)
 
 
-def test_other_sizes_are_resized_to_the_square_as_pillow_does(words):
-    spec = SampleSpec(words, 99, 4, image_size=4, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
-    expected = np.asarray(noise((9, 7)).resize((4, 4), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
-    np.testing.assert_allclose(PixelTransform(spec)(noise((9, 7))).numpy(), expected, atol=1e-6)
+@pytest.mark.parametrize(
+    "size", [(640, 480), (480, 640), (1000, 90), (336, 200), (120, 80), (337, 335), (1, 1), (2, 400)]
+)
+def test_other_sizes_are_resized_to_the_square_as_pillow_does(words, size):
+    spec = SampleSpec(words, 99, 4, image_size=336, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
+    # A picture of large shapes with noise on it, as a photograph has.
+    image = noise((max(size[0] // 16, 1), max(size[1] // 16, 1))).resize(size, Image.Resampling.BICUBIC)
+    grain = np.random.default_rng(1).integers(-20, 21, (size[1], size[0], 3))
+    image = Image.fromarray((np.asarray(image).astype(int) + grain).clip(0, 255).astype(np.uint8))
+    expected = np.asarray(image.resize((336, 336), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
+    levels = np.abs(PixelTransform(spec)(image).numpy() * 255 - expected).round()
+    assert levels.max() <= 2
+    assert levels.mean() < 0.3
+
+
+def test_the_square_itself_is_not_touched(words):
+    spec = SampleSpec(words, 99, 4, image_size=8, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
+    found = PixelTransform(spec)(noise((8, 8))).numpy() * 255
+    np.testing.assert_allclose(found, np.asarray(noise((8, 8))).transpose(2, 0, 1), atol=1e-4)

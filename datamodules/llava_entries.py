@@ -1,0 +1,143 @@
+"""Entries of LLaVA's JSON files, one by one: keys, images, and all that is wrong with them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from datamodules.members import check_name
+from datamodules.shards import Entry, key_problem
+from moextend_pl.contracts import UserError
+from moextend_pl.samples.pixels import decode_image, open_image
+from moextend_pl.samples.turns import conversation_problems
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of an entry.
+
+    Attributes:
+        entry: None if it cannot be used.
+        problems: All that is wrong with it.
+        bytes_before: Bytes of its image files.
+    """
+
+    entry: Entry | None
+    problems: list[str]
+    bytes_before: int = 0
+
+
+def read_annotations(path: Path) -> tuple[bytes, list[Any]]:
+    """Returns content and entries of a LLaVA JSON file.
+
+    Raises:
+        UserError: If it is missing, is no JSON, or holds no list with at least one entry.
+    """
+    if not path.is_file():
+        raise UserError(f"Expected a LLaVA JSON file at {path}, found none (cwd {Path.cwd()}).")
+    data = path.read_bytes()
+    try:
+        items = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected UTF-8 JSON, got bytes that fail: {error}.") from error
+    if not isinstance(items, list) or not items:
+        raise UserError(f"{path}: expected a list with at least one entry, got {type(items).__name__}.")
+    return data, items
+
+
+def unique_keys(items: Sequence[Any]) -> tuple[list[str], int]:
+    """Returns a key for each entry, and how many of them are not the entry's `id`.
+
+    A dot becomes `_`, since WebDataset ends keys at it. An id that was seen before gets `-2`, `-3`, ... in the
+    order of the file, past every number that makes the id of another entry.
+
+    Args:
+        items: Entries; one without a usable id gets the key ''.
+    """
+    identities = [item.get("id") if isinstance(item, dict) else None for item in items]
+    texts = [str(i) if isinstance(i, (str, int)) and not isinstance(i, bool) else "" for i in identities]
+    cleaned = [text.replace(".", "_") for text in texts]
+    originals = set(cleaned)
+    taken: set[str] = set()
+    last: dict[str, int] = {}
+    keys = []
+    for text in cleaned:
+        key = text
+        while text and key in taken:
+            last[text] = last.get(text, 1) + 1
+            key = f"{text}-{last[text]}"
+            if key in originals:
+                key = text
+        taken.add(key)
+        keys.append(key)
+    return keys, sum(key != text for key, text in zip(keys, texts, strict=True))
+
+
+def entry_name(item: Any) -> str:
+    """Returns how messages call an entry."""
+    return f"id {item.get('id')!r}" if isinstance(item, dict) else type(item).__name__
+
+
+def make_entry(item: Any, key: str, root: Path, side: int | None, quality: int) -> Made:
+    """Checks an entry and reads its images.
+
+    Args:
+        item: As it stands in the JSON file.
+        key: Its unique key; '' if it has no usable id.
+        root: Folder that image names start from.
+        side: As for `prepared_image`.
+        quality: As for `prepared_image`.
+    """
+    if not isinstance(item, dict):
+        return Made(None, ["expected an object with `id` and `conversations`"])
+    wrong = key_problem(key) if key else "expected `id` to be a text or a number"
+    problems = [wrong] if wrong else []
+    names = item.get("image")
+    names = [] if names is None else names if isinstance(names, list) else [names]
+    images, before = [], 0
+    for name in names:
+        try:
+            data = _read_image(root, name)
+            before += len(data)
+            images.append(prepared_image(data, name, side, quality))
+        except UserError as error:
+            problems.append(str(error))
+    problems += conversation_problems(item.get("conversations"), len(names))
+    return Made(None if problems else Entry(key, item["conversations"], tuple(images)), problems, before)
+
+
+def _read_image(root: Path, name: Any) -> bytes:
+    if not isinstance(name, str):
+        raise UserError(f"expected the name of an image, got {name!r}")
+    path = root / check_name(name)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        found = "found no file" if isinstance(error, (FileNotFoundError, IsADirectoryError)) else error.strerror
+        raise UserError(f"expected an image at {path}, {found}") from None
+
+
+def prepared_image(data: bytes, name: str, side: int | None, quality: int) -> bytes:
+    """Returns an image file as it goes into a shard, decoded once to be sure that it can be.
+
+    Args:
+        data: The file's content.
+        name: Its name, for the error message.
+        side: Larger images become a JPEG of this side, stretched to a square as training does; None keeps all.
+        quality: JPEG quality, 1 to 100.
+
+    Raises:
+        UserError: If it is damaged, too large, or of another format.
+    """
+    image = decode_image(data, name)
+    if side is None or max(open_image(data, name).size) <= side:
+        return data
+    stream = io.BytesIO()
+    image.resize((side, side), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=quality)
+    return stream.getvalue()

@@ -1,0 +1,66 @@
+"""Names of the files inside shards: KEY.json, KEY.txt, KEY.jpg, KEY.1.png, and nothing that leads elsewhere."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from moextend_pl.contracts import UserError
+from moextend_pl.samples.turns import IMAGE_FORMATS
+
+TEXTS = ("json", "txt")
+"""Extensions of texts: LLaVA's conversations or facts with a caption, and a plain caption."""
+
+MEMBER_NAME = re.compile(r"((?:[^/]+/)*[^/.]+)\.((?:[0-9]+\.)?[A-Za-z]+)")
+"""KEY.EXTENSION or KEY.NUMBER.EXTENSION; a key has no dot, so that WebDataset reads the same key."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a sample.
+
+    Attributes:
+        extension: What follows the key: `json`, `png`, `1.png`.
+        offset: First byte of the content inside the shard.
+        size: Bytes of the content.
+    """
+
+    extension: str
+    offset: int
+    size: int
+
+
+def check_name(name: str) -> str:
+    """Refuses names that lead out of their folder.
+
+    Raises:
+        UserError: If the name is empty, absolute, or has a part `..`.
+    """
+    if not name or name.startswith(("/", "~")) or "\\" in name or "\0" in name or ".." in name.split("/"):
+        raise UserError(f"Expected a plain relative name, got {name!r}. Absolute names and `..` are refused.")
+    return name
+
+
+def split_member(name: str, origin: str) -> tuple[str, str]:
+    """Splits a member's name into key and extension.
+
+    Raises:
+        UserError: If the name is absolute, leads outside, or is no text or image of a known kind.
+    """
+    match = MEMBER_NAME.fullmatch(check_name(name))
+    kind = match[2].rpartition(".")[2].lower() if match else ""
+    if match is None or kind not in (*IMAGE_FORMATS, *TEXTS) or (kind in TEXTS and "." in match[2]):
+        kinds = ", ".join([*TEXTS, *IMAGE_FORMATS])
+        raise UserError(f"{origin}: expected members named KEY.EXTENSION with one of {kinds}, got {name!r}.")
+    return match[1], match[2]
+
+
+def is_text(extension: str) -> bool:
+    """Tells whether a member is a text and no image."""
+    return extension.lower() in TEXTS
+
+
+def image_order(member: Member) -> int:
+    """Sorts KEY.0.png before KEY.1.png; use as the key of `sorted`."""
+    number = member.extension.partition(".")[0]
+    return int(number) if number.isdigit() else 0

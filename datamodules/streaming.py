@@ -1,0 +1,222 @@
+"""Files of remote folders: which schemes are allowed, and downloads that try again and prove what they brought.
+
+Nothing here runs a shell or follows a redirection to another kind of place: `fsspec` is asked for one of five
+schemes by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+
+from moextend_pl.contracts import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCAL = "file"
+REMOTE = ("http", "https", "s3", "gs")
+INSTALL = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "s3fs", "gs": "gcsfs"}
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+PIECE = 2**20
+"""Bytes that are in memory at once while a file comes in."""
+
+READ_AHEAD = 8 * 2**20
+PLAIN_TRANSFER = {"Accept-Encoding": "identity"}
+"""Compressed transfer would break sizes and resumed downloads, and shards do not shrink."""
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+FINAL = (FileNotFoundError, PermissionError, ImportError)
+"""Trying again does not help against these."""
+
+
+class ShardError(UserError):
+    """A whole shard or index cannot be used; no budget of bad samples covers that."""
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How remote folders are read.
+
+    Attributes:
+        cache_dir: Folder that keeps what was downloaded; `~/.cache/moextend_pl` if None. Processes may share it.
+        cache_gib: Largest size of that folder; what was not used for longest goes first.
+        tries: How often one file is asked for before the run stops.
+        timeout: Seconds without a single byte after which a try has failed.
+    """
+
+    cache_dir: str | None = None
+    cache_gib: float = 50.0
+    tries: int = 6
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.cache_gib <= 0 or self.tries < 1 or self.timeout <= 0:
+            raise UserError(f"Expected `cache_gib` and `timeout` above 0 and at least 1 of `tries`, got {self}.")
+
+
+def scheme_of(place: str) -> str:
+    """Returns the scheme of a place, `file` where none is written.
+
+    Raises:
+        UserError: If the place is none that may be opened: `-`, `pipe:`, chains with `::`, or an unknown scheme.
+    """
+    match = SCHEME.match(place)
+    scheme = match[1].lower() if match else LOCAL
+    plain = match is None or place[match.end() :].startswith("//")
+    if place == "-" or "::" in place or not plain or scheme not in (LOCAL, *REMOTE):
+        allowed = ", ".join(f"{name}://" for name in (LOCAL, *REMOTE))
+        raise UserError(
+            f"Expected a folder or an address with one of {allowed}; got {place!r}, which is refused. Commands, "
+            "standard input and other schemes are never opened."
+        )
+    return scheme
+
+
+def download(address: str, target: Path, size: int, sha256: str, options: StreamOptions) -> None:
+    """Fetches a file and proves that it is the expected one; goes on where a broken connection stopped.
+
+    Args:
+        address: Where it is.
+        target: File to write; must not be the final name, since a killed process leaves half of it.
+        size: Bytes that it has.
+        sha256: Digest that it has, as hexadecimal text.
+        options: How often to try, and how long to wait.
+
+    Raises:
+        ShardError: If it cannot be fetched, or is another file.
+    """
+    with target.open("wb") as out:
+        brought = _Brought(out, size)
+
+        def attempt() -> None:
+            with _opened(address, brought.done, options) as (stream, start):
+                if start != brought.done:
+                    brought.start_again()
+                brought.take(stream)
+
+        try_again(attempt, address, options)
+    if brought.digest.hexdigest() != sha256:
+        raise ShardError(
+            f"{address}: the index says sha256 {sha256}, the file that came has {brought.digest.hexdigest()}. It was "
+            "changed after it was indexed; upload both again."
+        )
+
+
+def download_text(address: str, limit: int, options: StreamOptions) -> bytes:
+    """Fetches a small file into memory.
+
+    Raises:
+        ShardError: If it cannot be fetched, or is larger than `limit` bytes.
+    """
+    found: list[bytes] = []
+
+    def attempt() -> None:
+        with _opened(address, 0, options) as (stream, _):
+            pieces, total = [], 0
+            while total <= limit and (piece := stream.read(PIECE)):
+                pieces.append(piece)
+                total += len(piece)
+            found[:] = [b"".join(pieces)]
+
+    try_again(attempt, address, options)
+    if len(found[0]) > limit:
+        raise ShardError(f"{address}: expected at most {limit} bytes, got more. Is this an index of shards?")
+    return found[0]
+
+
+def try_again(
+    attempt: Callable[[], None], address: str, options: StreamOptions, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Calls until it succeeds; waits twice as long each time, and by a random part less, so that ranks spread out.
+
+    Raises:
+        ShardError: If it never succeeds; names the address, and so the shard.
+    """
+    for number in range(1, options.tries + 1):
+        try:
+            return attempt()
+        except ShardError:
+            raise
+        except Exception as error:  # every backend has exceptions of its own
+            reason = str(error) or type(error).__name__
+            if number == options.tries or _is_final(error):
+                raise ShardError(f"{address}: cannot be fetched, tried {number} time(s): {reason}.") from error
+            wait = min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT) * random.uniform(0.5, 1.0)
+            logger.warning(
+                "%s: try %d of %d failed (%s); again in %.1f s", address, number, options.tries, reason, wait
+            )
+            sleep(wait)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _is_final(error: Exception) -> bool:
+    status = getattr(error, "status", None)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+    return isinstance(error, FINAL) or refused
+
+
+class _Brought:
+    """What has come of a file so far."""
+
+    def __init__(self, out: BinaryIO, size: int) -> None:
+        self.out = out
+        self.size = size
+        self.done = 0
+        self.digest = hashlib.sha256()
+
+    def start_again(self) -> None:
+        self.out.seek(0)
+        self.out.truncate()
+        self.done, self.digest = 0, hashlib.sha256()
+
+    def take(self, stream: BinaryIO) -> None:
+        while piece := stream.read(PIECE):
+            if self.done + len(piece) > self.size:
+                raise ShardError(
+                    f"{stream}: the index says {self.size} bytes, more came. Upload shard and index again."
+                )
+            try:
+                self.out.write(piece)
+            except OSError as error:
+                raise ShardError(f"{self.out.name}: cannot be written: {error.strerror}. Free some space.") from error
+            self.digest.update(piece)
+            self.done += len(piece)
+        if self.done != self.size:
+            raise EOFError(f"the connection ended after {self.done} of {self.size} bytes")
+
+
+@contextmanager
+def _opened(address: str, start: int, options: StreamOptions) -> Iterator[tuple[BinaryIO, int]]:
+    """Opens a file for reading in one go, from a byte on if the place can do that; says from which."""
+    scheme = scheme_of(address)
+    web = scheme in ("http", "https")
+    try:
+        system, path = fsspec.core.url_to_fs(address, **(_web_settings(options) if web else {}))
+    except ImportError as error:
+        raise ShardError(f"{address}: needs a package. Run `pip install {INSTALL[scheme]}`.") from error
+    if not web:
+        with system.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead") as stream:
+            stream.seek(start)
+            yield stream, start
+        return
+    # A stream of one request (block_size 0), not one request a block; `size` spares the question for it.
+    headers = {**PLAIN_TRANSFER, "Range": f"bytes={start}-"} if start else PLAIN_TRANSFER
+    with system.open(path, "rb", block_size=0, size=1, headers=headers) as stream:
+        yield stream, start if stream.r.status == 206 else 0
+
+
+def _web_settings(options: StreamOptions) -> dict[str, Any]:
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=options.timeout, sock_read=options.timeout)
+    return {"client_kwargs": {"timeout": timeout}}

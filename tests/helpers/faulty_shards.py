@@ -1,0 +1,53 @@
+"""Shards with one fault each, for the matrices of faults."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+from PIL import Image
+
+Members = list[tuple[str, bytes]]
+
+
+def conversation_json(question: str = "<image>\nwhat ?", answer: str = "red") -> bytes:
+    """Returns KEY.json with one turn."""
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return json.dumps({"conversations": turns}).encode()
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """Returns an image file's content."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def plain_image(number: int = 0, size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
+    """Returns a picture of one colour that tells its number."""
+    return encoded(Image.new("RGB", size, (number % 256, number // 256, 7)), kind)
+
+
+def bomb(width: int = 20_000, height: int = 20_000) -> bytes:
+    """Returns a PNG of a hundred bytes that declares any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
+
+
+def write_tar(path: Path, members: Members, mode: str = "w", form: int = tarfile.PAX_FORMAT) -> Path:
+    """Writes a tar file."""
+    with tarfile.open(path, mode, format=form) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path

@@ -142,23 +142,10 @@ def new_selections(layer: Layer, run: RunShape) -> float:
     return layer.top_k * sum(s.experts for s in layer.stacks if s.new) / max(layer.routed, 1)
 
 
-def held_rows(stack: Stack, layer: Layer, run: RunShape) -> float:
-    """Returns the rows for one token that the tensors of a stack of experts have.
-
-    Old experts hold a row for each of the K selections, also for those that went to new ones; new experts hold
-    K rows for each token that selected one of them.
-    """
-    return layer.top_k * min(1.0, new_selections(layer, run)) if stack.new else layer.top_k
-
-
 def computed_rows(stack: Stack, layer: Layer, run: RunShape) -> float:
     """Returns the rows for one token that a stack of experts multiplies."""
     new = new_selections(layer, run)
-    if not stack.new:
-        return layer.top_k - new
-    # torch.histc, with which transformers counts rows, takes equal limits for none: a single expert gets all rows.
-    share = new * stack.experts / sum(s.experts for s in layer.stacks if s.new)
-    return held_rows(stack, layer, run) if stack.experts == 1 else share
+    return new * stack.experts / sum(s.experts for s in layer.stacks if s.new) if stack.new else layer.top_k - new
 
 
 def saved_inputs(matrices: Iterable[Matrix]) -> int:
@@ -174,10 +161,11 @@ def saved_by_norms(norms: Iterable[Norm], size: int) -> float:
 def saved_by_stack(stack: Stack, layer: Layer, run: RunShape, state: int) -> float:
     """Returns bytes of a token that a stack of experts keeps.
 
+    New experts hold a row for each selection of them, old ones for all K, also for those that went to new experts.
     A row is the gate and the value (2 I), the activated gate (I), the output (D), three indices and a weight; where
     the weights learn, also the input (D) and the product (I).
     """
-    rows = held_rows(stack, layer, run)
+    rows = computed_rows(stack, layer, run) if stack.new else layer.top_k
     indices = 3 * INT64 + FP32
     learns = stack.learns
     inner = 3 * stack.inner if state == WHOLE or learns else 0

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moextend_pl import cli
 from moextend_pl.checkpoint import DELTA_FILE
@@ -37,6 +38,13 @@ SIZES = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 8,
 }  # fmt: skip
+
+
+# The other families of the full-size recipes: more experts and selections, norms of queries and keys.
+FAMILIES = {
+    "qwen3_moe": {"moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4, "head_dim": 32},
+    "olmoe": {"intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4},
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,8 @@ def make_step(world: TinyWorld, parts: list[str], dtype: torch.dtype, **options:
     sequences, length = batch["input_ids"].shape
     with torch.no_grad(), model.language.recording() as records:
         model.language(batch, model.embed(batch))
-    grown = [record.indices for record in records if record.num_experts > SIZES["num_local_experts"]]
+    experts = min(record.num_experts for record in records)
+    grown = [record.indices for record in records if record.num_experts > experts]
     run = RunShape(
         gpus=1,
         micro_batch=sequences,
@@ -84,7 +93,7 @@ def make_step(world: TinyWorld, parts: list[str], dtype: torch.dtype, **options:
         encoded_together=ENCODE_TOGETHER,
         compute_bytes=dtype.itemsize,
         nf4=options.get("quantize") == "nf4",
-        new_share=float((torch.cat(grown) >= SIZES["num_local_experts"]).float().mean()) if grown else None,
+        new_share=float((torch.cat(grown) >= experts).float().mean()) if grown else None,
         learned=int((batch["labels"][:, 1:] >= 0).sum()) / sequences,
     )
     return Step(model, batch, read_shape(unbuilt.to(dtype), dtype.itemsize), run)
@@ -179,3 +188,18 @@ def test_files_of_a_real_run_have_the_predicted_sizes(world: TinyWorld, tmp_path
     states = checkpoint["optimizer_states"][0]["state"].values()
     tensors = [*checkpoint["state_dict"].values(), *(value for state in states for value in state.values())]
     assert checkpoint_bytes(shape) == pytest.approx(size(tensors), rel=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prediction_holds_for_the_families_of_the_recipes(family: str, tmp_path: Path) -> None:
+    world = build_tiny_world(tmp_path)
+    sizes = {name: value for name, value in SIZES.items() if name != "num_local_experts"}
+    words = {"vocab_size": len(tiny_tokenizer()), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(family, **{**sizes, **words, **FAMILIES[family]})
+    AutoModelForCausalLM.from_config(config).save_pretrained(world.base)
+    step = make_step(world, PARTS["extension"], torch.bfloat16)
+    _, activations = saved_bytes(step.model, step.batch)
+    assert memory(step.shape, step.run).activations == pytest.approx(activations, rel=0.04)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops}) as counter:
+        step.model(step.batch).loss.backward()
+    assert operations(step.shape, step.run).total == pytest.approx(counter.get_total_flops(), rel=0.02)

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.tiny_world import TinyWorld, tiny_mixtral
+from helpers.tiny_world import TinyWorld, make_plan, perturb, tiny_mixtral
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.dispatch import FROZEN_EXPERTS, frozen_experts_forward
+from moextend_pl.moe.growth import grow, new_parameters
+from moextend_pl.moe.reach import Reach
 
 TOKENS, TOP_K, EXPERTS, WIDTH, INNER = 37, 2, 5, 16, 24
 
@@ -203,3 +205,23 @@ def test_folder_of_a_model_does_not_name_the_implementation(tiny_world: TinyWorl
     model = tiny_world.language(experts_implementation=FROZEN_EXPERTS)
     model.save_pretrained(tmp_path)
     assert FROZEN_EXPERTS not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+
+
+@pytest.mark.slow
+def test_compiled_extended_model_answers_and_learns_as_it_does_uncompiled() -> None:
+    # The graph breaks once in each extended layer, where the slots of new experts are counted.
+    model, reach = tiny_mixtral(num_hidden_layers=1).requires_grad_(False), Reach()
+    dispatch.use(model, FROZEN_EXPERTS)
+    grow(model, make_plan([0]), reach)
+    new = [parameter for parameters in new_parameters(model).values() for parameter in parameters]
+    perturb(new, size=0.2)
+    reach.set(torch.ones(2, dtype=torch.bool))
+    embeddings, results = torch.randn(2, 9, 32), []
+    for run_model in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        x = embeddings.clone().requires_grad_()
+        logits = run_model(inputs_embeds=x, use_cache=False).logits
+        logits.logsumexp(-1).sum().backward()
+        results.append([logits.detach(), x.grad, *(parameter.grad for parameter in new)])
+    for compiled, plain in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)

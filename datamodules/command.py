@@ -12,9 +12,11 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from datamodules.dataset import ConversationDataset, UnitTable
-from datamodules.easy_vqa import SPLITS, TOKENIZER, build_easy_vqa
+from datamodules.easy_vqa import build_easy_vqa
 from datamodules.index import Shard, file_sha256, index_shard, load_index
 from datamodules.reader import ShardReader
+from datamodules.scenes import IMAGES, build_scenes
+from datamodules.sets import SPLITS, TOKENIZER
 from datamodules.shards import SAMPLES_PER_SHARD, build_from_llava
 from moextend_pl.contracts import IGNORE_INDEX, Sample, SampleSpec, UserError
 from moextend_pl.samples.conversation import ConversationEncoder
@@ -49,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     easy.add_argument("--out", type=Path, required=True, help="folder to write")
     _shard_option(easy)
     easy.set_defaults(run=_build_easy_vqa)
+
+    scenes = build.add_parser("scenes", help="the same sets of drawn scenes with several shapes, harder than easy-vqa")
+    scenes.add_argument("--out", type=Path, required=True, help="folder to write")
+    scenes.add_argument("--images", type=int, default=IMAGES, help=f"(default {IMAGES})")
+    scenes.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default 0)")
+    _shard_option(scenes)
+    scenes.set_defaults(run=_build_scenes)
 
     llava = build.add_parser("llava", help="shards of a LLaVA JSON file and a folder of images")
     llava.add_argument("--json", type=Path, required=True, help="list of {id, image, conversations}")
@@ -86,14 +95,23 @@ def _progress(items: Iterable[Any], unit: str = "sample") -> Iterable[Any]:
     return tqdm(items, unit=unit, disable=None)  # None: silent where nobody watches
 
 
+def _say_sets(out: Path, sets: dict[str, list[Shard]]) -> None:
+    for name, shards in sets.items():
+        _say(_counts(out / name, shards))
+    _say(f"{out / TOKENIZER}: word-level tokenizer")
+
+
 def _build_easy_vqa(options: argparse.Namespace) -> int:
     sets = build_easy_vqa(options.out, options.samples_per_shard)
-    for name, shards in sets.items():
-        _say(_counts(options.out / name, shards))
-    _say(f"{options.out / TOKENIZER}: word-level tokenizer")
+    _say_sets(options.out, sets)
     for split in SPLITS:
         total, known = (sum(map(len, sets[f"{name}/{split}"])) for name in ("vqa", "captions"))
         _say(f"{split}: {total - known} of {total} images are in vqa only; their questions leave colour or shape open")
+    return 0
+
+
+def _build_scenes(options: argparse.Namespace) -> int:
+    _say_sets(options.out, build_scenes(options.out, options.images, options.seed, options.samples_per_shard))
     return 0
 
 

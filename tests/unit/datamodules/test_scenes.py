@@ -181,7 +181,7 @@ def test_building_twice_gives_the_same_bytes_and_another_seed_other_scenes(tmp_p
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert len(files) > 18
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
-    first, other = (set(turns(s)[0][1] for s in samples(tmp_path / n, "captions", "train").values()) for n in "ac")
+    first, other = ({turns(s)[0][1] for s in samples(tmp_path / n, "captions", "train").values()} for n in "ac")
     assert len(first & other) < len(first) / 2
 
 

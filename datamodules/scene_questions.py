@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from itertools import product
 
-COLOURS = ("black", "blue", "green", "purple", "red", "yellow")
-SHAPES = ("circle", "cross", "square", "triangle")
+COLOURS = ("blue", "green", "red", "yellow")
+SHAPES = ("circle", "square", "triangle")
 SIZES = ("small", "large")
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 PLACES = tuple(product(ROWS, COLUMNS))
-NUMBERS = ("zero", "one", "two", "three", "four")
-PLURALS = {"circle": "circles", "cross": "crosses", "square": "squares", "triangle": "triangles"}
+NUMBERS = ("zero", "one", "two", "three")
+PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles"}
 
 Pair = tuple[str, str]
 """A question and its answer."""

@@ -21,8 +21,8 @@ from datamodules.shards import SAMPLES_PER_SHARD, Entry, conversation
 from moextend_pl.contracts import UserError
 from moextend_pl.samples.turns import IMAGE_MARK
 
-IMAGES, MIN_IMAGES, MAX_IMAGES = 5000, 20, 1_000_000
-"""Pictures of all splits together: usual, fewest (every split has one) and most (new scenes are found at once)."""
+IMAGES, MIN_IMAGES, MAX_IMAGES = 5000, 20, 20_000
+"""Pictures of all splits together: usual, fewest (every split has one) and most (there are 58,752 scenes)."""
 QUESTIONS = 10
 """Questions of a picture."""
 THINGS = (2, 3)
@@ -35,10 +35,8 @@ SIDE, FINER = 64, 4
 RADIUS = {"small": (5.0, 6.5), "large": (9.5, 12.0)}
 """Half the side of a thing's box, in pixels: smallest and largest."""
 PAINTS = {
-    "black": (25, 25, 25),
     "blue": (40, 70, 220),
     "green": (40, 160, 60),
-    "purple": (150, 50, 170),
     "red": (215, 40, 40),
     "yellow": (235, 205, 50),
 }
@@ -46,10 +44,9 @@ JITTER = 18
 """Largest change of a paint or of the background, by channel, in steps of 255."""
 
 SENTENCES = (
-    "{row} {column} {name}.",
-    "{row} {column}: a {name}.",
-    "at the {row} {column} a {name}.",
-    "at the {row} {column} there is one {name}.",
+    "{row} {column}: {name}.",
+    "at the {row} {column}: {name}.",
+    "look at the {row} {column}: {name}.",
 )
 """Ways to tell of one thing, of different lengths, so that nothing can be learned from a word's place."""
 
@@ -141,11 +138,8 @@ def _draw(
         canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     elif shape == "square":
         canvas.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill=colour)
-    elif shape == "triangle":
-        canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
     else:
-        canvas.rectangle((x - r, y - 0.33 * r, x + r, y + 0.33 * r), fill=colour)
-        canvas.rectangle((x - 0.33 * r, y - r, x + 0.33 * r, y + r), fill=colour)
+        canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
 
 
 def caption(scene: Scene) -> str:
@@ -202,5 +196,5 @@ def build_scenes(
         return entries(picture for number, picture in enumerate(drawn) if split_of(number) == split)
 
     # A few pictures need not show every word; the tokenizer knows them all, whatever the number of pictures.
-    words = (*COLOURS, *SHAPES, *SIZES, *NUMBERS, *PLURALS.values(), "yes", "no", "above", "below")
+    words = (*COLOURS, *SHAPES, *SIZES, *NUMBERS, *PLURALS.values(), "yes", "no")
     return write_sets(out, entries_of, samples_per_shard, words)

@@ -19,10 +19,8 @@ IMAGES = 200
 WORDS_OF = {"small": "size", "large": "size", **dict.fromkeys(COLOURS, "color"), **dict.fromkeys(SHAPES, "shape")}
 # Measured on paper: what a pure paint looks like, without looking at how it was drawn.
 PURE = {
-    "black": (0, 0, 0),
     "blue": (0, 0, 255),
     "green": (0, 128, 0),
-    "purple": (128, 0, 128),
     "red": (255, 0, 0),
     "yellow": (255, 210, 0),
 }
@@ -48,9 +46,7 @@ def turns(sample):
 def told(text):
     """Reads things out of a description: every place is named before its thing."""
     found = {}
-    for row, column, size, colour, shape in re.findall(
-        r"(top|bottom) (left|right)\W+(?:(?:a|there is one) )?(small|large) (\w+) (\w+)", text
-    ):
+    for row, column, size, colour, shape in re.findall(r"(top|bottom) (left|right):? (small|large) (\w+) (\w+)", text):
         found[row, column] = {"size": size, "color": colour, "shape": shape, "row": row, "column": column}
     return found
 
@@ -66,7 +62,7 @@ def answer(things, question):
     """Answers from the words of the question alone, by a way of its own."""
     words = re.findall(r"[a-z]+", question)
     if question.startswith("how many"):
-        word = {"circles": "circle", "crosses": "cross", "squares": "square", "triangles": "triangle"}.get(words[2])
+        word = {"circles": "circle", "squares": "square", "triangles": "triangle"}.get(words[2])
         return ["zero", "one", "two", "three"][sum((word or words[2]) in thing.values() for thing in things.values())]
     if question.startswith("is there a"):
         colour, shape = words[3:]
@@ -206,7 +202,7 @@ def test_the_tokenizer_knows_every_word_also_of_few_pictures(scenes, tmp_path):
 
 
 def test_sentences_are_of_different_lengths():
-    assert len({len(sentence.split()) for sentence in SENTENCES}) >= 3
+    assert len({len(sentence.split()) for sentence in SENTENCES}) == len(SENTENCES) > 2
 
 
 def test_the_command_builds_the_sets_that_check_accepts(tmp_path, capsys):
@@ -217,9 +213,9 @@ def test_the_command_builds_the_sets_that_check_accepts(tmp_path, capsys):
     assert main(["check", str(tmp_path / "data/vqa/test")]) == 0
 
 
-@pytest.mark.parametrize("images", [0, 19, 1_000_001])
+@pytest.mark.parametrize("images", [0, 19, 20_001])
 def test_a_number_of_images_out_of_range_is_refused(images, tmp_path):
-    with pytest.raises(UserError, match=r"--images` from 20 to 1000000"):
+    with pytest.raises(UserError, match=r"--images` from 20 to 20000"):
         build_scenes(tmp_path / "out", images)
     assert not (tmp_path / "out").exists()
 

@@ -93,6 +93,9 @@ def _rule(level: str, name: str, **options: Any) -> Variant:
     return Variant("layer rule", level, {"2_probe": {f"{EXTENSION}.rule": rule}})
 
 
+PARTS = "trainer.callbacks+.TrainOnly.init_args.parts"
+
+
 def _extend(factor: str, level: str, option: str) -> Variant:
     return Variant(factor, level, {"3_extend": {f"{EXTENSION}.{option}": level}})
 
@@ -117,7 +120,11 @@ MOEXTEND = Study(
         _rule("first half", "FirstLayers", fraction=0.5),
         _rule("all", "AllLayers"),
         _extend("calibration", "multiplicative", "calibration"),
-        _extend("calibration", "none", "calibration"),
+        Variant(
+            "calibration",
+            "none",
+            {"3_extend": {f"{EXTENSION}.calibration": "none", PARTS: ["projector", "new_experts", "new_routers"]}},
+        ),
         _extend("init", "copy", "init"),
         _extend("routing", "open", "routing"),
         _extend("routing", "masked_tokens", "routing"),

@@ -101,6 +101,17 @@ def test_seeds_reach_every_stage_of_their_own_and_no_other(plan: Any) -> None:
     assert "seed_everything" not in file_of(plan, "base/0_language")
 
 
+def test_what_a_variant_does_not_have_is_not_trained(plan: Any) -> None:
+    parts = {}
+    for name in ("default", "calibration-none", "calibration-multiplicative"):
+        callbacks = file_of(plan, f"seed0/3_extend/{name}")["trainer"]["callbacks+"]
+        (parts[name],) = [
+            item["init_args"]["parts"] for item in callbacks if item["class_path"] == "callbacks.TrainOnly"
+        ]
+    assert parts["default"] == parts["calibration-multiplicative"]
+    assert [part for part in parts["default"] if part != "calibration"] == parts["calibration-none"]
+
+
 def test_an_override_of_a_class_that_is_not_there_is_refused(ablation: SimpleNamespace) -> None:
     tree = {"callbacks": [{"class_path": "a.B", "init_args": {}}]}
     ablation.planning.change(tree, "callbacks.B.init_args.x", 1)

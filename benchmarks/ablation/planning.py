@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from ablation.studies import SEED, Overrides, Study, Variant
+from moextend_pl.config_files import expand_layers
 from moextend_pl.contracts import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = Variant("default", "default", {})
 
 
@@ -118,7 +119,8 @@ def write_layers(study: Study, out: Path) -> None:
         out: Folder of the study.
     """
     source = ROOT / "configs"
-    for path in [source / "base.yaml", *(source / study.configs).glob("*.yaml")]:
+    stages = [source / study.configs / f"{stage}.yaml" for stage in (*study.base, *study.stages)]
+    for path in {layer.resolve() for stage in stages for layer in expand_layers(stage, "the study")[:-1]}:
         target = out / "configs" / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(_moved(path.read_text(encoding="utf-8"), base_folders(study, out)), encoding="utf-8")
@@ -126,7 +128,7 @@ def write_layers(study: Study, out: Path) -> None:
 
 def base_folders(study: Study, out: Path) -> dict[str, str]:
     """Returns where the data and the stages that are run once lie."""
-    return {f"runs/{study.configs}/{name}": str(out / "base" / name) for name in ("data", *study.base)}
+    return {f"{study.folder}/{name}": str(out / "base" / name) for name in ("data", *study.base)}
 
 
 def make_plan(study: Study, out: Path, variants: Sequence[Variant], seeds: Sequence[int], quick: bool = False) -> Plan:
@@ -152,8 +154,8 @@ class _Maker:
         self.study, self.out = study, out
         self.quick: Overrides = study.quick if quick else {}
         self.runs: dict[str, Run] = {}
-        images = ["--images", "60"] if quick else []
-        arguments = ["shards", "build", study.data, "--out", str(out / "base" / "data"), *images]
+        options = study.quick_data if quick else ()
+        arguments = ["shards", "build", study.data, "--out", str(out / "base" / "data"), *options]
         self._add("base/data", "data", json.dumps(arguments), ())
         for stage in study.base:
             folders = base_folders(study, out)
@@ -167,7 +169,7 @@ class _Maker:
         for stage in study.stages:
             changed = changed or stage in variant.changes
             name = f"seed{seed}/{stage}/{variant.name if changed else 'default'}"
-            folders[f"runs/{study.configs}/{stage}"] = str(self.out / name)
+            folders[f"{study.folder}/{stage}"] = str(self.out / name)
             own = [study.seeded, study.every.get(stage, {}), variant.changes.get(stage, {}), self.quick]
             if name not in self.runs:
                 config = stage_file(study, stage, own, folders, seed)

@@ -7,7 +7,7 @@ An override is `place in a stage file -> value`. A place is dotted; inside a lis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SEED = "<seed>"
@@ -60,6 +60,7 @@ class Study:
     Attributes:
         data: Data set that `shards build` makes.
         configs: Folder of its stage files below `configs/`.
+        folder: Folder of runs that those files name.
         base: Stages that are run once, each on its own.
         stages: Stages that are run for every seed, one after another; the last one is measured.
         seeded: Overrides of all of `stages`, to make a seed count.
@@ -68,11 +69,13 @@ class Study:
         claims: What the papers say.
         seconds: Usual seconds of a stage on one core, for the time left.
         quick: Overrides of every stage for a smoke test.
+        quick_data: Further options of `shards build` for a smoke test.
         every: Overrides of single stages in all variants, applied before the variant's own.
     """
 
     data: str
     configs: str
+    folder: str
     base: tuple[str, ...]
     stages: tuple[str, ...]
     seeded: Overrides
@@ -81,6 +84,7 @@ class Study:
     claims: tuple[Claim, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     quick: Overrides = field(default_factory=dict)
+    quick_data: tuple[str, ...] = ()
     every: Mapping[str, Overrides] = field(default_factory=dict)
 
 
@@ -100,9 +104,10 @@ def _extend(factor: str, level: str, option: str) -> Variant:
     return Variant(factor, level, {"3_extend": {f"{EXTENSION}.{option}": level}})
 
 
-MOEXTEND = Study(
+MOEXTEND_SCENES = Study(
     data="scenes",
     configs="scenes",
+    folder="runs/scenes",
     base=("0_vision", "0_language"),
     stages=("1_align", "2_probe", "3_extend"),
     seeded={"seed_everything": SEED, "data.init_args.seed": SEED},
@@ -146,6 +151,7 @@ MOEXTEND = Study(
             f"{EXTENSION}.seed": SEED,
         }
     },
+    quick_data=("--images", "60"),
     quick={
         "trainer.max_steps": 2,
         "trainer.val_check_interval": 2,
@@ -158,4 +164,14 @@ MOEXTEND = Study(
     },
 )
 
-STUDIES: dict[str, Study] = {"moextend": MOEXTEND}
+MOEXTEND = replace(
+    MOEXTEND_SCENES,
+    data="easy-vqa",
+    configs="easy_vqa",
+    folder="runs/quickstart",
+    # A sixth of the quickstart's steps: where it ends, all variants answer nearly everything.
+    every={"3_extend": {**MOEXTEND_SCENES.every["3_extend"], "trainer.max_steps": 300}},
+    quick_data=(),
+)
+
+STUDIES: dict[str, Study] = {"moextend": MOEXTEND, "moextend_scenes": MOEXTEND_SCENES}

@@ -31,7 +31,7 @@ def ablation() -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def plan(ablation: SimpleNamespace, tmp_path: Path) -> Any:
-    study = ablation.studies.MOEXTEND
+    study = ablation.studies.MOEXTEND_SCENES
     return ablation.planning.make_plan(study, tmp_path, study.variants, [0, 1])
 
 
@@ -46,7 +46,7 @@ def extension_of(plan: Any, name: str) -> dict[str, Any]:
 
 
 def test_variants_share_every_stage_that_they_do_not_change(ablation: SimpleNamespace, plan: Any) -> None:
-    study = ablation.studies.MOEXTEND
+    study = ablation.studies.MOEXTEND_SCENES
     stages = [run.stage for run in plan.runs.values()]
     of_the_probe = sum("2_probe" in variant.changes for variant in study.variants)
     assert {stage: stages.count(stage) for stage in set(stages)} == {
@@ -64,7 +64,19 @@ def test_every_run_comes_after_the_runs_that_it_reads_from(plan: Any, tmp_path: 
         assert all(order.index(other) < order.index(name) for other in run.after)
     assert plan.runs["seed1/3_extend/routing-open"].after == ("seed1/2_probe/default",)
     assert plan.runs["seed1/3_extend/layer_rule-all"].after == ("seed1/2_probe/layer_rule-all",)
-    assert "runs/scenes" not in "".join(run.config for run in plan.runs.values())
+
+
+@pytest.mark.parametrize("name", ["moextend", "moextend_scenes"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_no_study_writes_into_the_folders_of_the_stage_files(
+    ablation: SimpleNamespace, tmp_path: Path, name: str, quick: bool
+) -> None:
+    study = ablation.studies.STUDIES[name]
+    plan = ablation.planning.make_plan(study, tmp_path, study.variants, [0], quick)
+    ablation.planning.write_layers(study, tmp_path)
+    layers = [path.read_text() for path in (tmp_path / "configs").rglob("*.yaml")]
+    assert len(layers) == 3  # base, data, vqa
+    assert not any(study.folder in text for text in [*layers, *(run.config for run in plan.runs.values())])
 
 
 def test_a_variant_differs_from_the_default_in_its_one_factor(plan: Any, tmp_path: Path) -> None:
@@ -85,7 +97,7 @@ def test_the_defaults_of_the_table_are_those_of_the_stage_files(ablation: Simple
     from callbacks.expert_extension import ExpertExtension
     from moextend_pl.contracts import ExtensionPlan
 
-    defaults = ablation.studies.MOEXTEND.defaults
+    defaults = ablation.studies.MOEXTEND_SCENES.defaults
     extend = {"calibration": ExtensionPlan(layers=()).calibration, **extension_of(plan, "seed0/3_extend/default")}
     assert {key: extend[key] for key in ("calibration", "init", "routing")}.items() <= defaults.items()
     probe = extension_of(plan, "seed0/2_probe/default")
@@ -146,7 +158,7 @@ def test_what_is_finished_is_not_run_again(ablation: SimpleNamespace, plan: Any,
 
 
 def test_a_changed_stage_and_all_after_it_are_run_again(ablation: SimpleNamespace, tmp_path: Path) -> None:
-    study = ablation.studies.MOEXTEND
+    study = ablation.studies.MOEXTEND_SCENES
     before = ablation.planning.make_plan(study, tmp_path, study.variants, [0])
     run_plan(ablation, before, tmp_path)
     changed = replace(study, every={**study.every, "2_probe": {"trainer.max_steps": 7}})
@@ -179,7 +191,7 @@ def rows_of(ablation: SimpleNamespace, numbers: dict[tuple[str, str], list[Any]]
 
 
 def test_mean_and_standard_deviation_over_seeds(ablation: SimpleNamespace) -> None:
-    study = ablation.studies.MOEXTEND
+    study = ablation.studies.MOEXTEND_SCENES
     rows = rows_of(ablation, {("default", "default"): [outcome(0.5), outcome(0.6), outcome(0.7)]})
     (item,) = ablation.report.summary(study, rows)
     assert item["vqa"]["mean"] == pytest.approx(0.6)
@@ -190,7 +202,7 @@ def test_mean_and_standard_deviation_over_seeds(ablation: SimpleNamespace) -> No
 
 
 def test_a_run_that_failed_or_diverged_is_told_and_left_out_of_the_mean(ablation: SimpleNamespace) -> None:
-    study = ablation.studies.MOEXTEND
+    study = ablation.studies.MOEXTEND_SCENES
     failed = {"status": "failed", "error": "error: no such calibration"}
     default = [outcome(0.5)] * 3
     levels = {("default", "default"): default, ("init", "copy"): [outcome(0.4), outcome(0.0, finite=False), failed]}
@@ -215,19 +227,19 @@ def test_findings_follow_from_the_difference_within_each_seed(
     ablation: SimpleNamespace, shift: list[float], interval: list[float], start: str
 ) -> None:
     numbers = {("default", "default"): [*map(outcome, shift)], ("layer rule", "interval"): [*map(outcome, interval)]}
-    (found,) = ablation.report.findings(ablation.studies.MOEXTEND, rows_of(ablation, numbers))
+    (found,) = ablation.report.findings(ablation.studies.MOEXTEND_SCENES, rows_of(ablation, numbers))
     assert found.startswith(f"{start} - layer rule: shift over interval (MoExtend, Table 3")
 
 
 def test_the_plot_shows_every_level(ablation: SimpleNamespace, tmp_path: Path) -> None:
     failed = {"status": "failed", "error": "no"}
     numbers = {("default", "default"): [outcome(0.5), outcome(0.6)], ("routing", "open"): [failed, failed]}
-    ablation.report.plot(ablation.studies.MOEXTEND, rows_of(ablation, numbers), tmp_path / "a.png")
+    ablation.report.plot(ablation.studies.MOEXTEND_SCENES, rows_of(ablation, numbers), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_variants_are_chosen_by_factor_or_by_name(ablation: SimpleNamespace) -> None:
-    study = ablation.studies.MOEXTEND
+    study = ablation.studies.MOEXTEND_SCENES
     choose = ablation.ablate.chosen_variants
     assert {v.factor for v in choose(study, ["layer_rule"])} == {"layer rule"}
     assert [v.name for v in choose(study, ["routing-open", "init"])] == ["init-copy", "routing-open"]
@@ -243,7 +255,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(ablation: SimpleNamespace, t
 
 @pytest.mark.slow
 def test_the_quick_study_runs_and_then_has_nothing_left_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/ablate.py"), "moextend", "--out", str(tmp_path / "a")]
+    command = [sys.executable, str(ROOT / "benchmarks/ablate.py"), "moextend_scenes", "--out", str(tmp_path / "a")]
     command += ["--quick", "--seeds", "0", "--only", "routing-open"]
     first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert first.returncode == 0, first.stdout + first.stderr

@@ -1,7 +1,8 @@
 """What do the parts of a method contribute? Runs a study and compares what comes out with its paper.
 
     python benchmarks/ablate.py moextend --out runs/ablation
-    python benchmarks/ablate.py moextend --out runs/ablation --only "layer rule" --seeds 0 1 2
+    python benchmarks/ablate.py moextend --out runs/ablation --only layer_rule --seeds 0 1 2
+    python benchmarks/ablate.py moextend_scenes --out runs/ablation_scenes
 
 Data and base models are made once, the stages that a variant does not change once for each seed. A finished run is
 not run again, so the same command continues where it stopped. Writes `ablation.json`, `ablation.md` and

@@ -13,10 +13,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datamodules.audit import AuditOptions, audit, totals
-from datamodules.easy_vqa import SPLITS, TOKENIZER, build_easy_vqa
-from datamodules.index import ARRAYS_FILE, INDEX_FILE
+from datamodules.easy_vqa import build_easy_vqa
+from datamodules.index import ARRAYS_FILE, INDEX_FILE, Shard
 from datamodules.llava import BuildOptions, Progress, build_from_llava
 from datamodules.scan import build_index
+from datamodules.scenes import IMAGES, build_scenes
+from datamodules.sets import SPLITS, TOKENIZER
 from datamodules.shards import SAMPLES_PER_SHARD, SKIPPED_FILE
 from datamodules.show import describe_labels, describe_sample, find_sample, save_picture
 from moextend_pl.contracts import UserError
@@ -76,6 +78,13 @@ def _add_build(build: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _shard_option(easy)
     easy.set_defaults(run=_build_easy_vqa)
 
+    scenes = build.add_parser("scenes", help="the same sets of drawn scenes with several shapes, harder than easy-vqa")
+    scenes.add_argument("--out", type=Path, required=True, help="folder to write")
+    scenes.add_argument("--images", type=int, default=IMAGES, help=f"(default {IMAGES})")
+    scenes.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default 0)")
+    _shard_option(scenes)
+    scenes.set_defaults(run=_build_scenes)
+
     llava = build.add_parser(
         "llava",
         help="shards of a LLaVA JSON file and a folder of images",
@@ -128,14 +137,23 @@ def _progress() -> Iterator[Progress]:
         yield advance
 
 
+def _say_sets(out: Path, sets: dict[str, list[Shard]]) -> None:
+    for name, shards in sets.items():
+        _say(totals(out / name, shards))
+    _say(f"{out / TOKENIZER}: word-level tokenizer")
+
+
 def _build_easy_vqa(options: argparse.Namespace) -> int:
     sets = build_easy_vqa(options.out, options.samples_per_shard)
-    for name, shards in sets.items():
-        _say(totals(options.out / name, shards))
-    _say(f"{options.out / TOKENIZER}: word-level tokenizer")
+    _say_sets(options.out, sets)
     for split in SPLITS:
         total, known = (sum(map(len, sets[f"{name}/{split}"])) for name in ("vqa", "captions"))
         _say(f"{split}: {total - known} of {total} images are in vqa only; their questions leave colour or shape open")
+    return 0
+
+
+def _build_scenes(options: argparse.Namespace) -> int:
+    _say_sets(options.out, build_scenes(options.out, options.images, options.seed, options.samples_per_shard))
     return 0
 
 

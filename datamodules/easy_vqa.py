@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 from datamodules.index import Shard
-from datamodules.shards import Entry, conversation, is_shard_folder, replace_folder, write_shards
-from datamodules.word_tokenizer import word_tokenizer
+from datamodules.sets import DESCRIBE, SETS, write_sets
+from datamodules.shards import Entry, conversation
 from moextend_pl.contracts import UserError
 from moextend_pl.samples.turns import IMAGE_MARK
 
@@ -25,13 +25,8 @@ logger = logging.getLogger(__name__)
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
-SETS = ("captions", "vqa", "text")
-SPLITS = ("train", "val", "test")
 VAL_EVERY = 20
 """Every 20th image of the package's train split is kept for validation; the official test split is left alone."""
-
-TOKENIZER = "tokenizer"
-DESCRIBE = "describe the image."
 
 SCENES = (
     "{colour} {shape}.",
@@ -183,26 +178,7 @@ def build_easy_vqa(out: Path, samples_per_shard: int = 1000) -> dict[str, list[S
         package = importlib.import_module("easy_vqa")
     except ImportError as error:
         raise UserError("Expected the package `easy_vqa`, found none. Run `pip install easy-vqa`.") from error
-    shards: dict[str, list[Shard]] = {}
-    texts: set[str] = set()
-    with replace_folder(Path(out), is_easy_vqa_folder) as folder:
-        for split in SPLITS:
-            for name, entries in _entries(pictures_of(package, split), split).items():
-                target = folder / name / split
-                target.mkdir(parents=True)
-                shards[f"{name}/{split}"] = write_shards(entries, target, samples_per_shard)
-                if split == "train":
-                    texts |= {turn["value"].replace(IMAGE_MARK, "") for e in entries for turn in e.conversations}
-        word_tokenizer(texts).save_pretrained(folder / TOKENIZER)
-    return shards
-
-
-def is_easy_vqa_folder(folder: Path) -> bool:
-    """Tells whether a folder is what `build_easy_vqa` writes, and nothing else."""
-    if {path.name for path in folder.iterdir()} != {*SETS, TOKENIZER}:
-        return False
-    parts = [folder / name / split for name in SETS for split in SPLITS]
-    return all(part.is_dir() and is_shard_folder(part) for part in parts)
+    return write_sets(Path(out), lambda split: _entries(pictures_of(package, split), split), samples_per_shard)
 
 
 def _entries(pictures: list[Picture], split: str) -> dict[str, list[Entry]]:

@@ -50,6 +50,7 @@ def quickstart(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.Monkey
     save_delta(tiny_world.model(parts=["projector"]), root / "1_align")
     (root / "2_probe").mkdir()
     make_plan().save(root / "2_probe" / "extension_plan.yaml")
+    (root.parent / "scenes").symlink_to(root)  # the same stages on another data set
     monkeypatch.chdir(tmp_path)
     return root
 
@@ -87,8 +88,9 @@ def fit(path: Path, run: Path) -> MoExtendCLI:
     return done
 
 
-def test_discovery_finds_the_stages_of_the_quickstart() -> None:
-    names = {path.stem for path in RUNNABLE if path.parent.name == "easy_vqa"}
+@pytest.mark.parametrize("recipe", ["easy_vqa", "scenes"])
+def test_discovery_finds_the_stages(recipe: str) -> None:
+    names = {path.stem for path in RUNNABLE if path.parent.name == recipe}
     assert {"0_vision", "0_language", "1_align", "2_probe", "3_extend", "full_finetune"} <= names
 
 

@@ -1,0 +1,89 @@
+"""What do the parts of a method contribute? Runs a study and compares what comes out with its paper.
+
+    python benchmarks/ablate.py moextend --out runs/ablation
+    python benchmarks/ablate.py moextend --out runs/ablation --only layer_rule --seeds 0 1 2
+    python benchmarks/ablate.py moextend_scenes --out runs/ablation_scenes
+
+Data and base models are made once, the stages that a variant does not change once for each seed. A finished run is
+not run again, so the same command continues where it stopped. Writes `ablation.json`, `ablation.md` and
+`ablation.png` into the folder, and prints the table; exit code 1 if no run of the default came to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from ablation import report
+from ablation.planning import DEFAULT, make_plan, write_layers
+from ablation.running import Clock, run_all
+from ablation.studies import STUDIES, Study, Variant
+
+from moextend_pl.checkpoint import write_json, write_text
+from moextend_pl.contracts import UserError
+
+
+def chosen_variants(study: Study, only: list[str]) -> list[Variant]:
+    """Returns the variants of the named factors, or those named as `factor-level`; all if none is named.
+
+    Raises:
+        UserError: If a name is unknown.
+    """
+    known = {name.replace(" ", "_") for v in study.variants for name in (v.factor, v.name)}
+    wanted = [name.replace(" ", "_") for name in only]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UserError(f"Expected `--only` among {', '.join(sorted(known))}; got {unknown[0]!r}.")
+    return [v for v in study.variants if not wanted or {v.factor.replace(" ", "_"), v.name} & set(wanted)]
+
+
+def ablate(study: Study, out: Path, variants: list[Variant], seeds: list[int], jobs: int, quick: bool) -> bool:
+    """Runs a study and writes its reports; returns whether the default has a result."""
+    begin = time.monotonic()
+    plan = make_plan(study, out, variants, seeds, quick)
+    write_layers(study, out)
+    outcomes = run_all(plan, out, out / "configs" / study.configs, jobs, Clock(study.seconds, jobs))
+    rows = report.collect(plan, outcomes)
+    write_json(
+        out / "ablation.json",
+        {
+            "seeds": seeds,
+            "quick": quick,
+            "levels": report.summary(study, rows),
+            "findings": report.findings(study, rows),
+            "runs": {name: {k: v for k, v in o.items() if k != "digest"} for name, o in sorted(outcomes.items())},
+        },
+    )
+    write_text(out / "ablation.md", report.markdown(study, rows))
+    report.plot(study, rows, out / "ablation.png")
+    print((out / "ablation.md").read_text(encoding="utf-8"))
+    print(f"{(time.monotonic() - begin) / 60:.1f} min; the report is in {out / 'ablation.md'}")
+    return bool(rows[DEFAULT.factor, DEFAULT.level].values["vqa"])
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=sorted(STUDIES))
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs and of the report")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=[], help="factors, or variants as factor-level")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one core (default 2)")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    options = parser.parse_args(argv)
+    study = STUDIES[options.study]
+    try:
+        variants = chosen_variants(study, options.only)
+        if options.jobs < 1:
+            raise UserError(f"Expected `--jobs` of at least 1, got {options.jobs}.")
+        good = ablate(study, options.out, variants, options.seeds, options.jobs, options.quick)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

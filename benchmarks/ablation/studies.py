@@ -1,0 +1,177 @@
+"""What each study varies. A new study is a new entry of `STUDIES`; nothing else knows its variants.
+
+An override is `place in a stage file -> value`. A place is dotted; inside a list of classes a part names the class
+(`trainer.callbacks+.ExpertExtension.init_args.init`). `SEED` as a value stands for the seed of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+SEED = "<seed>"
+Overrides = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One level of one factor, all else as the default.
+
+    Attributes:
+        factor: What is varied.
+        level: How.
+        changes: Stage -> overrides of its file.
+    """
+
+    factor: str
+    level: str
+    changes: Mapping[str, Overrides]
+
+    @property
+    def name(self) -> str:
+        """Name of its folders, as `layer_rule-first_half`."""
+        return f"{self.factor}-{self.level}".replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says about two levels of a factor.
+
+    Attributes:
+        factor: The factor.
+        better: Level that the paper finds better.
+        worse: The other one.
+        source: Where and by how much.
+        metric: Measure that it speaks of here.
+    """
+
+    factor: str
+    better: str
+    worse: str
+    source: str
+    metric: str = "vqa"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study.
+
+    Attributes:
+        data: Data set that `shards build` makes.
+        configs: Folder of its stage files below `configs/`.
+        folder: Folder of runs that those files name.
+        base: Stages that are run once, each on its own.
+        stages: Stages that are run for every seed, one after another; the last one is measured.
+        seeded: Overrides of all of `stages`, to make a seed count.
+        defaults: Factor -> its level in the stage files as they are.
+        variants: All other levels.
+        claims: What the papers say.
+        seconds: Usual seconds of a stage on one core, for the time left.
+        quick: Overrides of every stage for a smoke test.
+        quick_data: Further options of `shards build` for a smoke test.
+        every: Overrides of single stages in all variants, applied before the variant's own.
+    """
+
+    data: str
+    configs: str
+    folder: str
+    base: tuple[str, ...]
+    stages: tuple[str, ...]
+    seeded: Overrides
+    defaults: Mapping[str, str]
+    variants: tuple[Variant, ...]
+    claims: tuple[Claim, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    quick: Overrides = field(default_factory=dict)
+    quick_data: tuple[str, ...] = ()
+    every: Mapping[str, Overrides] = field(default_factory=dict)
+
+
+EXTENSION = "trainer.callbacks+.ExpertExtension.init_args"
+RULES = "moextend_pl.moe.selection"
+
+
+def _rule(level: str, name: str, **options: Any) -> Variant:
+    rule = {"class_path": f"{RULES}.{name}", **({"init_args": options} if options else {})}
+    return Variant("layer rule", level, {"2_probe": {f"{EXTENSION}.rule": rule}})
+
+
+PARTS = "trainer.callbacks+.TrainOnly.init_args.parts"
+
+
+def _extend(factor: str, level: str, option: str) -> Variant:
+    return Variant(factor, level, {"3_extend": {f"{EXTENSION}.{option}": level}})
+
+
+MOEXTEND_SCENES = Study(
+    data="scenes",
+    configs="scenes",
+    folder="runs/scenes",
+    base=("0_vision", "0_language"),
+    stages=("1_align", "2_probe", "3_extend"),
+    seeded={"seed_everything": SEED, "data.init_args.seed": SEED},
+    defaults={
+        "layer rule": "shift",
+        "calibration": "additive",
+        "init": "preserving",
+        "routing": "masked",
+        "source": "after",
+    },
+    variants=(
+        _rule("KL divergence", "DivergenceRule", fraction=0.5),
+        _rule("interval", "IntervalLayers", step=2),
+        _rule("random", "RandomRule", fraction=0.5, seed=SEED),
+        _rule("first half", "FirstLayers", fraction=0.5),
+        _rule("all", "AllLayers"),
+        _extend("calibration", "multiplicative", "calibration"),
+        Variant(
+            "calibration",
+            "none",
+            {"3_extend": {f"{EXTENSION}.calibration": "none", PARTS: ["projector", "new_experts", "new_routers"]}},
+        ),
+        _extend("init", "copy", "init"),
+        _extend("routing", "open", "routing"),
+        _extend("routing", "masked_tokens", "routing"),
+        Variant("source", "before", {"2_probe": {f"{EXTENSION}.source": "before"}}),
+    ),
+    claims=(
+        Claim("layer rule", "shift", "interval", "MoExtend, Table 3: 59.9 against 59.7"),
+        Claim("layer rule", "shift", "first half", "MoExtend, Table 3: 59.9 against 59.6"),
+        Claim("layer rule", "shift", "all", "MoExtend, Table 3: 59.9 against 59.6"),
+        Claim("calibration", "additive", "multiplicative", "MoExtend, Table 5: 446.1 against 444.8 or a divergence"),
+        Claim("calibration", "additive", "none", "MoExtend, Section 2.4: calibration is needed; no row without it"),
+        Claim("init", "copy", "preserving", "MoExtend, Table 4: copying is best; nothing like preserving is in it"),
+    ),
+    seconds={"data": 20, "0_vision": 40, "0_language": 180, "1_align": 25, "2_probe": 15, "3_extend": 60},
+    every={
+        "3_extend": {
+            "trainer.limit_test_batches": 4,
+            "trainer.limit_predict_batches": 4,
+            f"{EXTENSION}.seed": SEED,
+        }
+    },
+    quick_data=("--images", "60"),
+    quick={
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2,
+        "trainer.limit_val_batches": 1,
+        "trainer.limit_test_batches": 1,
+        "trainer.limit_predict_batches": 1,
+        "data.init_args.batch_size": 4,
+        "data.init_args.eval_batch_size": 8,
+        "data.init_args.val_samples": 8,
+    },
+)
+
+MOEXTEND = replace(
+    MOEXTEND_SCENES,
+    data="easy-vqa",
+    configs="easy_vqa",
+    folder="runs/quickstart",
+    # A sixth of the quickstart's steps: where it ends, all variants answer nearly everything.
+    every={"3_extend": {**MOEXTEND_SCENES.every["3_extend"], "trainer.max_steps": 300}},
+    quick_data=(),
+)
+
+STUDIES: dict[str, Study] = {"moextend": MOEXTEND, "moextend_scenes": MOEXTEND_SCENES}

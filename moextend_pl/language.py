@@ -146,7 +146,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Reads or makes the model, and grows it by the extension plan where it is trained alone."""
         if self.base is None or shapes_only():
             config = self.model_config()
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
         else:
             self.model = load_base(self.base, self.quantize)
         dispatch.use(self.model, self.experts_implementation)

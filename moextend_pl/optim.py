@@ -6,11 +6,13 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from moextend_pl.contracts import TrainPlan, UserError
+from moextend_pl.master_adamw import MasterAdamW
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -125,7 +127,7 @@ def check_partition(module: nn.Module, parts: Mapping[str, list[nn.Parameter]]) 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], spec: OptimSpec, total_steps: int
 ) -> tuple[Optimizer, LambdaLR]:
-    """Builds AdamW over the learning parameters, with its schedule.
+    """Builds AdamW over the learning parameters, with its schedule; with master copies in fp32 where they are half.
 
     Args:
         parameters: Parameters of the model; frozen ones are left out.
@@ -143,6 +145,9 @@ def build_optimizer(
         raise UserError("Expected at least one part that learns, got none. List parts in `TrainOnly.parts`.")
     if total_steps <= 0:
         raise UserError(f"Expected `trainer.max_steps` > 0, got {total_steps}. Set it in the stage file.")
+    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in learning):
+        master = MasterAdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+        return master, LambdaLR(master, lambda step: learning_rate_factor(step, total_steps, spec))
     # `fused` updates all parameters in one call; a tiny model spends its step in calls, not in arithmetic.
     optimizer = AdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, spec))

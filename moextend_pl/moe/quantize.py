@@ -178,12 +178,12 @@ def load_base(base: str, quantize: str | None = None) -> PreTrainedModel:
         quantize: `nf4` packs; None does not.
 
     Returns:
-        The model; what is not packed is fp32.
+        The model; what is not packed is of the default type, which the precision of the run sets.
 
     Raises:
         UserError: If the files to be packed are quantised already, or a weight does not pack.
     """
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.get_default_dtype()}
     if quantize is None:
         return AutoModelForCausalLM.from_pretrained(base, **options)
     if getattr(AutoConfig.from_pretrained(base, local_files_only=True), "quantization_config", None) is not None:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Norm, Stack
+from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Norm, Part, Stack
 
 FP32, INT64 = 4, 8
 # A fused backward pass of attention computes the scores once more: five products for the two of the forward pass.
@@ -232,16 +232,22 @@ def memory(shape: ModelShape, run: RunShape) -> Memory:
     return Memory(
         weights=weights,
         gradients=gradients,
-        optimizer=2 * gradients + FP32 * sum(part.learning_tensors for part in shape.parts),
+        optimizer=sum(optimizer_bytes(part) for part in shape.parts),
         buckets=gradients if run.gpus > 1 else 0,
         activations=activation_bytes(shape, run),
         temporaries=max(scores * (2 * run.compute_bytes + FP32), run.nf4 * unpacked * run.compute_bytes),
     )
 
 
+def optimizer_bytes(part: Part) -> float:
+    """Returns both moments in fp32, a master copy where the parameters are in half precision, and the counters."""
+    copies = 2 if part.learning_bytes == FP32 * part.learning else 3
+    return FP32 * (copies * part.learning + part.learning_tensors)
+
+
 def checkpoint_bytes(shape: ModelShape) -> float:
     """Returns the size of a checkpoint: what learns and both moments of it."""
-    return sum(3 * part.learning_bytes + FP32 * part.learning_tensors for part in shape.parts)
+    return sum(part.learning_bytes + optimizer_bytes(part) for part in shape.parts)
 
 
 def layer_operations(layer: Layer, run: RunShape, state: int) -> tuple[float, float, float]:

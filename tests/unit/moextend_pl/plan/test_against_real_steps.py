@@ -20,6 +20,7 @@ from moextend_pl import cli
 from moextend_pl.checkpoint import DELTA_FILE
 from moextend_pl.contracts import Batch, TrainPlan
 from moextend_pl.module import ENCODE_TOGETHER, MoExtend
+from moextend_pl.optim import OptimSpec, build_optimizer
 from moextend_pl.plan.cost import RunShape, checkpoint_bytes, memory, operations
 from moextend_pl.plan.facts import ModelShape
 from moextend_pl.plan.shapes import read_shape
@@ -124,7 +125,7 @@ def saved_bytes(model: MoExtend, batch: Batch) -> tuple[Tensor, int]:
 def test_predicted_memory_is_that_of_a_real_step(world: TinyWorld, parts: list[str], dtype: torch.dtype) -> None:
     step = make_step(world, parts, dtype)
     learning = [p for p in step.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, fused=True)
+    optimizer, _ = build_optimizer(learning, OptimSpec(), total_steps=1)
     loss, activations = saved_bytes(step.model, step.batch)
     loss.backward()
     optimizer.step()

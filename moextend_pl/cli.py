@@ -28,6 +28,7 @@ STAGE_COMMANDS = {
 TOOL_COMMANDS = {
     "quickstart": ("moextend_pl.quickstart", "run the whole method on easy-VQA and write a report"),
     "generate": ("moextend_pl.generate", "ask a trained model about a picture"),
+    "convert": ("moextend_pl.convert.command", "read and write published checkpoints of CuMo and MoExtend"),
     "shards": ("datamodules.command", "build, check and show shards of samples"),
 }
 OWN_LOGGERS = ("moextend_pl", "datamodules", "callbacks")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moextend_pl.batch_norm import share_statistics
-from moextend_pl.contracts import Batch, SampleSpec, UserError
+from moextend_pl.captions import captions_of
+from moextend_pl.contracts import Batch, SampleSpec, UpcycleSpec, UserError
+from moextend_pl.moe.blocks import list_blocks
+from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
+from moextend_pl.moe.watch import RouterWatch
+from moextend_pl.multiscale import encode_scales
 from moextend_pl.optim import OptimSpec
 from moextend_pl.stage import StageModule
+from moextend_pl.tower import BlockReader, make_tower, vision_config
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "encoder.safetensors"
 TIMM = "timm/"
@@ -33,11 +39,16 @@ class VisionEncoder(StageModule):
 
     Args:
         name: `timm/<model>` for a timm model, or the folder of a transformers vision model.
-        path: Folder written by `save_pretrained`; it replaces all other arguments of the tower.
-        layer: For timm the index of the feature level, for transformers the index of the hidden state.
+        path: Folder written by `save_pretrained`; it replaces all other arguments of the tower, but for
+            `scales`, `upcycle` and `reference` where they are given too.
+        layer: For timm the index of the feature level, for transformers the index of the hidden state. Blocks
+            behind it are not built.
         pool: Side of the squares over which the feature grid is averaged.
         image_size: Side in pixels.
         tower_args: Further arguments of `timm.create_model`.
+        scales: Scales at which an image is encoded; their channels stand side by side (S2). By default [1].
+        upcycle: How the MLPs of the tower become mixtures of experts; None leaves them dense.
+        reference: Whether blocks that nothing reads are kept and computed, as in the published code of CuMo.
         tokenizer: Folder of a tokenizer; needed only to train the tower alone.
         embedding_dim: Width of the space shared with captions when the tower is trained alone.
         optim: Optimizer of the contrastive training.
@@ -52,6 +63,9 @@ class VisionEncoder(StageModule):
         pool: int = 1,
         image_size: int = 224,
         tower_args: dict[str, Any] | None = None,
+        scales: list[int] | None = None,
+        upcycle: UpcycleSpec | None = None,
+        reference: bool = False,
         tokenizer: str | None = None,
         embedding_dim: int = 64,
         optim: OptimSpec | None = None,
@@ -70,6 +84,17 @@ class VisionEncoder(StageModule):
         self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
+        self.config["reference"] = reference or bool(self.config.get("reference"))
+        self.config["scales"] = scales or self.config.get("scales") or [1]
+        if any(scale < 1 for scale in self.config["scales"]):
+            raise UserError(f"Expected `encoder.scales` of whole numbers from 1, got {self.config['scales']}.")
+        stored = UpcycleSpec.from_dict(self.config.get("upcycle"))
+        if stored is not None and upcycle is not None and stored.structure != upcycle.structure:
+            raise UserError(
+                f"{path}: the tower is upcycled already, as {stored}. Remove `encoder.upcycle`, or match it."
+            )
+        self.stored_upcycle, self.upcycle_spec = stored, upcycle or stored
+        self.watch = RouterWatch()
 
     @staticmethod
     def _read_config(path: Path) -> dict[str, Any]:
@@ -85,13 +110,28 @@ class VisionEncoder(StageModule):
         """Whether the tower is a timm model; else it is a transformers one."""
         return str(self.config["name"]).startswith(TIMM)
 
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments that build the tower again, without `upcycle`.
+
+        Raises:
+            UserError: If its weights lie in no folder.
+        """
+        if self.path is None and self.is_timm:
+            raise UserError("Expected `encoder.path`, so that the run can be loaded again; a timm name has no weights.")
+        names = ("scales", "reference") if self.path else ("name", "layer", "pool", "image_size", "scales", "reference")
+        return {**({"path": str(self.path)} if self.path else {}), **{name: self.config[name] for name in names}}
+
+    @property
+    def folder(self) -> str:
+        """Folder with the configuration of a transformers tower: a saved tower has its own."""
+        saved = self.path is not None and (self.path / "config.json").is_file()
+        return str(self.path if saved else self.config["name"])
+
     def _make_tower(self) -> Any:
-        name = str(self.config["name"])
         if not self.is_timm:
-            # With `path`, the weights come from there and only the configuration from the folder `name`.
-            return AutoModel.from_config(AutoConfig.from_pretrained(name, local_files_only=True))
+            return make_tower(self.folder, with_weights=self.path is None)
         return timm.create_model(
-            name.removeprefix(TIMM),
+            str(self.config["name"]).removeprefix(TIMM),
             features_only=True,
             out_indices=(self.config["layer"],),
             **self.config["tower_args"],
@@ -99,11 +139,8 @@ class VisionEncoder(StageModule):
 
     def build(self) -> None:
         """Builds the tower, and the two heads of the contrast if it is the trained module itself."""
-        self.tower: Any = self._make_tower()
-        if self.path is not None:
-            self.tower.load_state_dict(load_file(self.path / WEIGHTS_FILE))
-        elif not self.is_timm:
-            self.tower = AutoModel.from_pretrained(self.config["name"], local_files_only=True, use_safetensors=True)
+        self.build_base()
+        self.upcycle()
         if self.tokenizer_path is not None:
             share_statistics(self.tower)
             words = len(self._tokenizer())
@@ -111,21 +148,72 @@ class VisionEncoder(StageModule):
             self.caption_head = nn.EmbeddingBag(words, self.embedding_dim, mode="mean")
             self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
+    def build_base(self) -> None:
+        """Builds the tower as its files hold it.
+
+        Raises:
+            UserError: If the files lack tensors of the tower, or have others.
+        """
+        self.tower: Any = self._make_tower()
+        if self.stored_upcycle is not None:
+            upcycle(self.tower, self.stored_upcycle)
+        self._reader = None
+        if not self.is_timm:
+            self._reader = BlockReader(self.tower, int(self.config["layer"]), self.config["reference"])
+        if self.path is not None:
+            self._load(self.path / WEIGHTS_FILE)
+        self.watch.attach(self.tower)
+
+    def _load(self, path: Path) -> None:
+        dropped = self._reader.dropped if self._reader else ()
+        tensors = {name: t for name, t in load_file(path).items() if not any(map(name.startswith, dropped))}
+        optional = self._reader.optional_names() if self._reader else set()
+        expected = self.tower.state_dict()
+        wrong = [n for n, t in expected.items() if n in tensors and t.shape != tensors[n].shape]
+        wrong += sorted((expected.keys() - optional) ^ (tensors.keys() - optional))
+        if wrong:
+            raise UserError(
+                f"{path}: {len(wrong)} tensors are missing, unexpected or of another shape, for example {wrong[:3]}. "
+                "Save or convert the tower anew."
+            )
+        self.tower.load_state_dict(tensors, strict=False)
+
+    def upcycle(self) -> None:
+        """Turns MLPs into experts where that is asked for; does nothing the second time."""
+        if self.upcycle_spec is not None:
+            upcycle(self.tower, self.upcycle_spec)
+            self.watch.attach(self.tower)
+
+    @property
+    def num_experts(self) -> dict[int, int]:
+        """Number of experts of each upcycled block, by its number; empty where the tower is dense."""
+        return {block.layer: block.num_experts for block in list_blocks(self.tower)}
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters that the files of the tower do not hold."""
+        if self.stored_upcycle is not None:
+            return []
+        return [parameter for _, mlp in upcycled_mlps(self.tower) for parameter in mlp.parameters()]
+
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Returns `encoder`, and `heads` where the tower is trained alone."""
-        tower = list(self.tower.parameters())
-        known = {id(parameter) for parameter in tower}
-        return {"encoder": tower, "heads": [p for p in self.parameters() if id(p) not in known]}
+        """Returns `encoder`, `encoder_unread`, on which no feature depends, and `heads` of a tower trained alone."""
+        unread = self._reader.unread_parameters() if self._reader else []
+        known = {id(parameter) for parameter in (*unread, *self.tower.parameters())}
+        apart = {id(parameter) for parameter in unread}
+        return {
+            "encoder": [p for p in self.tower.parameters() if id(p) not in apart],
+            "encoder_unread": unread,
+            "heads": [p for p in self.parameters() if id(p) not in known],
+        }
 
     @property
     def channels(self) -> int:
-        """C, channels of one token."""
-        if self.is_timm:
-            return int(self.tower.feature_info.channels()[-1])
-        return int(getattr(self.tower.config, "vision_config", self.tower.config).hidden_size)
+        """C, channels of one token, all scales together."""
+        one = self.tower.feature_info.channels()[-1] if self.is_timm else self.tower.config.hidden_size
+        return int(one) * len(self.config["scales"])
 
     @cached_property
     def tokens_per_image(self) -> int:
@@ -138,8 +226,7 @@ class VisionEncoder(StageModule):
             with torch.device("meta"):
                 reduction = self._make_tower().feature_info.reduction()[-1]
             return int(self.config["image_size"]) // int(reduction)
-        config = AutoConfig.from_pretrained(self.config["name"], local_files_only=True)
-        return int(self.config["image_size"]) // int(getattr(config, "vision_config", config).patch_size)
+        return int(self.config["image_size"]) // int(vision_config(self.folder).patch_size)
 
     def sample_spec(self) -> SampleSpec:
         """Returns what the tower asks of its data.
@@ -161,28 +248,30 @@ class VisionEncoder(StageModule):
         Returns:
             (I, P, C) features, row by row.
         """
-        grid_ICHW = self._grid(pixels_I3HW)
+        grid_ICHW = encode_scales(self._grid, pixels_I3HW, self.config["scales"])
         pool = int(self.config["pool"])
         grid_ICHW = F.avg_pool2d(grid_ICHW, pool) if pool > 1 else grid_ICHW
         return grid_ICHW.flatten(2).transpose(1, 2)
 
     def _grid(self, pixels_I3HW: Tensor) -> Tensor:
-        if self.is_timm:
+        if self._reader is None:
             return self.tower(pixels_I3HW)[-1]
         side = self._grid_side
-        hidden = self.tower(pixel_values=pixels_I3HW, output_hidden_states=True).hidden_states[self.config["layer"]]
-        patches = hidden[:, -side * side :]  # a class token, if any, comes first
+        patches = self._reader(pixels_I3HW)[:, -side * side :]  # a class token, if any, comes first
         return patches.transpose(1, 2).unflatten(2, (side, side))
 
     def save_pretrained(self, path: Path) -> None:
         """Writes the tower without its training heads, readable by `VisionEncoder(path=...)`."""
         path.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.tower.state_dict().items()}, path / WEIGHTS_FILE)
-        (path / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
+        spec = asdict(self.upcycle_spec) if self.upcycle_spec else None
+        (path / CONFIG_FILE).write_text(json.dumps({**self.config, "upcycle": spec}, indent=2) + "\n")
+        if not self.is_timm:
+            self.tower.config.save_pretrained(path)
 
     def _contrast(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images_ID = F.normalize(self.image_head(self(batch["pixel_values"]).mean(dim=1)), dim=-1)
-        captions = self._captions(batch)
+        captions = captions_of(batch)
         texts_ID = F.normalize(self.caption_head(captions["ids"], captions["offsets"]), dim=-1)
         # Every image is compared with the captions of all ranks, so that the loss does not depend on their number.
         texts_GD = self._from_all_ranks(texts_ID).reshape(-1, self.embedding_dim)
@@ -198,18 +287,6 @@ class VisionEncoder(StageModule):
         gathered = self.all_gather(value, sync_grads=value.is_floating_point())
         assert isinstance(gathered, Tensor)
         return gathered
-
-    @staticmethod
-    def _captions(batch: Batch) -> Mapping[str, Tensor]:
-        learned_BS = batch["labels"] >= 0
-        counts = learned_BS.sum(dim=1)
-        ids = batch["labels"][learned_BS]
-        places = torch.arange(1, int(counts.max()) + 1, device=ids.device)
-        rows = torch.zeros(len(counts), len(places), dtype=torch.long, device=ids.device)
-        rows[places.unsqueeze(0) <= counts.unsqueeze(1)] = ids + 1
-        # One number a caption, so that equal captions are found with one comparison.
-        names = (rows * (places * 1_000_003 % 998_244_353)).sum(dim=1)
-        return {"ids": ids, "offsets": counts.cumsum(0) - counts, "names": names}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Contrasts images with captions; equal captions count as one."""

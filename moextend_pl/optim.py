@@ -102,7 +102,7 @@ def check_partition(module: nn.Module, parts: Mapping[str, list[nn.Parameter]]) 
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], spec: OptimSpec, total_steps: int
+    parameters: Iterable[nn.Parameter], spec: OptimSpec, total_steps: int, fused: bool = True
 ) -> tuple[Optimizer, LambdaLR]:
     """Builds AdamW over the learning parameters, with its schedule.
 
@@ -110,6 +110,7 @@ def build_optimizer(
         parameters: Parameters of the model; frozen ones are left out.
         spec: Numbers of optimizer and schedule.
         total_steps: Optimizer steps of the whole run.
+        fused: Whether one call updates all parameters.
 
     Returns:
         The optimizer, and the scheduler to be stepped once after each optimizer step.
@@ -123,5 +124,5 @@ def build_optimizer(
     if total_steps <= 0:
         raise UserError(f"Expected `trainer.max_steps` > 0, got {total_steps}. Set it in the stage file.")
     # `fused` updates all parameters in one call; a tiny model spends its step in calls, not in arithmetic.
-    optimizer = AdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
+    optimizer = AdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=fused)
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, spec))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.recipes import lay_out_cumo
 from helpers.tiny_world import TinyWorld, make_plan
 from lightning.pytorch import Trainer
 
@@ -42,6 +43,7 @@ def quickstart(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.Monkey
     (root / "2_probe").mkdir()
     make_plan().save(root / "2_probe" / "extension_plan.yaml")
     monkeypatch.chdir(tmp_path)
+    lay_out_cumo(tiny_world, tmp_path)
     return root
 
 

@@ -58,7 +58,7 @@ class LoopedMLP(nn.Module):
 
 
 def make_towers(sizes: dict[str, int], spec: UpcycleSpec) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Returns a dense tower, its upcycled form with routers and experts moved apart, and the loop over the same tensors."""
+    """Returns a dense tower, its upcycled form with experts moved apart, and the loop over the same tensors."""
     torch.manual_seed(0)
     dense = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
     torch.manual_seed(0)

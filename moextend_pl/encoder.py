@@ -23,9 +23,9 @@ from moextend_pl.batch_norm import share_statistics
 from moextend_pl.captions import captions_of
 from moextend_pl.contracts import Batch, SampleSpec, UpcycleSpec, UserError
 from moextend_pl.moe.blocks import list_blocks
-from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
+from moextend_pl.moe.upcycle import agreed_spec, upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
-from moextend_pl.multiscale import encode_scales
+from moextend_pl.multiscale import checked_scales, encode_scales
 from moextend_pl.optim import OptimSpec
 from moextend_pl.stage import StageModule
 from moextend_pl.tower import BlockReader, make_tower, vision_config
@@ -85,15 +85,9 @@ class VisionEncoder(StageModule):
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
         self.config["reference"] = reference or bool(self.config.get("reference"))
-        self.config["scales"] = scales or self.config.get("scales") or [1]
-        if any(scale < 1 for scale in self.config["scales"]):
-            raise UserError(f"Expected `encoder.scales` of whole numbers from 1, got {self.config['scales']}.")
-        stored = UpcycleSpec.from_dict(self.config.get("upcycle"))
-        if stored is not None and upcycle is not None and stored.structure != upcycle.structure:
-            raise UserError(
-                f"{path}: the tower is upcycled already, as {stored}. Remove `encoder.upcycle`, or match it."
-            )
-        self.stored_upcycle, self.upcycle_spec = stored, upcycle or stored
+        self.config["scales"] = checked_scales(scales or self.config.get("scales") or [1])
+        self.stored_upcycle = UpcycleSpec.from_dict(self.config.get("upcycle"))
+        self.upcycle_spec = agreed_spec(self.stored_upcycle, upcycle, f"{path}: the tower")
         self.watch = RouterWatch()
 
     @staticmethod

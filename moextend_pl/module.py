@@ -23,6 +23,7 @@ from moextend_pl.language import MoELanguageModel
 from moextend_pl.language_losses import LanguageOutput
 from moextend_pl.losses import image_router_losses
 from moextend_pl.moe.touch import touch
+from moextend_pl.moe.upcycle import agreed_spec
 from moextend_pl.optim import OptimSpec
 from moextend_pl.projector import Projector
 from moextend_pl.samples.prompt import prompt_batch
@@ -159,12 +160,7 @@ class MoExtend(AnswerMixin, StageModule):
             earlier = UpcycleSpec.from_dict(manifest.model.get(name, {}).get("upcycle"))
             if earlier is None:
                 continue
-            part.upcycle_spec = part.upcycle_spec or earlier
-            if part.upcycle_spec.structure != earlier.structure:
-                raise UserError(
-                    f"{self.init_from} holds a {name} that was upcycled as {earlier}. Expected the same here, or no "
-                    f"`{name}.upcycle`, got {part.upcycle_spec}."
-                )
+            part.upcycle_spec = agreed_spec(earlier, part.upcycle_spec, f"{self.init_from}: the {name}")
             parts.append(part)
         return parts
 

@@ -11,6 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moextend_pl.contracts import UserError
+
+
+def checked_scales(scales: Sequence[int]) -> list[int]:
+    """Returns the scales.
+
+    Raises:
+        UserError: If one is no whole number from 1.
+    """
+    if any(scale < 1 for scale in scales):
+        raise UserError(f"Expected `encoder.scales` of whole numbers from 1, got {list(scales)}.")
+    return list(scales)
+
 
 def cut_tiles(pixels_I3HW: Tensor, scale: int) -> Tensor:
     """Enlarges images and cuts them into tiles of their former size.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moextend_pl.contracts import SampleSpec, UpcycleSpec, UserError
-from moextend_pl.moe.upcycle import UpcycledMLP, read_mlp
+from moextend_pl.moe.dense_mlp import read_mlp
+from moextend_pl.moe.upcycle import UpcycledMLP
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.optim import OptimSpec
 from moextend_pl.stage import StageModule

@@ -10,76 +10,16 @@ gate and up projection are stacked), E experts, K selected per token, S = T * K 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moextend_pl.contracts import UpcycleSpec, UserError
+from moextend_pl.moe.dense_mlp import DenseMLP, find_mlps
 
 ALIGNMENT = 16
 """Bytes that rows of a matrix must divide into for torch's grouped product."""
-
-
-@dataclass(frozen=True)
-class DenseMLP:
-    """An MLP as its structure tells it: `down(act(up(x)))`, or `down(act(gate(x)) * up(x))`.
-
-    Attributes:
-        up: First linear map.
-        down: Last linear map.
-        act: Activation between them.
-        gate: Linear map whose activation multiplies that of `up`, or None.
-    """
-
-    up: nn.Linear
-    down: nn.Linear
-    act: nn.Module
-    gate: nn.Linear | None = None
-
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """Computes the MLP, (T, O)."""
-        hidden_TI = self.up(x_TD)
-        return self.down(self.act(hidden_TI) if self.gate is None else self.act(self.gate(x_TD)) * hidden_TI)
-
-
-def read_mlp(module: nn.Module) -> DenseMLP | None:
-    """Reads a module as an MLP of two linear maps, or of three where one is a gate.
-
-    Args:
-        module: Its children are linear maps, one activation, and at most others that do nothing.
-
-    Returns:
-        The MLP, or None if the module is something else.
-    """
-    children = list(module.named_children())
-    maps = [(name, child) for name, child in children if isinstance(child, nn.Linear)]
-    idle = [c for _, c in children if isinstance(c, nn.Identity) or (isinstance(c, nn.Dropout) and c.p == 0)]
-    rest = [c for _, c in children if not isinstance(c, nn.Linear) and all(c is not other for other in idle)]
-    if len(rest) != 1 or len(maps) not in (2, 3) or any(True for _ in rest[0].parameters()):
-        return None
-    gates = [child for name, child in maps[:-1] if "gate" in name]
-    ups = [child for name, child in maps[:-1] if "gate" not in name]
-    if len(ups) != 1 or len(gates) != len(maps) - 2:
-        return None
-    mlp = DenseMLP(ups[0], maps[-1][1], rest[0], gates[0] if gates else None)
-    fits = mlp.up.out_features == mlp.down.in_features
-    return mlp if fits and (mlp.gate is None or mlp.gate.weight.shape == mlp.up.weight.shape) else None
-
-
-def find_mlps(model: nn.Module) -> dict[str, DenseMLP]:
-    """Lists the MLPs of the numbered blocks of a model, by path, in the order of the blocks.
-
-    Args:
-        model: A timm or transformers model.
-    """
-    found: dict[str, DenseMLP] = {}
-    for path, module in model.named_modules():
-        mlp = read_mlp(module) if any(part.isdigit() for part in path.split(".")) else None
-        if mlp is not None and mlp.down.out_features == mlp.up.in_features:
-            found[path] = mlp
-    return found
 
 
 class UpcycledRouter(nn.Module):
@@ -228,6 +168,24 @@ class UpcycledMLP(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         y_TO = self.experts(x_TD, indices_TK, weights_TK)
         return y_TO.reshape(*hidden_states.shape[:-1], y_TO.shape[-1])
+
+
+def agreed_spec(earlier: UpcycleSpec | None, asked: UpcycleSpec | None, what: str) -> UpcycleSpec | None:
+    """Returns how a part is upcycled that may have been so before: as asked, else as before.
+
+    Args:
+        earlier: How its tensors were upcycled, or None.
+        asked: What this stage asks for, or None.
+        what: The part, for the error message.
+
+    Raises:
+        UserError: If the two do not have the same experts.
+    """
+    if earlier is not None and asked is not None and earlier.structure != asked.structure:
+        raise UserError(
+            f"{what} is upcycled already, as {earlier}. Expected the same of its `upcycle`, or none, got {asked}."
+        )
+    return asked or earlier
 
 
 def upcycle(model: nn.Module, spec: UpcycleSpec) -> None:

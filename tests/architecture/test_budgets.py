@@ -21,6 +21,7 @@ MORE_ARGUMENTS: dict[str, str] = {
     "callbacks/expert_extension.py::ExpertExtension.__init__": _YAML_KEYS,
     "datamodules/image_text.py::ImageTextShards.__init__": _YAML_KEYS,
     "moextend_pl/encoder.py::VisionEncoder.__init__": _YAML_KEYS,
+    "moextend_pl/language.py::MoELanguageModel.__init__": _YAML_KEYS,
 }
 
 

@@ -68,7 +68,7 @@ def test_stage_after_an_upcycled_one_starts_from_its_experts_and_loads_by_itself
     assert torch.equal(logits(again, tiny_world), expected)
     assert torch.equal(logits(MoExtend.load(tmp_path / "upcycled"), tiny_world), expected)
     other = UpcycleSpec(experts=8)
-    with pytest.raises(UserError, match="holds a encoder that was upcycled as"):
+    with pytest.raises(UserError, match="the encoder is upcycled already"):
         built(tiny_world.cumo(init_from=tmp_path / "upcycled", encoder=other))
 
 

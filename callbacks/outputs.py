@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from moextend_pl.checkpoint import file_sha256, save_delta, write_json, write_text
-from moextend_pl.contracts import run_directory
+from moextend_pl.contracts import UserError, run_directory
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
@@ -38,6 +38,11 @@ class SavePretrained(Callback):
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: VisionEncoder | MoELanguageModel, stage: str) -> None:
+        """Refuses a model that cannot be written, before it is built."""
+        if getattr(pl_module, "quantize", None) is not None:
+            raise UserError("SavePretrained cannot write a 4-bit model. Remove `quantize`, or use SaveDelta.")
 
     def on_train_end(self, trainer: Trainer, pl_module: VisionEncoder | MoELanguageModel) -> None:
         """Writes the folder."""

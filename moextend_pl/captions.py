@@ -28,3 +28,18 @@ def captions_of(batch: Batch) -> Mapping[str, Tensor]:
     # One number a caption, so that equal captions are found with one comparison.
     names = (rows * (places * 1_000_003 % 998_244_353)).sum(dim=1)
     return {"ids": ids, "offsets": counts.cumsum(0) - counts, "names": names}
+
+
+def contrast(scores_IG: Tensor, same_IG: Tensor) -> tuple[Tensor, Tensor]:
+    """Contrasts images with captions.
+
+    Args:
+        scores_IG: Similarity of each image to each caption of all ranks.
+        same_IG: True where the caption is the image's own, or equal to it.
+
+    Returns:
+        The loss, and the share of images whose nearest caption is their own.
+    """
+    log_probs_IG = scores_IG.log_softmax(dim=-1)
+    loss = -(log_probs_IG.masked_fill(~same_IG, 0.0).sum(dim=1) / same_IG.sum(dim=1)).mean()
+    return loss, same_IG.gather(1, log_probs_IG.argmax(dim=1, keepdim=True)).float().mean()

@@ -33,7 +33,7 @@ MANIFEST_SCHEMA = 2
 PACKAGES = ("torch", "lightning", "transformers", "timm", "safetensors")
 # A wrapped router or experts module holds the base's own under this name, once for each extension.
 WRAPPED = re.compile(r"(\.base)+(?=\.)")
-# Arguments of a part that name a folder with its weights.
+# Arguments of the model's parts that are folders; a manifest names them relative to its own.
 FOLDERS = {"encoder": ("path", "name"), "language": ("base",)}
 
 

@@ -26,6 +26,7 @@ STAGE_COMMANDS = {
     "predict": "write the answers of a stage to a file",
 }
 TOOL_COMMANDS = {
+    "plan": ("moextend_pl.plan.command", "memory, hours and cost of a stage, without its weights"),
     "quickstart": ("moextend_pl.quickstart", "run the whole method on easy-VQA and write a report"),
     "generate": ("moextend_pl.generate", "ask a trained model about a picture"),
     "convert": ("moextend_pl.convert.command", "read and write published checkpoints of CuMo and MoExtend"),
@@ -43,6 +44,7 @@ Extends a mixture-of-experts language model to see, without changing what it kno
 
   python -m moextend_pl quickstart
   python -m moextend_pl fit --config configs/easy_vqa/1_align.yaml --trainer.max_steps 10
+  python -m moextend_pl plan --config configs/mixtral_8x7b/3_extend.yaml --gpu h200 --price 3
   python -m moextend_pl COMMAND --help
 
 A mistake in a config or an option ends in one line and exit code 2. MOEXTEND_TRACEBACK=1 shows

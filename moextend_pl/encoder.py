@@ -14,21 +14,21 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moextend_pl.batch_norm import share_statistics
-from moextend_pl.captions import captions_of
+from moextend_pl.captions import captions_of, contrast
 from moextend_pl.contracts import Batch, SampleSpec, UpcycleSpec, UserError
 from moextend_pl.moe.blocks import list_blocks
 from moextend_pl.moe.upcycle import agreed_spec, upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.multiscale import checked_scales, encode_scales
 from moextend_pl.optim import OptimSpec
-from moextend_pl.stage import StageModule
-from moextend_pl.tower import BlockReader, make_tower, vision_config
+from moextend_pl.stage import StageModule, shapes_only
+from moextend_pl.tower import BlockReader, check_folder, image_statistics, load_tower, make_tower, vision_config
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "encoder.safetensors"
 TIMM = "timm/"
@@ -38,7 +38,8 @@ class VisionEncoder(StageModule):
     """Encodes images into P tokens each; trained alone, it learns by contrast with captions.
 
     Args:
-        name: `timm/<model>` for a timm model, or the folder of a transformers vision model.
+        name: `timm/<model>` for a timm model, or the folder of a transformers vision model, or of a CLIP or SigLIP
+            model, of which the image side is taken.
         path: Folder written by `save_pretrained`; it replaces all other arguments of the tower, but for
             `scales`, `upcycle` and `reference` where they are given too.
         layer: For timm the index of the feature level, for transformers the index of the hidden state. Blocks
@@ -84,6 +85,8 @@ class VisionEncoder(StageModule):
         self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
+        if not self.is_timm:
+            check_folder(self.folder)
         self.config["reference"] = reference or bool(self.config.get("reference"))
         self.config["scales"] = checked_scales(scales or self.config.get("scales") or [1])
         self.stored_upcycle = UpcycleSpec.from_dict(self.config.get("upcycle"))
@@ -104,16 +107,18 @@ class VisionEncoder(StageModule):
         """Whether the tower is a timm model; else it is a transformers one."""
         return str(self.config["name"]).startswith(TIMM)
 
-    def arguments(self) -> dict[str, Any]:
+    def rebuild_arguments(self) -> dict[str, Any]:
         """Returns the arguments that build the tower again, without `upcycle`.
 
         Raises:
             UserError: If its weights lie in no folder.
         """
-        if self.path is None and self.is_timm:
-            raise UserError("Expected `encoder.path`, so that the run can be loaded again; a timm name has no weights.")
-        names = ("scales", "reference") if self.path else ("name", "layer", "pool", "image_size", "scales", "reference")
-        return {**({"path": str(self.path)} if self.path else {}), **{name: self.config[name] for name in names}}
+        added = {name: self.config[name] for name in ("scales", "reference")}
+        if self.path is not None:
+            return {"path": str(self.path), **added}
+        if self.is_timm:
+            raise UserError("Expected `encoder.path`, so that the run can be loaded again. Save the timm tower first.")
+        return {**{name: self.config[name] for name in ("name", "layer", "pool", "image_size")}, **added}
 
     @property
     def folder(self) -> str:
@@ -123,7 +128,7 @@ class VisionEncoder(StageModule):
 
     def _make_tower(self) -> Any:
         if not self.is_timm:
-            return make_tower(self.folder, with_weights=self.path is None)
+            return make_tower(self.folder, with_weights=self.path is None and not shapes_only())
         return timm.create_model(
             str(self.config["name"]).removeprefix(TIMM),
             features_only=True,
@@ -154,29 +159,20 @@ class VisionEncoder(StageModule):
         self._reader = None
         if not self.is_timm:
             self._reader = BlockReader(self.tower, int(self.config["layer"]), self.config["reference"])
-        if self.path is not None:
-            self._load(self.path / WEIGHTS_FILE)
+        if self.path is not None and not shapes_only():
+            load_tower(self.tower, self.path / WEIGHTS_FILE, self._reader)
         self.watch.attach(self.tower)
-
-    def _load(self, path: Path) -> None:
-        dropped = self._reader.dropped if self._reader else ()
-        tensors = {name: t for name, t in load_file(path).items() if not any(map(name.startswith, dropped))}
-        optional = self._reader.optional_names() if self._reader else set()
-        expected = self.tower.state_dict()
-        wrong = [n for n, t in expected.items() if n in tensors and t.shape != tensors[n].shape]
-        wrong += sorted((expected.keys() - optional) ^ (tensors.keys() - optional))
-        if wrong:
-            raise UserError(
-                f"{path}: {len(wrong)} tensors are missing, unexpected or of another shape, for example {wrong[:3]}. "
-                "Save or convert the tower anew."
-            )
-        self.tower.load_state_dict(tensors, strict=False)
 
     def upcycle(self) -> None:
         """Turns MLPs into experts where that is asked for; does nothing the second time."""
         if self.upcycle_spec is not None:
             upcycle(self.tower, self.upcycle_spec)
             self.watch.attach(self.tower)
+
+    @property
+    def router_calls(self) -> int:
+        """Number of times that routers are called for an image."""
+        return len(self.num_experts) * len(self.config["scales"])
 
     @property
     def num_experts(self) -> dict[int, int]:
@@ -208,6 +204,15 @@ class VisionEncoder(StageModule):
         """C, channels of one token, all scales together."""
         one = self.tower.feature_info.channels()[-1] if self.is_timm else self.tower.config.hidden_size
         return int(one) * len(self.config["scales"])
+
+    @property
+    def image_statistics(self) -> dict[str, tuple[float, float, float]]:
+        """`image_mean` and `image_std` that pixels are normalised with: those that a transformers tower learned with.
+
+        Raises:
+            UserError: If a transformers tower does not say.
+        """
+        return {} if self.is_timm else image_statistics(self.folder, str(self.config["name"]))
 
     @cached_property
     def tokens_per_image(self) -> int:
@@ -271,11 +276,7 @@ class VisionEncoder(StageModule):
         texts_GD = self._from_all_ranks(texts_ID).reshape(-1, self.embedding_dim)
         names_G = self._from_all_ranks(captions["names"]).reshape(-1)
         same_IG = captions["names"].unsqueeze(1) == names_G.unsqueeze(0)
-        log_probs_IG = (self.log_scale.exp() * images_ID @ texts_GD.T).log_softmax(dim=-1)
-        positives_I = same_IG.sum(dim=1)
-        loss = -(log_probs_IG.masked_fill(~same_IG, 0.0).sum(dim=1) / positives_I).mean()
-        hit = same_IG.gather(1, log_probs_IG.argmax(dim=1, keepdim=True)).float().mean()
-        return loss, hit
+        return contrast(self.log_scale.exp() * images_ID @ texts_GD.T, same_IG)
 
     def _from_all_ranks(self, value: Tensor) -> Tensor:
         gathered = self.all_gather(value, sync_grads=value.is_floating_point())

@@ -26,11 +26,12 @@ from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec
 from moextend_pl.language_losses import LanguageOutput, RouterWeights, counted_tokens, language_losses
 from moextend_pl.moe.blocks import find_blocks, list_blocks
 from moextend_pl.moe.growth import grow, new_parameters, router_parameters
+from moextend_pl.moe.quantize import check_base, load_base
 from moextend_pl.moe.reach import Reach, reachable
 from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.optim import OptimSpec
-from moextend_pl.stage import StageModule
+from moextend_pl.stage import StageModule, shapes_only
 
 # Older releases keep whole columns of the batch only; then the mask is applied to what they return.
 _KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")
@@ -44,6 +45,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         config: Configuration of a model built from scratch instead; needs `model_type`.
         tokenizer: Folder of the tokenizer; by default that of the base.
         experts_implementation: How transformers computes experts: `grouped_mm`, `eager` or `batched_mm`.
+        quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; null as they are.
         balance_weight: Weight of the balance loss; MoExtend uses 0.001, CuMo 0.1. Replaced by `upcycle.balance`.
         z_weight: Weight of the router z-loss; CuMo uses 0.01. Replaced by `upcycle.z`.
         balance_choices: How many of a token's choices the balance loss counts; CuMo counts 1, None counts all.
@@ -53,7 +55,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         optim: Optimizer, where the model is trained alone.
 
     Raises:
-        UserError: If neither or both of `base` and `config` are given, or a folder is missing.
+        UserError: If neither or both of `base` and `config` are given, a folder is missing, or `quantize` cannot be.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         config: dict[str, Any] | None = None,
         tokenizer: str | None = None,
         experts_implementation: str = "grouped_mm",
+        quantize: str | None = None,
         balance_weight: float = 0.001,
         z_weight: float = 0.0,
         balance_choices: int | None = None,
@@ -76,13 +79,10 @@ class MoELanguageModel(AnswerMixin, StageModule):
             raise UserError(
                 "Expected exactly one of `base` (a folder) and `config` (a new model), got both or neither."
             )
-        if base is not None and not (Path(base) / "config.json").is_file():
-            raise UserError(
-                f"Expected a transformers model in {base}, found no config.json. Run the stage that makes it."
-            )
         if tokenizer is None and base is None:
             raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
-        self.base, self.config = base, dict(config or {})
+        check_base(base, quantize)
+        self.base, self.config, self.quantize = base, dict(config or {}), quantize
         self.tokenizer_path = tokenizer or str(base)
         self.experts_implementation = experts_implementation
         self.balance_weight, self.max_new_tokens = balance_weight, max_new_tokens
@@ -109,11 +109,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         if self.base is not None:
             return AutoConfig.from_pretrained(self.base, local_files_only=True)
         words = self.tokenizer
-        ids = {
-            "pad_token_id": words.pad_token_id,
-            "bos_token_id": words.bos_token_id,
-            "eos_token_id": words.eos_token_id,
-        }
+        ids = {name: getattr(words, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return AutoConfig.for_model(**{"vocab_size": len(words), **ids, **self.config})
 
     @property
@@ -143,12 +139,11 @@ class MoELanguageModel(AnswerMixin, StageModule):
         Raises:
             UserError: If it has no experts and is not said to be dense, or the other way round.
         """
-        if self.base is None:
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(self.model_config())
+        if self.base is None or shapes_only():
+            config = self.model_config()
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                self.base, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
+            self.model = load_base(self.base, self.quantize)
         if not self.dense and self.upcycle_spec is None:
             find_blocks(self.model)
             self.model.set_experts_implementation(self.experts_implementation)
@@ -195,6 +190,10 @@ class MoELanguageModel(AnswerMixin, StageModule):
         parts = {"routers": router_parameters(self.model), **new_parameters(self.model, latest)}
         listed = {id(parameter) for parameters in parts.values() for parameter in parameters}
         return {"language": [p for p in self.model.parameters() if id(p) not in listed], **parts}
+
+    def frozen_parts(self) -> set[str]:
+        """Returns `language` where the base is in 4 bits, which no gradient can change."""
+        return set() if self.quantize is None else {"language"}
 
     def open_to_text(self, is_open: bool) -> None:
         """Lets all tokens reach new experts, or forbids it again, whatever the plans say."""

@@ -27,7 +27,7 @@ from moextend_pl.moe.upcycle import agreed_spec
 from moextend_pl.optim import OptimSpec
 from moextend_pl.projector import Projector
 from moextend_pl.samples.prompt import prompt_batch
-from moextend_pl.stage import StageModule
+from moextend_pl.stage import StageModule, shapes_only
 
 ENCODE_TOGETHER = 16
 CACHE_BYTES = 2**30
@@ -102,11 +102,12 @@ class MoExtend(AnswerMixin, StageModule):
         if self.language.base is None:
             raise UserError("Expected `language.base`, so that the run can be loaded again.")
         arguments: dict[str, dict[str, Any]] = {
-            "encoder": self.encoder.arguments(),
+            "encoder": self.encoder.rebuild_arguments(),
             "projector": {"kind": self.projector.kind, "merge": self.projector.merge},
             "language": {
                 "base": self.language.base,
                 "experts_implementation": self.language.experts_implementation,
+                "quantize": self.language.quantize,
                 "balance_weight": self.language.balance_weight,
                 "max_new_tokens": self.language.max_new_tokens,
                 "dense": self.language.dense,
@@ -123,13 +124,13 @@ class MoExtend(AnswerMixin, StageModule):
         """Returns what the model asks of its data; tokenizer and image size have this one source."""
         tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
         side = int(self.encoder.config["image_size"])
-        return SampleSpec(self.language.tokenizer, self.language.image_token_id, tokens, side)
+        pixels = self.encoder.image_statistics
+        return SampleSpec(self.language.tokenizer, self.language.image_token_id, tokens, side, **pixels)
 
     def build(self) -> None:
         """Builds the three parts, upcycles and grows them, and reads the weights of `init_from`.
 
-        First the model of the earlier stage, then its weights, then what this stage changes: experts are
-        thus copies of what was learned, of dense MLPs as of experts.
+        First the earlier stage's model, then its weights, then what changes: new experts copy what was learned.
         """
         manifest = None if self.init_from is None else read_manifest(self.init_from)
         upcycled_before = [] if manifest is None else self._inherit_upcycling(manifest)
@@ -143,7 +144,7 @@ class MoExtend(AnswerMixin, StageModule):
         earlier = () if manifest is None else manifest.plans
         for plan in earlier:
             self.language.extend(plan)
-        if self.init_from is not None:
+        if self.init_from is not None and not shapes_only():
             # Before the next extension, whose new experts may be copies of trained ones.
             load_delta(self, self.init_from)
         for part in self._upcyclable().values():
@@ -154,7 +155,7 @@ class MoExtend(AnswerMixin, StageModule):
             self.language.extend(own)
 
     def _inherit_upcycling(self, manifest: Manifest) -> list[VisionEncoder | Projector | MoELanguageModel]:
-        """Returns the parts that the earlier stage had upcycled, which this one upcycles alike."""
+        """Returns the parts that the earlier stage had upcycled, to be upcycled alike."""
         parts = []
         for name, part in self._upcyclable().items():
             earlier = UpcycleSpec.from_dict(manifest.model.get(name, {}).get("upcycle"))
@@ -173,6 +174,10 @@ class MoExtend(AnswerMixin, StageModule):
     def plans(self) -> tuple[ExtensionPlan, ...]:
         """The extension plans of the built model, first one first."""
         return tuple(plan for plan, _ in self.language.extensions)
+
+    def frozen_parts(self) -> set[str]:
+        """Returns the parts of the language model that cannot learn."""
+        return self.language.frozen_parts()
 
     def base_names(self) -> set[str]:
         """Returns the names of the parameters that the base's own files hold; all others are new."""
@@ -251,10 +256,9 @@ class MoExtend(AnswerMixin, StageModule):
             embeddings_BSD = self.embed(batch)
         output = self.language.losses(batch, embeddings_BSD)
         for name, part in routing.items():
-            passes = len(self.encoder.config["scales"]) if part is self.encoder else 1
-            spec, images, routers = part.upcycle_spec, len(batch["image_keys"]), len(part.num_experts) * passes
+            spec, images = part.upcycle_spec, len(batch["image_keys"])
             assert spec is not None
-            losses = image_router_losses(records[name], images, routers, spec, output.loss.device)
+            losses = image_router_losses(records[name], images, part.router_calls, spec, output.loss.device)
             output = output.plus(name, losses, spec)
         return output
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -69,17 +69,38 @@ def learning_rate_factor(step: int, total_steps: int, spec: OptimSpec) -> float:
     return spec.final_fraction + (1 - spec.final_fraction) * left
 
 
-def apply_train_plan(parts: Mapping[str, list[nn.Parameter]], plan: TrainPlan | None) -> None:
+def check_learnable(frozen: Collection[str], plan: TrainPlan | None) -> None:
+    """Refuses a plan that asks a part to learn that cannot, before any weight is read.
+
+    Args:
+        frozen: Names of the parts that cannot learn.
+        plan: Names of the parts that learn; None asks for none by name.
+
+    Raises:
+        UserError: If the plan names one of them.
+    """
+    asked = sorted(set(plan.parts) & set(frozen)) if plan is not None else []
+    if asked:
+        raise UserError(
+            f"The part {asked[0]!r} is held in 4 bits (`quantize`) and cannot learn. Remove it from `TrainOnly.parts`, "
+            "or remove `quantize`."
+        )
+
+
+def apply_train_plan(
+    parts: Mapping[str, list[nn.Parameter]], plan: TrainPlan | None, frozen: Collection[str] = ()
+) -> None:
     """Lets the planned parts learn and freezes all others.
 
     Args:
         parts: Every parameter of the model in exactly one part.
-        plan: Names of the parts that learn; None lets everything learn.
+        plan: Names of the parts that learn; None lets everything learn that can.
+        frozen: Names of the parts that cannot.
 
     Raises:
         UserError: If the plan names a part that the model does not have, or one without parameters.
     """
-    names = set(parts) if plan is None else set(plan.parts)
+    names = set(parts) - set(frozen) if plan is None else set(plan.parts)
     for name in sorted(names):
         if name not in parts:
             raise UserError(f"Expected parts to train among {sorted(parts)}, got {name!r}. Correct `TrainOnly.parts`.")

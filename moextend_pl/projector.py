@@ -105,6 +105,11 @@ class Projector(StageModule):
         self.watch.attach(nn.ModuleList([self.layers]))
 
     @property
+    def router_calls(self) -> int:
+        """Number of times that a router is called for an image."""
+        return len(self.num_experts)
+
+    @property
     def num_experts(self) -> dict[int, int]:
         """Number of experts of the upcycled MLP, which has the number 0; empty where it is dense."""
         return {0: self.layers.gate.num_experts} if isinstance(self.layers, UpcycledMLP) else {}

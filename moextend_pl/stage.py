@@ -12,9 +12,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from moextend_pl.contracts import ExtensionPlan, SampleSpec, TrainPlan, UserError
-from moextend_pl.optim import OptimSpec, apply_train_plan, build_optimizer, check_partition
+from moextend_pl.optim import OptimSpec, apply_train_plan, build_optimizer, check_learnable, check_partition
 
 log = logging.getLogger(__name__)
+
+
+def shapes_only() -> bool:
+    """Tells whether networks are being built on the meta device: shapes, no weights, no file is read."""
+    return torch.get_default_device().type == "meta"
 
 
 class StageModule(LightningModule):
@@ -45,6 +50,10 @@ class StageModule(LightningModule):
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Returns every parameter of the module, in exactly one named part."""
 
+    def frozen_parts(self) -> set[str]:
+        """Returns the parts that can never learn, whatever the plan; needs no built networks."""
+        return set()
+
     @abstractmethod
     def sample_spec(self) -> SampleSpec:
         """Returns what the module asks of its data; needs no built networks."""
@@ -53,12 +62,13 @@ class StageModule(LightningModule):
         """Builds, grows and freezes, once."""
         if self._built:
             return
+        check_learnable(self.frozen_parts(), self.train_plan)
         # Fresh weights must not depend on what else drew random numbers, on any rank or after a restart.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.init_seed)
             self.build()
         check_partition(self, self.parts())
-        apply_train_plan(self.parts(), self.train_plan)
+        apply_train_plan(self.parts(), self.train_plan, self.frozen_parts())
         self._built = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from moextend_pl.checkpoint import DELTA_FILE, Manifest, file_sha256, versions, write_json
 from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UpcycleSpec, UserError
@@ -19,6 +20,7 @@ from moextend_pl.convert.entries import check_names
 from moextend_pl.convert.files import TensorFiles, write_shards, write_tensors
 from moextend_pl.convert.published import OURS_TOWER, Parts, read_parts
 from moextend_pl.encoder import CONFIG_FILE, WEIGHTS_FILE
+from moextend_pl.tower import PREPROCESSOR_FILE
 
 REPORT = "conversion.json"
 PUBLISHED_CONFIG = "published_config.json"
@@ -129,6 +131,7 @@ def _write_encoder(
     }
     write_tensors(weights, folder / WEIGHTS_FILE)
     config.save_pretrained(folder)
+    write_json(folder / PREPROCESSOR_FILE, {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD})
     write_json(folder / CONFIG_FILE, own)
     return {"path": "encoder", "scales": scales, "upcycle": own["upcycle"]}
 

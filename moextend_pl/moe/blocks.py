@@ -102,7 +102,7 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
         holders = {type(m).__name__ for m in model.modules() if expert_count(getattr(m, EXPERTS, nn.Identity()))}
         leaves = sorted({type(child).__name__ for child in model.modules() if not list(child.children())})
         what = (
-            f"experts in {sorted(holders)} whose router has not one row for each of them"
+            f"experts in {sorted(holders)} whose router has not one row for each, or is not a module of its own"
             if holders
             else f"no experts but {leaves}"
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moextend_pl.moe.nf4 import packed_rows
 from moextend_pl.moe.reach import Reach
 from moextend_pl.moe.touch import touch
 
@@ -33,7 +34,8 @@ def expert_rows(experts: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
         ]
         copies = [expert_rows(module, [row]) for module, row in sides]
         return {name: torch.cat([one[name] for one in copies]) for name in copies[0]}
-    return {name: value.detach()[list(rows)].clone() for name, value in experts.named_parameters(recurse=False)}
+    plain = {name: value.detach()[list(rows)].clone() for name, value in experts.named_parameters(recurse=False)}
+    return {**plain, **packed_rows(experts, rows)}
 
 
 def sprout(experts: nn.Module, sources: Sequence[int]) -> Any:
@@ -53,7 +55,7 @@ def sprout(experts: nn.Module, sources: Sequence[int]) -> Any:
     new: Any = copy.copy(root)
     new._parameters = {name: nn.Parameter(rows) for name, rows in expert_rows(experts, sources).items()}
     new._buffers = dict(root._buffers)
-    new._modules = {name: copy.deepcopy(child) for name, child in root.named_children()}
+    new._modules = {name: copy.deepcopy(child) for name, child in root.named_children() if name not in new._parameters}
     new.num_experts = len(sources)
     new._is_expert_parallel = True
     return new

@@ -125,7 +125,7 @@ class ExtendedRouter(nn.Module):
         cap = self.facts.softcap
         return cap * (logits_TM.float() / cap).tanh() if cap else logits_TM
 
-    def forward(self, hidden_states: Tensor, *extra: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, *extra: Any) -> tuple[Tensor, ...]:
         """Routes tokens.
 
         Args:
@@ -133,19 +133,25 @@ class ExtendedRouter(nn.Module):
             extra: What else the block hands to its router.
 
         Returns:
-            Logits before score and calibration, (T, M), or those of the wrapped router if no token may reach
-            new experts; routing weights (T, K); expert indices (T, K), where E and above are new experts.
+            In the family's order: logits before score and calibration, (T, M), or those of the wrapped router if
+            no token may reach new experts; routing weights (T, K); expert indices (T, K), where E and above are
+            new experts.
         """
-        logits_TE, weights_TK, indices_TK = self.base(hidden_states, *extra)
+        output = self.base(hidden_states, *extra)
+        logits_TE, weights_TK, indices_TK = (output[n] for n in self.facts.order)
         if self.reach.nowhere:
             zero = touch(self.new_parts())
-            return logits_TE, weights_TK if zero is None else weights_TK + zero, indices_TK
+            return self._ordered(logits_TE, weights_TK if zero is None else weights_TK + zero, indices_TK)
         logits_TM = self.logits(hidden_states)
         chosen = self.select(logits_TM, weights_TK.shape[-1], extra)
         new_weights_TK = weigh(chosen.gates_TM.gather(1, chosen.indices_TK), self.facts.scoring)
         open_T1 = self.reach.tokens(len(logits_TM)).unsqueeze(-1)
         weights_TK = torch.where(open_T1, new_weights_TK.to(weights_TK.dtype), weights_TK)
-        return logits_TM, weights_TK, torch.where(open_T1, chosen.indices_TK, indices_TK)
+        return self._ordered(logits_TM, weights_TK, torch.where(open_T1, chosen.indices_TK, indices_TK))
+
+    def _ordered(self, *output: Tensor) -> tuple[Tensor, ...]:
+        """Returns logits, weights and indices in the order of the family."""
+        return tuple(output[self.facts.order.index(n)] for n in range(len(output)))
 
     def new_parts(self) -> list[nn.Parameter]:
         """Returns every parameter of `new_parameters` in one list."""

@@ -16,9 +16,9 @@ import inspect
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class RouterFacts:
         softcap: Logits are `softcap * tanh(logits / softcap)`; 0 for none.
         in_fp32: Whether logits are computed in fp32 whatever the type of the model.
         scoring: From logits to selected experts and weights.
+        order: Where logits, weights and indices stand in what it returns.
     """
 
     weight: str
@@ -55,6 +56,37 @@ class RouterFacts:
     softcap: float
     in_fp32: bool
     scoring: Scoring
+    order: tuple[int, int, int] = (0, 1, 2)
+
+
+class RouterOutput(NamedTuple):
+    """What a router returns, in the order of most families.
+
+    Attributes:
+        logits: (T, E) before any score.
+        weights: (T, K) routing weights.
+        indices: (T, K) selected experts.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    indices: Tensor
+
+
+def output_order(output: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Returns where logits, weights and indices stand in what a router returned.
+
+    Args:
+        output: Three tensors; the indices are whole numbers, and logits have more columns than weights.
+    """
+    numbers = [n for n, value in enumerate(output) if value.is_floating_point()]
+    logits, weights = sorted(numbers, key=lambda n: -output[n].shape[-1])
+    return logits, weights, 3 - logits - weights
+
+
+def sort_output(output: Sequence[Tensor]) -> RouterOutput:
+    """Returns what a router returned, in the order of most families."""
+    return RouterOutput(*(output[n] for n in output_order(output)))
 
 
 def tensor_named(module: nn.Module, name: str) -> Tensor:
@@ -66,7 +98,8 @@ def tensor_named(module: nn.Module, name: str) -> Tensor:
 
 def router_weight(router: nn.Module, num_experts: int) -> str | None:
     """Returns the dotted name of the one (E, D) tensor of a router, or None if there is not exactly one."""
-    names = [name for name, p in router.named_parameters() if p.dim() == 2 and p.shape[0] == num_experts]
+    weights = ((name, p) for name, p in router.named_parameters() if p.is_floating_point())
+    names = [name for name, p in weights if p.dim() == 2 and p.shape[0] == num_experts]
     return names[0] if len(names) == 1 else None
 
 
@@ -104,6 +137,7 @@ class _Trial:
     logits_TE: Tensor
     weights_TK: Tensor
     indices_TK: Tensor
+    order: tuple[int, int, int]
 
 
 def _refuse(router: nn.Module, reason: str) -> UserError:
@@ -138,10 +172,10 @@ def _try(router: nn.Module, num_experts: int, name: str) -> _Trial:
         raise _refuse(router, f"it does not run by itself ({error})") from error
     if not isinstance(output, tuple) or len(output) != 3:
         raise _refuse(router, f"it returns {len(output)} values where the protocol has three")
-    logits, weights, indices = (value.reshape(PROBE_TOKENS, -1) for value in output)
+    logits, weights, indices = (value.reshape(PROBE_TOKENS, -1) for value in sort_output(output))
     if logits.shape[1] != num_experts:
         raise _refuse(router, f"it scores {logits.shape[1]} choices for {num_experts} experts")
-    return _Trial(twin, x_TD, argument, logits.float(), weights.float(), indices)
+    return _Trial(twin, x_TD, argument, logits.float(), weights.float(), indices, output_order(output))
 
 
 def _close(left: Tensor, right: Tensor) -> bool:
@@ -205,7 +239,7 @@ def _computes_in_fp32(trial: _Trial, name: str) -> bool:
     twin = copy.deepcopy(trial.router).bfloat16()
     try:
         with torch.no_grad():
-            logits_TE = _run(twin, x_TD, trial.argument)[0].reshape(PROBE_TOKENS, -1)
+            logits_TE = sort_output(_run(twin, x_TD, trial.argument)).logits.reshape(PROBE_TOKENS, -1)
     except RuntimeError:
         return False
     if logits_TE.dtype != torch.float32:
@@ -228,6 +262,12 @@ def read_facts(router: nn.Module, num_experts: int) -> RouterFacts:
     Raises:
         UserError: If none do; the sentence says what is particular about it.
     """
+    # Also where a model is built without memory: the twin is small and computes.
+    with torch.device("cpu"):
+        return _read_facts(router, num_experts)
+
+
+def _read_facts(router: nn.Module, num_experts: int) -> RouterFacts:
     name = router_weight(router, num_experts)
     if name is None:
         raise _refuse(router, "it has no single weight matrix with one row for each expert")
@@ -242,5 +282,7 @@ def read_facts(router: nn.Module, num_experts: int) -> RouterFacts:
         scale = _explains(trial, scoring, None if tensor is None else tensor.reshape(-1))
         if scale is not None:
             in_fp32 = _computes_in_fp32(trial, name)
-            return RouterFacts(name, logit_bias, bias, softcap, in_fp32, replace(scoring, scale=scale))
+            return RouterFacts(
+                name, logit_bias, bias, softcap, in_fp32, replace(scoring, scale=scale), order=trial.order
+            )
     raise _refuse(router, "its weights follow from its logits in none of the known ways")

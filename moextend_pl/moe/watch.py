@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moextend_pl.moe.blocks import MoEBlock, list_blocks
+from moextend_pl.moe.families import sort_output
 from moextend_pl.moe.usage import RouterRecord
 
 
@@ -37,7 +38,8 @@ class RouterWatch:
             if self._records is not None:
                 x = inputs[0] if inputs else None
                 sequences = x.shape[0] if isinstance(x, Tensor) and x.dim() == 3 else 1
-                self._records.append(RouterRecord(layer, num_experts, output[0], output[2], sequences))
+                logits, _, indices = sort_output(output)
+                self._records.append(RouterRecord(layer, num_experts, logits, indices, sequences))
 
         return block.router.register_forward_hook(record)
 

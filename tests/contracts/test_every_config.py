@@ -10,12 +10,19 @@ import yaml
 from helpers.recipes import lay_out_cumo
 from helpers.tiny_world import TinyWorld, make_plan
 from lightning.pytorch import Trainer
+from transformers import AutoConfig, AutoModel
 
 from datamodules.image_text import ImageTextShards
 from moextend_pl import cli
 from moextend_pl.checkpoint import save_delta
+from moextend_pl.contracts import TrainPlan
+from moextend_pl.encoder import VisionEncoder
+from moextend_pl.language import MoELanguageModel
+from moextend_pl.module import MoExtend
+from moextend_pl.projector import Projector
 from moextend_pl.stage import StageModule
 from moextend_pl.stage_cli import MoExtendCLI
+from moextend_pl.tower import PREPROCESSOR_FILE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGES = sorted(path for path in CONFIGS.rglob("*.yaml") if "model" in (yaml.safe_load(path.read_text()) or {}))
@@ -23,6 +30,9 @@ STAGES = sorted(path for path in CONFIGS.rglob("*.yaml") if "model" in (yaml.saf
 RUNNABLE = [path for path in STAGES if "default_root_dir" in yaml.safe_load(path.read_text()).get("trainer", {})]
 SMALL = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
 SMALL += ["--data.init_args.batch_size", "4", "--data.init_args.num_workers", "0", "--trainer.accelerator", "cpu"]
+SMALL += ["--trainer.accumulate_grad_batches", "1"]
+FULL_SIZE = sorted(path.parent for path in CONFIGS.glob("*/recipe.yaml"))
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def name_of(path: Path) -> str:
@@ -47,6 +57,33 @@ def quickstart(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.Monkey
     return root
 
 
+@pytest.fixture
+def workplace(quickstart: Path, tiny_world: TinyWorld) -> Path:
+    """The same, and the folders that the full-size recipes name hold tiny models, shards and earlier stages."""
+    for recipe in FULL_SIZE:
+        arguments = yaml.safe_load((recipe / "recipe.yaml").read_text())["model"]["init_args"]
+        tower, base = Path(arguments["encoder"]["name"]), Path(arguments["language"]["base"])
+        shutil.copytree(tiny_world.base, base)
+        config = AutoConfig.from_pretrained(recipe / "tower", **TOWER)
+        AutoModel.from_config(config).save_pretrained(tower)
+        (tower / PREPROCESSOR_FILE).write_text('{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}')
+        model = MoExtend(
+            encoder=VisionEncoder(**arguments["encoder"]),
+            projector=Projector(**arguments["projector"]),
+            language=MoELanguageModel(base=str(base)),
+        )
+        model.train_plan = TrainPlan(("projector",))
+        model.configure_model()
+        runs = Path("runs") / recipe.name
+        save_delta(model, runs / "1_align")
+        (runs / "2_probe").mkdir()
+        make_plan().save(runs / "2_probe" / "extension_plan.yaml")
+    for name in ("llava_558k", "llava_665k"):
+        for split, copied in (("train", "train"), ("val", "test")):
+            shutil.copytree(tiny_world.data("mixed", copied), Path("shards") / name / split)
+    return quickstart
+
+
 def fit(path: Path, run: Path) -> MoExtendCLI:
     done = cli.run(["fit", "--config", str(path), "--trainer.default_root_dir", str(run), *SMALL])
     assert isinstance(done, MoExtendCLI)
@@ -58,10 +95,16 @@ def test_discovery_finds_the_stages_of_the_quickstart() -> None:
     assert {"0_vision", "0_language", "1_align", "2_probe", "3_extend", "full_finetune"} <= names
 
 
+def test_discovery_finds_the_stages_of_the_full_size_recipes() -> None:
+    assert {"mixtral_8x7b", "qwen3_30b_a3b", "olmoe_1b_7b"} <= {folder.name for folder in FULL_SIZE}
+    for folder in FULL_SIZE:
+        assert {"1_align", "2_probe", "3_extend"} <= {path.stem for path in RUNNABLE if path.parent == folder}
+
+
 @pytest.mark.parametrize("path", STAGES, ids=name_of)
-def test_config_builds_everything_it_names(path: Path, quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_builds_everything_it_names(path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda self, *args, **kwargs: None)
-    built = fit(path, quickstart / "other")
+    built = fit(path, workplace / "other")
     assert isinstance(built.model, StageModule)
     assert isinstance(built.datamodule, ImageTextShards)
     text = yaml.safe_load(path.read_text())
@@ -70,10 +113,15 @@ def test_config_builds_everything_it_names(path: Path, quickstart: Path, monkeyp
     assert built.model.sample_spec().image_token_id > 0
 
 
-@pytest.mark.parametrize("path", RUNNABLE, ids=name_of)
-def test_config_takes_its_steps_and_writes_its_outputs(path: Path, quickstart: Path) -> None:
-    done = fit(path, quickstart / "other")
+def slow_if_full_size(path: Path) -> object:
+    """Hundreds of tokens an image take seconds a stage."""
+    return pytest.param(path, id=name_of(path), marks=[pytest.mark.slow] if path.parent in FULL_SIZE else [])
+
+
+@pytest.mark.parametrize("path", [slow_if_full_size(path) for path in RUNNABLE])
+def test_config_takes_its_steps_and_writes_its_outputs(path: Path, workplace: Path) -> None:
+    done = fit(path, workplace / "other")
     assert done.trainer.global_step == 2
     receipt = [c for c in done.trainer.callbacks if type(c).__name__ == "StageReceipt"]
     assert len(receipt) == 1
-    assert all((quickstart / "other" / name).exists() for name in ["stage.json", *receipt[0].outputs])
+    assert all((workplace / "other" / name).exists() for name in ["stage.json", *receipt[0].outputs])

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth, UserError
 from moextend_pl.moe.blocks import MoEBlock, find_blocks
-from moextend_pl.moe.families import read_facts
+from moextend_pl.moe.families import read_facts, sort_output
 from moextend_pl.moe.growth import grow, new_parameters, strip
 from moextend_pl.moe.reach import Reach
 
 # Why a family, or some of its layers, cannot be extended. Every other family must pass everything below.
 REFUSED = {
-    "gemma4": "not a product of hidden state",
-    "inkling": "not one row for each",
-    "zaya": "not one row for each",
+    "gemma4": "its logits are not a product of hidden state and one weight matrix",
+    "inkling": "router has not one row for each",
+    "zaya": "router has not one row for each",
 }
 PARTLY = {"deepseek_v4": "depends on more than the token's hidden state"}
 NAMED = [
@@ -112,7 +112,9 @@ def chosen(model: Any, input_ids: Tensor) -> dict[int, Tensor]:
     """Returns the experts that each layer's router selects."""
     found: dict[int, Tensor] = {}
     handles = [
-        block.router.register_forward_hook(lambda _m, _i, out, layer=block.layer: found.update({layer: out[2]}))
+        block.router.register_forward_hook(
+            lambda _m, _i, out, layer=block.layer: found.update({layer: sort_output(out).indices})
+        )
         for block in find_blocks(model)
     ]
     logits(model, input_ids)
@@ -319,7 +321,7 @@ def test_layer_that_cannot_be_extended_is_refused_with_the_reason(family: str) -
 def table_row(family: str) -> str:
     """Returns one line of the README's table, measured."""
     if family in REFUSED:
-        return f"| {family} | refused: {REFUSED[family]} | | | |"
+        return f"| {family} | refused: {REFUSED[family]} |  |  |  |"
     model = tiny_model(family)
     block = extendable(model)[0]
     facts = read_facts(block.router, block.num_experts)

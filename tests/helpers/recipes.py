@@ -8,7 +8,7 @@ from pathlib import Path
 from helpers.tiny_world import TinyWorld
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from moextend_pl.checkpoint import save_delta
+from moextend_pl.checkpoint import save_delta, write_json
 from moextend_pl.contracts import TrainPlan
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
@@ -44,6 +44,7 @@ def lay_out_cumo(world: TinyWorld, root: Path, with_runs: bool = True) -> None:
     # A grid of 2 x 2, so that nine tiles of 336 pixels cost nothing.
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=336, patch_size=168)).save_pretrained(root / CLIP)
+    write_json(root / CLIP / "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
     quickstart = root / "runs" / "quickstart" / "cumo"
     shutil.copytree(world.vit, quickstart / "0_vision" / "encoder")
     shutil.copytree(world.dense, quickstart / "0_language" / "base")

@@ -10,10 +10,22 @@ import torch
 from helpers.tiny_world import SIDE, TinyWorld, make_plan
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
+from moextend_pl.checkpoint import save_delta
 from moextend_pl.contracts import Batch, UserError
 from moextend_pl.encoder import VisionEncoder
+from moextend_pl.module import MoExtend
+from moextend_pl.tower import PREPROCESSOR_FILE
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 PIXELS = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
@@ -88,6 +100,63 @@ def test_features_are_the_chosen_hidden_state_without_class_token(save: Callable
     torch.testing.assert_close(encoder.eval()(PIXELS), expected)
 
 
+WITH_TEXT = {
+    "clip": (CLIPModel, CLIPConfig, {"projection_dim": 8}),
+    "siglip": (SiglipModel, SiglipConfig, {}),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_TEXT)
+@torch.no_grad()
+def test_of_a_model_of_images_and_texts_the_image_side_is_taken(kind: str, tmp_path: Path) -> None:
+    build, config, more = WITH_TEXT[kind]
+    text = {**SIZES, "vocab_size": 9, "max_position_embeddings": 8}
+    vision = {**SIZES, "image_size": SIDE, "patch_size": 8}
+    whole = build(config(text_config=text, vision_config=vision, **more)).eval()
+    whole.save_pretrained(tmp_path)
+    encoder = VisionEncoder(name=str(tmp_path), layer=-2, image_size=SIDE)
+    encoder.configure_model()
+    expected = whole.vision_model(PIXELS, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(encoder.eval()(PIXELS), expected[:, -16:])
+    assert encoder.channels == SIZES["hidden_size"]
+    # All but the last block, behind the hidden state that is read.
+    read = set(model.vision_model.parameters()) - set(model.vision_model.encoder.layers[-1].parameters())
+    assert len(list(encoder.parameters())) == len(read)
+
+
+def test_pixels_are_normalised_as_the_transformers_tower_learned(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    save_clip(tmp_path)
+    model = tiny_world.unbuilt()
+    model.encoder = VisionEncoder(name=str(tmp_path), image_size=SIDE)
+    with pytest.raises(UserError, match=r"Expected `image_mean` and `image_std` in .*preprocessor_config\.json"):
+        model.sample_spec()
+    (tmp_path / PREPROCESSOR_FILE).write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
+    spec = model.sample_spec()
+    assert (spec.image_mean, spec.image_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_run_with_a_transformers_tower_is_loaded_again_from_its_delta(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    save_siglip(tmp_path / "weights")
+    model = tiny_world.unbuilt()
+    model.encoder = VisionEncoder(name=str(tmp_path / "weights"), layer=1, image_size=SIDE)
+    model.configure_model()
+    manifest = save_delta(model, tmp_path / "run")
+    assert manifest.model["encoder"]["name"] == "../weights"
+    loaded = MoExtend.load(tmp_path / "run")
+    with torch.no_grad():
+        assert torch.equal(loaded.encoder(PIXELS), model.eval().encoder(PIXELS))
+
+
+def test_on_the_meta_device_a_tower_is_built_from_its_config_alone(tmp_path: Path) -> None:
+    save_clip(tmp_path / "whole")
+    (tmp_path / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
+    encoder = VisionEncoder(name=str(tmp_path), image_size=SIDE)
+    with torch.device("meta"):
+        encoder.configure_model()
+    assert {parameter.device.type for parameter in encoder.parameters()} == {"meta"}
+    assert encoder.channels == SIZES["hidden_size"]
+
+
 @torch.no_grad()
 def test_pooling_averages_squares_of_the_grid() -> None:
     plain, pooled = VisionEncoder(**timm_options()), VisionEncoder(**timm_options(pool=2))
@@ -118,6 +187,8 @@ def test_tower_without_name_or_tokenizer_or_files_is_refused(tmp_path: Path) -> 
         VisionEncoder(**timm_options()).sample_spec()
     with pytest.raises(UserError, match=r"Expected a vision encoder.*found none"):
         VisionEncoder(path=str(tmp_path))
+    with pytest.raises(UserError, match=r"Expected a transformers vision model in .*found no config\.json"):
+        VisionEncoder(name=str(tmp_path))
 
 
 def contrast_batch(captions: list[list[int]], tiny_world: TinyWorld) -> Batch:

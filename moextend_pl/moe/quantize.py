@@ -1,0 +1,215 @@
+"""Loads a base with its Linear layers and experts in 4 bits, one weight at a time.
+
+transformers reads the files, merges and converts their tensors as it does for any model, and
+hands each weight of the skeleton (which has no memory) to `NF4Quantizer`, which packs it before the
+next is read. So no more than one weight, an expert stack of one layer at most, is ever held in full.
+
+Not packed: routers and gates, norms, embeddings, the output head, biases, and whatever learns.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moextend_pl.contracts import UserError
+from moextend_pl.moe.blocks import EXPERTS, find_blocks
+from moextend_pl.moe.nf4 import BLOCK, QUANT_TYPE, NF4Weight, pack
+
+KINDS = (QUANT_TYPE,)
+_METHOD = "moextend_nf4"
+
+
+def check_base(base: str | None, quantize: str | None) -> None:
+    """Refuses a base that is not there or cannot be quantised as asked, before anything is read.
+
+    Args:
+        base: Folder of the base; None for a new model.
+        quantize: `nf4`, or None for a base as it is.
+
+    Raises:
+        UserError: If the folder holds no model, the kind is unknown, bitsandbytes is not installed, or there is no
+            base to quantise.
+    """
+    if base is not None and not (Path(base) / "config.json").is_file():
+        raise UserError(f"Expected a transformers model in {base}, found no config.json. Run the stage that makes it.")
+    if quantize is None:
+        return
+    if base is None:
+        raise UserError("`quantize` is for a frozen `base`, got a new model from `config`. Remove `quantize`.")
+    if quantize not in KINDS:
+        raise UserError(f"Expected `quantize` null or one of {list(KINDS)}, got {quantize!r}.")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"`quantize: {quantize}` needs the package bitsandbytes, which is not installed: "
+            'pip install "moextend_pl[quantize]", or remove `quantize`.'
+        )
+
+
+def packable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Lists the weights that are to be packed: of all experts, and of the Linear layers that carry no decision.
+
+    Args:
+        model: A mixture-of-experts model whose weights are not packed; may have no memory.
+
+    Returns:
+        Parameters by name.
+
+    Raises:
+        UserError: If one does not divide into blocks, or there are no experts.
+    """
+    blocks = find_blocks(model)
+    kept = [*HfQuantizer.get_modules_to_not_convert(model), *(f"{b.path}.{b.router_name}" for b in blocks)]
+    found = {
+        f"{block.path}.{EXPERTS}.{name}": parameter
+        for block in blocks
+        for name, parameter in block.experts.named_parameters()
+        if parameter.dim() == 3 and parameter.is_floating_point()
+    }
+    for path, module in model.named_modules():
+        # One output is a gate, such as that of Qwen2-MoE's shared expert; it decides as a router does.
+        is_plain = type(module) is nn.Linear and module.out_features > 1 and isinstance(module.weight, nn.Parameter)
+        if is_plain and not any(path == name or path.startswith(f"{name}.") for name in kept):
+            found[f"{path}.weight"] = module.weight
+    for name, parameter in found.items():
+        rows, columns = parameter.shape[-2:]
+        if rows * columns % BLOCK:
+            raise UserError(
+                f"Expected matrices of a multiple of {BLOCK} weights for `quantize`, got {name} of shape "
+                f"{tuple(parameter.shape)}. Load this base without `quantize`."
+            )
+    return found
+
+
+def replace_weight(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Puts a packed weight in the place of a parameter.
+
+    Args:
+        model: Holds the parameter.
+        name: Dotted name of the parameter.
+        weight: Its values.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    stand_in = NF4Weight(*pack(weight), weight.shape, weight.dtype).to(weight.device)
+    # Read by the initialisation functions of transformers: nothing here is left to be drawn at random.
+    setattr(stand_in, "_is_hf_initialized", True)  # noqa: B010
+    delattr(module, leaf)
+    module.add_module(leaf, stand_in)
+
+
+class NF4Config(QuantizationConfigMixin):
+    """Names `NF4Quantizer` to transformers."""
+
+    def __init__(self) -> None:
+        self.quant_method: Any = _METHOD
+
+
+class _Pack(ConversionOps):
+    """The last step of reading a weight: it goes into the model packed."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Packs the weights that are listed and returns the others.
+
+        Args:
+            input_dict: Tensors, merged and converted, by the name they have in the model.
+            source_patterns: Not used.
+            target_patterns: Not used.
+            kwargs: Has `model`, and `missing_keys`, the names that are still to be read.
+        """
+        rest = {}
+        for name, value in input_dict.items():
+            if name in self.names:
+                replace_weight(kwargs["model"], name, value[0] if isinstance(value, list) else value)
+                kwargs["missing_keys"].discard(name)
+            else:
+                rest[name] = value
+        return rest
+
+
+@register_quantizer(_METHOD)
+class NF4Quantizer(HfQuantizer):
+    """Packs the weights listed by `packable` while transformers reads them."""
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._names: set[str] = set()
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
+        self._names = set(packable(model))
+        return model
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_kwargs: Any) -> bool:
+        """Returns whether a parameter is to be packed."""
+        return param_name in self._names
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Returns the operation that packs."""
+        return _Pack(self._names)
+
+    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
+        """Returns False: a run saves what is new, and the base is its own files."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether what is added to the model can be trained."""
+        return True
+
+
+def load_base(base: str, quantize: str | None = None) -> PreTrainedModel:
+    """Loads a language model, as it is or with packed experts and Linear layers.
+
+    Args:
+        base: Folder of a transformers model.
+        quantize: `nf4` packs; None does not.
+
+    Returns:
+        The model; what is not packed is fp32.
+
+    Raises:
+        UserError: If the files to be packed are quantised already, or a weight does not pack.
+    """
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    if quantize is None:
+        return AutoModelForCausalLM.from_pretrained(base, **options)
+    if getattr(AutoConfig.from_pretrained(base, local_files_only=True), "quantization_config", None) is not None:
+        raise UserError(
+            f"{base} is quantised already (its config.json has `quantization_config`); expected 16- or 32-bit weights "
+            "for `quantize`. Name an unquantised base."
+        )
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4Config(), **options)
+    check_packed(model)
+    return model
+
+
+def check_packed(model: PreTrainedModel) -> None:
+    """Asserts that every expert stack and every Linear layer that should be packed is.
+
+    Args:
+        model: As loaded.
+
+    Raises:
+        UserError: If a weight was left as it was.
+    """
+    left = packable(model)
+    if left:
+        done = sum(isinstance(module, NF4Weight) for module in model.modules())
+        raise UserError(
+            f"`quantize` was asked for, but {len(left)} of {len(left) + done} weights are not in 4 bits, for example "
+            f"{next(iter(left))}. The files of the base lack them, or this family cannot be quantised: load it without "
+            "`quantize`."
+        )

@@ -1,0 +1,1 @@
+"""`python -m moextend_pl plan`: what a stage will need and cost, without its weights."""

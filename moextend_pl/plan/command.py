@@ -1,0 +1,121 @@
+"""`python -m moextend_pl plan`: memory, hours and cost of a stage, before anything is downloaded or rented."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moextend_pl.contracts import UserError
+
+if TYPE_CHECKING:
+    from moextend_pl.plan.report import Report
+
+SCHEMA = 1
+# Public trainings of mixture-of-experts models report 24 to 28 % of the peak (MoE-LLaVA, NeMo AutoModel).
+DEFAULT_MFU = 0.3
+DESCRIPTION = """\
+Prints what a stage needs and costs. Takes --config and the other options of `fit`, reads no weights and no data:
+what is not there yet is replaced by model/config.json, tower/config.json and extension_plan.yaml beside the stage file.
+"""
+POSITIVE = ("gpu_tflops", "gpu_memory", "gpus", "price", "mfu", "tokens_per_second", "length", "mean_length")
+
+
+def options_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command's own options; all others are those of `fit`."""
+    name = "python -m moextend_pl plan"
+    parser = argparse.ArgumentParser(prog=name, description=DESCRIPTION, allow_abbrev=False, exit_on_error=False)
+    add = parser.add_argument
+    add("--gpu", help="h200, h100, a100-80g, a800-80g, rtx4090, ...; another one with the next two options")
+    add("--gpu-tflops", type=float, help="dense 16-bit speed of the card, 10^12 operations a second")
+    add("--gpu-memory", type=float, help="memory of the card, 10^9 bytes")
+    add("--gpus", type=int, help="number of GPUs; the global batch stays (default: as the config says)")
+    add("--price", type=float, help="US dollars for one GPU and hour")
+    add("--mfu", type=float, default=DEFAULT_MFU, help="share of the speed that is reached (default %(default)s)")
+    add("--tokens-per-second", type=float, help="measured on one GPU; replaces --mfu")
+    add("--length", type=int, help="tokens of a padded sequence (default: `data.max_length`)")
+    add("--mean-length", type=float, help="tokens of a mean sequence, for operations and time (default: --length)")
+    add("--json", type=Path, help="also write all numbers to this file")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the plan of a stage.
+
+    Args:
+        argv: What follows `plan` on the command line.
+
+    Returns:
+        Exit code 0, also for a stage that does not fit.
+
+    Raises:
+        UserError: For mistakes in the config or the options.
+    """
+    try:
+        options, rest = options_parser().parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}.") from error
+    for name in POSITIVE:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise UserError(f"Expected `--{name.replace('_', '-')}` > 0, got {value:g}.")
+    report = make_report(options, rest)
+    sys.stdout.write(report.text() + "\n")
+    if options.json:
+        # Imported here as all else that takes seconds: torch comes with it.
+        from moextend_pl.checkpoint import write_json
+
+        write_json(options.json, {"schema": SCHEMA, **asdict(report)})
+    return 0
+
+
+def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Report:
+    """Builds the stage on the meta device and does the arithmetic.
+
+    Args:
+        options: As parsed by `options_parser`.
+        stage_options: Options of `fit`.
+
+    Raises:
+        UserError: For mistakes in the config or the options.
+    """
+    from moextend_pl.module import ENCODE_TOGETHER
+    from moextend_pl.plan import advice, cost
+    from moextend_pl.plan.gpus import choose_gpu
+    from moextend_pl.plan.report import Report
+    from moextend_pl.plan.run_shape import Wishes, measured_time, run_shape, run_time
+    from moextend_pl.plan.shapes import read_shape
+    from moextend_pl.plan.stage_model import read_stage
+
+    gpu = choose_gpu(options.gpu, options.gpu_tflops, options.gpu_memory)
+    stage = read_stage(stage_options)
+    shape = read_shape(stage.module, stage.compute_dtype.itemsize)
+    run = run_shape(
+        stage.config,
+        Wishes(options.gpus, options.length, options.mean_length),
+        shape,
+        encoded_together=ENCODE_TOGETHER,
+        compute_bytes=stage.compute_dtype.itemsize,
+        cast_copies=stage.is_mixed,
+        nf4=getattr(getattr(stage.module, "language", stage.module), "quantize", None) == "nf4",
+    )
+    time = None
+    if options.tokens_per_second:
+        time = measured_time(run, options.tokens_per_second, options.price)
+    elif gpu is not None:
+        time = run_time(shape, run, options.mfu * gpu.flops, options.price)
+    return Report(
+        stage=f"{stage.precision}, {run.gpus} x {gpu.name if gpu else 'GPU'}",
+        notes=stage.notes,
+        shape=shape,
+        run=run,
+        memory=cost.memory(shape, run),
+        operations=cost.operations(shape, run),
+        checkpoint_bytes=cost.checkpoint_bytes(shape),
+        gpu=gpu,
+        time=time,
+        verdict=advice.verdict(shape, run, gpu) if gpu else "name a card with --gpu to see whether it fits",
+    )

@@ -1,0 +1,276 @@
+"""The arithmetic of memory, operations, hours and money of one stage; plain numbers in, plain numbers out.
+
+What is assumed: experts run as transformers' `grouped_mm`, attention as a fused kernel that keeps queries, keys,
+values and its output; tokens spread evenly over the experts of a layer; every sequence has the full padded
+length, one image, and learns all of its text. Nothing is kept below the first tensor that learns, and
+frozen matrices keep no inputs. The formulas count what torch saves for the backward pass, operation by operation,
+and are compared with real runs in `tests/unit/moextend_pl/plan/`.
+
+Symbols as in `plan.facts`; S padded length, T tokens of one rank's batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Norm, Stack
+
+FP32, INT64 = 4, 8
+# A fused backward pass of attention computes the scores once more: five products for the two of the forward pass.
+ATTENTION_BACKWARD = 2.5
+# Half a byte and a 32-bit scale for each 64 values, as bitsandbytes stores them without double quantisation.
+NF4_BYTES = 0.5 + FP32 / 64
+NO_GRAPH, EXPERTS_ONLY, WHOLE = range(3)
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What a run does in one step.
+
+    Attributes:
+        gpus: Ranks; each holds everything (DDP).
+        micro_batch: Sequences of one rank in one forward pass.
+        accumulate: Forward passes of one optimizer step.
+        steps: Optimizer steps.
+        length: S, tokens of a padded sequence.
+        mean_length: Tokens of a sequence that time is spent on, padding included.
+        images: Images of a sequence.
+        encoded_together: Images that a frozen tower encodes at a time, empty places included.
+        compute_bytes: Bytes of one value outside the experts.
+        cast_copies: Whether autocast keeps a 16-bit copy of each frozen matrix for the backward pass.
+        nf4: Whether frozen matrices of the decoder are stored in 4 bits.
+        new_share: Share of selections of an extended layer that go to new experts; None for an even spread.
+        learned: Learned tokens of a sequence; None for all of its text.
+    """
+
+    gpus: int
+    micro_batch: int
+    accumulate: int
+    steps: int
+    length: int
+    mean_length: float
+    images: float = 1.0
+    encoded_together: int = 1
+    compute_bytes: int = 2
+    cast_copies: bool = False
+    nf4: bool = False
+    new_share: float | None = None
+    learned: float | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU.
+
+    Attributes:
+        weights: All parameters and buffers.
+        gradients: Of what learns.
+        optimizer: Both moments of AdamW and its counters.
+        buckets: Second copy of the gradients that DDP sends; 0 on one GPU.
+        activations: What is kept for the backward pass.
+        temporaries: The largest that comes and goes: scores of the head with their gradients, or, in 4 bits, the
+            experts of one layer unpacked.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buckets: float
+    activations: float
+    temporaries: float
+
+    @property
+    def kept(self) -> float:
+        """What stays between steps."""
+        return self.weights + self.gradients + self.optimizer + self.buckets
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.kept + self.activations + self.temporaries
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of one micro-batch of one rank; a multiplication and an addition are two.
+
+    Attributes:
+        forward: Of the forward pass.
+        inputs: Of the backward pass towards inputs (dX).
+        weights: Of the backward pass towards weights that learn (dW).
+        tower: Of the vision tower, both passes.
+    """
+
+    forward: float
+    inputs: float
+    weights: float
+    tower: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.forward + self.inputs + self.weights + self.tower
+
+
+def graph_states(shape: ModelShape) -> list[int]:
+    """Returns for each decoder layer whether it keeps anything for the backward pass.
+
+    `WHOLE` where gradients flow through all of the layer, `EXPERTS_ONLY` in the first layer in which something
+    learns, if only router or experts do, `NO_GRAPH` below it.
+    """
+    projector = shape.projector is not None and shape.projector.learns
+    reached = shape.embeddings_learn or projector or (shape.tower is not None and shape.tower.learns)
+    states = []
+    for layer in shape.layers:
+        attention_learns = any(m.learns for m in layer.mixer) or any(norm.learns for norm in layer.norms)
+        if reached or attention_learns:
+            states.append(WHOLE)
+        else:
+            experts_learn = any(m.learns for m in layer.mlp) or any(stack.learns for stack in layer.stacks)
+            starts = layer.router_learns or experts_learn
+            states.append(EXPERTS_ONLY if starts else NO_GRAPH)
+        reached = reached or states[-1] != NO_GRAPH
+    return states
+
+
+def new_selections(layer: Layer, run: RunShape) -> float:
+    """Returns how many of a token's K selections go to new experts."""
+    if run.new_share is not None and any(stack.new for stack in layer.stacks):
+        return layer.top_k * run.new_share
+    return layer.top_k * sum(s.experts for s in layer.stacks if s.new) / max(layer.routed, 1)
+
+
+def saved_inputs(matrices: Iterable[Matrix]) -> int:
+    """Returns the values of a token that are kept because matrices that learn read them, each tensor once."""
+    return sum({m.reads: m.inputs for m in matrices if m.learns}.values())
+
+
+def saved_by_norms(norms: Iterable[Norm], size: int) -> float:
+    """Returns bytes of a token: the input in fp32, one factor, and the normalised value where the weight learns."""
+    return sum(FP32 * norm.width + FP32 + size * norm.width * norm.learns for norm in norms)
+
+
+def saved_by_stack(stack: Stack, layer: Layer, run: RunShape, state: int) -> float:
+    """Returns bytes of a token that a stack of experts keeps.
+
+    Old experts hold a row for each of the K selections, also for those that went to new ones; new experts hold
+    K rows for each token that selected one of them. A row is the gate and the value (2 I), the activated gate (I), the
+    output (D), three indices and a weight; where the weights learn, also the input (D) and the product (I).
+    """
+    rows = layer.top_k * min(1.0, new_selections(layer, run)) if stack.new else layer.top_k
+    indices = 3 * INT64 + FP32
+    learns = stack.learns
+    inner = 3 * stack.inner if state == WHOLE or learns else 0
+    output = stack.width if state == WHOLE or learns or layer.router_learns else 0
+    return rows * ((inner + output + learns * (stack.width + stack.inner)) * stack.bytes + indices)
+
+
+def saved_by_layer(layer: Layer, run: RunShape, state: int) -> float:
+    """Returns bytes that a layer keeps for one token, attention masks included."""
+    size = run.compute_bytes
+    if state == NO_GRAPH:
+        return 0.0
+    kept = sum(saved_by_stack(stack, layer, run, state) for stack in layer.stacks)
+    kept += saved_inputs(layer.mlp) * size
+    if layer.stacks:
+        # Probabilities for the choice and for the balance loss, the choice, its weights and their sum.
+        kept += 2 * FP32 * layer.routed + (INT64 + FP32) * layer.top_k + FP32
+    if any(stack.new for stack in layer.stacks):
+        # The same once more for all experts together, and the calibration before and after its GELU.
+        kept += 2 * FP32 * layer.routed + 2 * FP32 * layer.correction + (INT64 + FP32) * layer.top_k + 3 * FP32
+    if state == EXPERTS_ONLY:
+        return kept
+    kept += saved_by_norms(layer.norms, size) + saved_inputs(layer.mixer) * size + layer.inner * size
+    # Queries, keys, values and output (keys and values stand for all heads), log-sums, one row of the mask.
+    return kept + 2 * (layer.scores + layer.values) * size + FP32 * layer.heads + size * run.length
+
+
+def learned_tokens(shape: ModelShape, run: RunShape) -> float:
+    """Returns the tokens of a sequence that are learned; all of the text if not stated."""
+    return run.learned if run.learned is not None else max(run.length - run.images * shape.tokens_per_image, 0.0)
+
+
+def activation_bytes(shape: ModelShape, run: RunShape) -> float:
+    """Returns what one rank keeps for the backward pass of a micro-batch."""
+    states = graph_states(shape)
+    token = sum(saved_by_layer(layer, run, state) for layer, state in zip(shape.layers, states, strict=True))
+    if shape.final_norm is not None:
+        token += saved_by_norms([shape.final_norm], run.compute_bytes)
+    token += shape.embeddings_learn * INT64
+    sequence = token * run.length
+    if shape.head is not None:
+        vocabulary = shape.head.weights // max(shape.head.inputs, 1)
+        head = FP32 * vocabulary + shape.head.learns * shape.head.inputs * run.compute_bytes + INT64
+        sequence += head * learned_tokens(shape, run)
+    sequence += run.images * sum(n.saved for n in (shape.tower, shape.projector) if n is not None)
+    copies = run.compute_bytes * _matrix_weights(shape, states) if run.cast_copies else 0
+    return sequence * run.micro_batch + copies
+
+
+def _matrix_weights(shape: ModelShape, states: list[int]) -> int:
+    pairs = zip(shape.layers, states, strict=True)
+    return sum(m.weights for layer, state in pairs if state == WHOLE for m in layer.mixer)
+
+
+def memory(shape: ModelShape, run: RunShape) -> Memory:
+    """Returns the bytes of one rank."""
+    weights = float(sum(part.bytes for part in shape.parts) + shape.buffer_bytes)
+    if run.nf4:
+        weights += sum(part.quantisable * (NF4_BYTES - part.bytes / part.parameters) for part in shape.parts)
+    gradients = sum(part.learning_bytes for part in shape.parts)
+    vocabulary = shape.head.weights / max(shape.head.inputs, 1) if shape.head is not None else 0
+    unpacked = max((s.experts * s.weights for layer in shape.layers for s in layer.stacks), default=0)
+    scores = learned_tokens(shape, run) * run.micro_batch * vocabulary
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=2 * gradients + FP32 * sum(part.learning_tensors for part in shape.parts),
+        buckets=gradients if run.gpus > 1 else 0,
+        activations=activation_bytes(shape, run),
+        temporaries=max(scores * (2 * run.compute_bytes + FP32), run.nf4 * unpacked * run.compute_bytes),
+    )
+
+
+def checkpoint_bytes(shape: ModelShape) -> float:
+    """Returns the size of a checkpoint: what learns and both moments of it."""
+    return sum(3 * part.learning_bytes + FP32 * part.learning_tensors for part in shape.parts)
+
+
+def layer_operations(layer: Layer, run: RunShape, state: int) -> tuple[float, float, float]:
+    """Returns forward, dX and dW operations of a layer for a token; attention counts as if it were not causal."""
+    attention = 2 * run.mean_length * (layer.scores + layer.values)
+    forward = attention + 2 * sum(m.weights for m in (*layer.mixer, *layer.mlp))
+    inputs = ATTENTION_BACKWARD * attention + 2 * sum(m.weights for m in (*layer.mixer, *layer.mlp))
+    weights = 2.0 * sum(m.weights for m in (*layer.mixer, *layer.mlp) if m.learns)
+    partial = 0.0
+    new = new_selections(layer, run)
+    for stack in layer.stacks:
+        rows = new / max(sum(s.new for s in layer.stacks), 1) if stack.new else layer.top_k - new
+        forward += 2 * rows * stack.weights
+        inputs += 2 * rows * stack.weights
+        weights += 2 * rows * stack.weights * stack.learns
+        # Where the input needs no gradient, experts that learn still hand it through their last matrix.
+        partial += 2 * rows * stack.width * stack.inner * stack.learns
+    return forward, {NO_GRAPH: 0.0, EXPERTS_ONLY: partial, WHOLE: inputs}[state], weights
+
+
+def operations(shape: ModelShape, run: RunShape) -> Operations:
+    """Returns the operations of one micro-batch of one rank, of its mean length."""
+    states = graph_states(shape)
+    layers = [layer_operations(layer, run, state) for layer, state in zip(shape.layers, states, strict=True)]
+    forward, inputs, weights = (sum(values) * run.mean_length for values in zip(*layers)) if layers else (0.0, 0.0, 0.0)
+    if shape.head is not None:
+        head = 2 * shape.head.weights * learned_tokens(shape, run) * run.mean_length / run.length
+        forward, inputs, weights = forward + head, inputs + head, weights + head * shape.head.learns
+    forward, inputs, weights = (value * run.micro_batch for value in (forward, inputs, weights))
+    images = run.images * run.micro_batch
+    tower = 0.0
+    if shape.tower is not None:
+        together = 1 if shape.tower.learns else run.encoded_together
+        tower = (math.ceil(images / together) * together) * (shape.tower.forward + shape.tower.backward)
+    if shape.projector is not None:
+        forward += images * shape.projector.forward
+        weights += images * shape.projector.backward
+    return Operations(forward, inputs, weights, tower)

@@ -1,0 +1,248 @@
+"""Reads off a built model what the arithmetic of costs needs: sizes, widths, and what learns.
+
+Works on models of the meta device, which have shapes and no values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+
+from moextend_pl.contracts import UserError
+from moextend_pl.encoder import VisionEncoder
+from moextend_pl.language import MoELanguageModel
+from moextend_pl.module import MoExtend
+from moextend_pl.moe.blocks import MoEBlock, find_blocks
+from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Network, Norm, Part, Stack
+from moextend_pl.stage import StageModule
+
+TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+def read_shape(module: StageModule, compute_bytes: int) -> ModelShape:
+    """Reads the shape of a model.
+
+    Args:
+        module: Built, grown and frozen as a run would, on the meta device or any other.
+        compute_bytes: Bytes of one value outside the experts.
+
+    Returns:
+        The shape.
+    """
+    language = getattr(module, "language", module if isinstance(module, MoELanguageModel) else None)
+    encoder = getattr(module, "encoder", module if isinstance(module, VisionEncoder) else None)
+    layers = _layers(language, compute_bytes) if language is not None else ()
+    model: Any = getattr(language, "model", None)
+    tower, features = _tower(encoder) if encoder is not None else (None, None)
+    whole = module if isinstance(module, MoExtend) else None
+    base = whole.base_names() if whole is not None else set()
+    delta = [p for name, p in module.named_parameters() if name not in base or p.requires_grad]
+    return ModelShape(
+        parts=_parts(module, model),
+        buffer_bytes=sum(_bytes(buffer) for buffer in module.buffers()),
+        layers=layers,
+        final_norm=_final_norm(model) if model is not None else None,
+        head=_matrix(model.get_output_embeddings(), "head") if model is not None else None,
+        embeddings_learn=model is not None and _learns(model.get_input_embeddings()),
+        tower=tower,
+        projector=_projector(whole, features) if whole is not None and features is not None else None,
+        tokens_per_image=_tokens_per_image(module),
+        delta_bytes=sum(map(_bytes, delta)),
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
+    matrices = {id(p) for p in _quantisable(model)} if model is not None else set()
+    parts = []
+    for name, parameters in module.parts().items():
+        learning = [p for p in parameters if p.requires_grad]
+        part = Part(
+            name=name,
+            parameters=sum(p.numel() for p in parameters),
+            learning=sum(p.numel() for p in learning),
+            bytes=sum(map(_bytes, parameters)),
+            learning_bytes=sum(map(_bytes, learning)),
+            learning_tensors=len(learning),
+            dtype=",".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+            quantisable=sum(p.numel() for p in parameters if id(p) in matrices and not p.requires_grad),
+        )
+        parts += [part] if parameters else []
+    return tuple(parts)
+
+
+def _quantisable(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yields linear layers and stacks of experts inside the decoder layers; embeddings, head and routers stay whole."""
+    for layer in _decoder(model):
+        for module in layer.modules():
+            # A single output is a gate, which `quantize` leaves whole as it does routers.
+            if isinstance(module, nn.Linear) and module.out_features > 1:
+                yield module.weight
+            yield from (p for p in module.parameters(recurse=False) if p.dim() == 3)
+
+
+def _decoder(model: nn.Module) -> list[nn.Module]:
+    """Returns the decoder layers, those without experts included."""
+    names = find_blocks(model)[0].path.split(".")
+    place = max(n for n, name in enumerate(names) if name.isdigit())
+    return list(model.get_submodule(".".join(names[:place])).children())
+
+
+def _matrix(linear: nn.Module, reads: str, inputs: int | None = None) -> Matrix:
+    weight: Any = linear.weight
+    return Matrix(weight.numel(), weight.shape[-1] if inputs is None else inputs, reads, weight.requires_grad)
+
+
+def _final_norm(model: nn.Module) -> Norm | None:
+    inside = {id(module) for layer in _decoder(model) for module in layer.modules()}
+    outside = [m for m in model.modules() if type(m).__name__.endswith("Norm") and id(m) not in inside]
+    weight: Any = outside[-1].weight if outside else None
+    return None if weight is None else Norm(weight.numel(), weight.requires_grad)
+
+
+def _layers(language: MoELanguageModel, compute_bytes: int) -> tuple[Layer, ...]:
+    model = language.model
+    blocks = {block.layer: block for block in find_blocks(model)}
+    config = model.config.get_text_config()
+    layers = _decoder(model)
+    return tuple(_layer(layer, blocks.get(n), config, compute_bytes) for n, layer in enumerate(layers))
+
+
+def _layer(layer: nn.Module, block: MoEBlock | None, config: Any, compute_bytes: int) -> Layer:
+    inside = {id(module) for module in block.module.modules()} if block is not None else set()
+    linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    mixer = tuple(_mixer_matrix(name, m) for name, m in linears.items() if id(m) not in inside)
+    shared = {name: m for name, m in linears.items() if id(m) in inside}
+    mlps = [m for name, m in linears.items() if id(m) in inside or "attn" not in name]
+    heads = int(config.num_attention_heads)
+    head = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    common: dict[str, Any] = {
+        "mixer": mixer,
+        "inner": sum(m.in_features if m.out_features == config.hidden_size else m.out_features for m in mlps),
+        "norms": tuple(_norms(layer, heads * head, int(config.num_key_value_heads) * head)),
+        "scores": heads * int(getattr(config, "qk_head_dim", None) or head),
+        "values": heads * int(getattr(config, "v_head_dim", None) or head),
+        "heads": heads,
+    }
+    if block is None:
+        return Layer(mlp=(), **common)
+    calibrations = [p for m in block.router.modules() for p in m.parameters(recurse=False) if p.dim() == 2]
+    routed, width = block.num_experts, int(config.hidden_size)
+    rows = [p for p in calibrations if p.shape[-1] == width]
+    return Layer(
+        mlp=(
+            *(_matrix(m, name if m.out_features == width else "mlp") for name, m in shared.items()),
+            *_router_matrices(rows),
+        ),
+        stacks=tuple(_stacks(block.experts, width, compute_bytes)),
+        top_k=_top_k(config),
+        routed=routed,
+        correction=sum(len(p) for p in calibrations if p.shape[-1] == routed),
+        router_learns=_learns(block.router),
+        **common,
+    )
+
+
+def _top_k(config: Any) -> int:
+    for name in TOP_K_NAMES:
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    raise UserError(f"Expected one of {list(TOP_K_NAMES)} in the model's config, got none: its costs are not known.")
+
+
+def _mixer_matrix(name: str, linear: nn.Linear) -> Matrix:
+    # The output of attention is saved by attention itself; what other matrices read, only if they learn.
+    block, _, own = name.rpartition(".")
+    return _matrix(linear, name if own.startswith("down") else block, 0 if own.startswith("o") else None)
+
+
+def _router_matrices(rows: list[nn.Parameter]) -> Iterator[Matrix]:
+    """Yields the products of a router: that of the base, and one over old and new rows for each extension."""
+    seen = 0
+    for weight in sorted(rows, key=len, reverse=True):
+        seen += weight.numel()
+        yield Matrix(seen, weight.shape[-1], "mlp", weight.requires_grad)
+
+
+def _norms(layer: nn.Module, queries: int, keys: int) -> Iterator[Norm]:
+    for name, module in layer.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if type(module).__name__.endswith("Norm") and weight is not None:
+            width = queries if "q_norm" in name else keys if "k_norm" in name else weight.numel()
+            yield Norm(width, weight.requires_grad)
+
+
+def _stacks(experts: nn.Module, width: int, compute_bytes: int) -> Iterator[Stack]:
+    """Yields the stacks of a block, the base's first; what an extension added lies under the name `new`."""
+    for name, module in experts.named_modules():
+        stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        if stacked:
+            count = len(stacked[0])
+            weights = sum(p[0].numel() for p in stacked)
+            inner = min(p[0].numel() for p in stacked) // width
+            size = max(p.element_size() for p in stacked)
+            is_new = name.split(".")[-1] == "new"
+            yield Stack(count, weights, width, inner, max(size, compute_bytes), is_new, _learns_any(stacked))
+
+
+def _learns_any(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(parameter.requires_grad for parameter in parameters)
+
+
+def _tokens_per_image(module: StageModule) -> int:
+    if isinstance(module, MoExtend):
+        return module.projector.tokens_per_image(module.encoder.tokens_per_image)
+    return 0
+
+
+def _tower(encoder: VisionEncoder) -> tuple[Network, torch.Tensor]:
+    """Sends one image through a tower and returns what it costs and its features."""
+    side, parameter = int(encoder.config["image_size"]), next(encoder.tower.parameters())
+    learns = _learns(encoder.tower)
+    pixels = torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device)
+    mode = encoder.training
+    with torch.set_grad_enabled(learns):
+        network, features = _measure(encoder.eval(), pixels)
+    encoder.train(mode)
+    return network, features
+
+
+def _projector(module: MoExtend, features: torch.Tensor) -> Network:
+    """Sends the features of one image through the projector."""
+    parameter = next(module.projector.parameters())
+    inputs = features.detach().to(parameter.dtype).requires_grad_(features.requires_grad)
+    return _measure(module.projector, inputs)[0]
+
+
+def _measure(network: nn.Module, inputs: torch.Tensor) -> tuple[Network, torch.Tensor]:
+    """Counts operations and saved bytes of a network without routing, exactly, on any device."""
+    own = {StorageWeakRef(t.untyped_storage()) for t in (*network.parameters(), *network.buffers())}
+    saved: dict[StorageWeakRef, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        if storage not in own:
+            saved[storage] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = network(inputs)
+    backward = 0
+    if output.requires_grad:
+        with FlopCounterMode(display=False) as counter:
+            wanted = [t for t in (*network.parameters(), inputs) if t.requires_grad]
+            torch.autograd.grad(output.sum(), wanted, allow_unused=True)
+        backward = counter.get_total_flops()
+    return Network(forward.get_total_flops(), backward, sum(saved.values()), _learns(network)), output

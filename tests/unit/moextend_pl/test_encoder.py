@@ -120,7 +120,7 @@ def test_of_a_model_of_images_and_texts_the_image_side_is_taken(kind: str, tmp_p
     torch.testing.assert_close(encoder.eval()(PIXELS), expected[:, -16:])
     assert encoder.channels == SIZES["hidden_size"]
     # All but the last block, behind the hidden state that is read.
-    read = set(model.vision_model.parameters()) - set(model.vision_model.encoder.layers[-1].parameters())
+    read = set(whole.vision_model.parameters()) - set(whole.vision_model.encoder.layers[-1].parameters())
     assert len(list(encoder.parameters())) == len(read)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,31 +20,50 @@ Counts = dict[str, dict[int, Tensor]]
 
 
 @torch.no_grad()
-def measure_usage(trainer: Trainer, module: MoExtend) -> Counts:
-    """Counts the selections of every expert over the validation set of the run.
+def measure_parts(trainer: Trainer, module: MoExtend) -> dict[str, Counts]:
+    """Counts the selections of every expert of every part over the validation set of the run.
 
     Args:
         trainer: Its datamodule brings the validation set; each rank takes its share of it.
         module: The model, as it is now.
 
     Returns:
-        Counts (E,) on the CPU by token kind (`image`, `text`, `all`) and layer, summed over ranks.
+        By part (`language`, and `encoder` and `projector` where they have experts) counts (E,) on the CPU
+        by token kind (`image`, `text`, `all`) and layer, summed over ranks.
     """
-    usage = ExpertUsage(module.language.num_experts).to(module.device)
+    parts: dict[str, Any] = {"language": module.language, "encoder": module.encoder, "projector": module.projector}
+    experts = {name: part.num_experts for name, part in parts.items() if part.num_experts}
+    usage = {name: ExpertUsage(layers).to(module.device) for name, layers in experts.items()}
     # One by one: a frozen tower stays in evaluation mode while the rest of the model learns.
     modes = {part: part.training for part in module.modules()}
     module.eval()
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     for batch in data.val_dataloader():
         batch = module.transfer_batch_to_device(batch, module.device, 0)
-        with module.language.recording() as records:
+        with ExitStack() as stack:
+            records = {name: stack.enter_context(parts[name].watch.recording()) for name in experts}
             module.language(batch, module.embed(batch), batch["labels"] >= 0)
         is_image_T = (batch["input_ids"] == module.language.image_token_id).reshape(-1)
-        usage.update(records, is_image_T, batch["attention_mask"].reshape(-1).bool())
+        is_real_T = batch["attention_mask"].reshape(-1).bool()
+        for name, found in records.items():
+            if name == "language":
+                usage[name].update(found, is_image_T, is_real_T)
+                continue
+            for record in found:  # scales of a tower differ in their number of tokens, which are all of images
+                every_T = torch.ones(len(record.indices), dtype=torch.bool, device=module.device)
+                usage[name].update([record], every_T, every_T)
     for part, mode in modes.items():
         part.training = mode
-    counts = usage.compute()
+    return {name: _on_cpu(metric.compute()) for name, metric in usage.items()}
+
+
+def _on_cpu(counts: Counts) -> Counts:
     return {kind: {layer: c.cpu() for layer, c in layers.items()} for kind, layers in counts.items()}
+
+
+def measure_usage(trainer: Trainer, module: MoExtend) -> Counts:
+    """Counts the selections of every expert of the language model; see `measure_parts`."""
+    return measure_parts(trainer, module)["language"]
 
 
 def usage_lists(counts: Counts) -> dict[str, dict[str, list[int]]]:
@@ -52,13 +72,20 @@ def usage_lists(counts: Counts) -> dict[str, dict[str, list[int]]]:
 
 
 class UsageReport(Callback):
-    """Writes `usage.json` and `plots/usage.png` when training ends, new experts included."""
+    """Writes `usage.json` and `plots/usage*.png` when training ends, new and upcycled experts included.
+
+    `usage.json` has the counts of the language model under `end`, those of an upcycled tower and
+    projector under `encoder` and `projector`.
+    """
 
     def on_train_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Measures and writes."""
-        counts = measure_usage(trainer, pl_module)
+        parts = measure_parts(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         run = run_directory(trainer)
-        write_json(run / USAGE_FILE, {"end": usage_lists(counts)})
-        plot_usage({"after training": counts}, run / "plots" / "usage.png")
+        names = {"language": "end"}
+        write_json(run / USAGE_FILE, {names.get(name, name): usage_lists(counts) for name, counts in parts.items()})
+        for name, counts in parts.items():
+            file = "usage.png" if name == "language" else f"usage_{name}.png"
+            plot_usage({f"{name} after training": counts}, run / "plots" / file)

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 DELTA_FILE, MANIFEST_FILE = "delta.safetensors", "manifest.json"
 MANIFEST_SCHEMA = 2
 PACKAGES = ("torch", "lightning", "transformers", "timm", "safetensors")
-# Arguments of the model's parts that are folders; a manifest names them relative to its own.
-FOLDERS = (("encoder", "path"), ("encoder", "name"), ("language", "base"))
 # A wrapped router or experts module holds the base's own under this name, once for each extension.
 WRAPPED = re.compile(r"(\.base)+(?=\.)")
+# Arguments of the model's parts that are folders; a manifest names them relative to its own.
+FOLDERS = {"encoder": ("path", "name"), "language": ("base",)}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -147,13 +147,26 @@ class Manifest:
     versions: dict[str, str]
     run: Path = field(default=Path(), compare=False)
 
+    def save(self) -> None:
+        """Writes the manifest into its run directory."""
+        data = {"schema": MANIFEST_SCHEMA, **asdict(self), "plans": [plan.to_dict() for plan in self.plans]}
+        data.pop("run")
+        write_json(self.run / MANIFEST_FILE, data)
+
     def model_arguments(self) -> dict[str, dict[str, Any]]:
         """Returns the arguments of the three parts, with folders that can be opened from here."""
         arguments = {part: dict(values) for part, values in self.model.items()}
-        for part, name in FOLDERS:
-            if name in arguments[part]:
-                arguments[part][name] = os.path.normpath(self.run / arguments[part][name])
+        for part in FOLDERS:
+            if part not in arguments:
+                raise UserError(
+                    f"{self.run} holds no {part}; it can be the start of a stage, but not a model by itself."
+                )
+            arguments[part][_folder_name(arguments[part], part)] = str(self.folder(part))
         return arguments
+
+    def folder(self, part: str) -> Path:
+        """Returns the folder of `encoder` or `language`, as it can be opened from here."""
+        return Path(os.path.normpath(self.run / self.model[part][_folder_name(self.model[part], part)]))
 
     def check_base(self, model: MoExtend) -> None:
         """Refuses a base whose tensors are not those that the run was trained on.
@@ -173,6 +186,15 @@ class Manifest:
                     f"{self.run}: the base has changed since this run was trained: {name} has SHA-256 {got[:12]}, "
                     f"the manifest says {expected[:12]}. Restore the base, or train the stage again."
                 )
+
+
+def _folder_name(arguments: Mapping[str, Any], part: str) -> str:
+    return next(name for name in FOLDERS[part] if arguments.get(name))
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that matter."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def _manifest_path(run: Path) -> Path:
@@ -221,21 +243,19 @@ def save_delta(module: MoExtend, run: Path) -> Manifest:
     delta = {n: p.detach().cpu().contiguous() for n, p in parameters.items() if n not in base or p.requires_grad}
     write_atomically(run / DELTA_FILE, lambda path: save_file(delta, path))
     arguments = module.model_arguments()
-    for part, name in FOLDERS:
-        if name in arguments[part]:
-            arguments[part][name] = os.path.relpath(arguments[part][name], run)
+    for part in FOLDERS:
+        name = _folder_name(arguments[part], part)
+        arguments[part][name] = os.path.relpath(arguments[part][name], run)
     manifest = Manifest(
         plans=module.plans,
         model=arguments,
         trained=[name for name, parameter in parameters.items() if parameter.requires_grad],
         frozen=fingerprints({name: t for name, t in frozen_tensors(module).items() if name not in delta}),
         delta_sha256=file_sha256(run / DELTA_FILE),
-        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        versions=versions(),
         run=run,
     )
-    data = {"schema": MANIFEST_SCHEMA, **asdict(manifest), "plans": [plan.to_dict() for plan in manifest.plans]}
-    data.pop("run")
-    write_json(run / MANIFEST_FILE, data)
+    manifest.save()
     return manifest
 
 

@@ -26,6 +26,7 @@ PLAN_FILE = "extension_plan.yaml"
 INITS = ("copy", "preserving")
 ROUTINGS = ("open", "masked", "masked_tokens")
 CALIBRATIONS = ("additive", "multiplicative", "none")
+COUNTINGS = ("reference", "paper")
 
 
 class UserError(ValueError):
@@ -239,6 +240,54 @@ class ExtensionPlan:
         except yaml.YAMLError as error:
             raise UserError(f"{path}: not valid YAML ({error}).") from error
         return cls.from_dict(data, origin=str(path))
+
+
+@dataclass(frozen=True)
+class UpcycleSpec:
+    """How the MLPs of one part become mixtures of experts (CuMo, arXiv 2405.05949).
+
+    Attributes:
+        experts: E, experts that each MLP becomes.
+        top_k: K, experts per token.
+        layers: Which MLPs, counted from 0 in the order of the blocks; None means all.
+        from_scratch: Whether experts start at random and not as copies of the MLP.
+        balance: Weight of the balance loss.
+        z: Weight of the router z-loss.
+        counting: How the balance loss counts: `reference` (the published code: first choices, image by
+            image, then the mean over images) or `paper` (the form of Switch Transformer: all K choices
+            over the whole batch). Both are 1 when routing is uniform.
+        seed: Seed of the routers, and of experts from scratch.
+    """
+
+    experts: int = 4
+    top_k: int = 2
+    layers: tuple[int, ...] | None = None
+    from_scratch: bool = False
+    balance: float = 0.1
+    z: float = 0.01
+    counting: str = "reference"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise UserError(f"Expected `top_k` of `upcycle` in 1..{self.experts} (its `experts`), got {self.top_k}.")
+        if self.counting not in COUNTINGS:
+            raise UserError(f"Expected `counting` of `upcycle` in {list(COUNTINGS)}, got {self.counting!r}.")
+        if self.balance < 0 or self.z < 0:
+            raise UserError(f"Expected `balance` and `z` of `upcycle` >= 0, got {self.balance} and {self.z}.")
+
+    @property
+    def structure(self) -> tuple[int, int, tuple[int, ...] | None]:
+        """What decides which tensors there are and what they compute."""
+        return self.experts, self.top_k, None if self.layers is None else tuple(sorted(self.layers))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any] | None) -> UpcycleSpec | None:
+        """Reads what `dataclasses.asdict` wrote, lists for tuples; None stays None."""
+        if data is None:
+            return None
+        layers = data.get("layers")
+        return cls(**{**data, "layers": None if layers is None else tuple(layers)})
 
 
 def run_directory(trainer: Any) -> Path:

@@ -7,31 +7,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moextend_pl.batch_norm import share_statistics
-from moextend_pl.contracts import Batch, SampleSpec, UserError
+from moextend_pl.captions import captions_of, contrast
+from moextend_pl.contracts import Batch, SampleSpec, UpcycleSpec, UserError
+from moextend_pl.moe.blocks import list_blocks
+from moextend_pl.moe.upcycle import agreed_spec, upcycle, upcycled_mlps
+from moextend_pl.moe.watch import RouterWatch
+from moextend_pl.multiscale import checked_scales, encode_scales
 from moextend_pl.optim import OptimSpec
 from moextend_pl.stage import StageModule, shapes_only
+from moextend_pl.tower import BlockReader, check_folder, image_statistics, load_tower, make_tower, vision_config
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "encoder.safetensors"
-PREPROCESSOR_FILE = "preprocessor_config.json"
 TIMM = "timm/"
-
-
-def vision_half(model: Any) -> Any:
-    """Returns the image side of a transformers model of images and texts (CLIP, SigLIP); another model as it is."""
-    return getattr(model, "vision_model", model) if hasattr(model.config, "vision_config") else model
 
 
 class VisionEncoder(StageModule):
@@ -40,11 +40,16 @@ class VisionEncoder(StageModule):
     Args:
         name: `timm/<model>` for a timm model, or the folder of a transformers vision model, or of a CLIP or SigLIP
             model, of which the image side is taken.
-        path: Folder written by `save_pretrained`; it replaces all other arguments of the tower.
-        layer: For timm the index of the feature level, for transformers the index of the hidden state.
+        path: Folder written by `save_pretrained`; it replaces all other arguments of the tower, but for
+            `scales`, `upcycle` and `reference` where they are given too.
+        layer: For timm the index of the feature level, for transformers the index of the hidden state. Blocks
+            behind it are not built.
         pool: Side of the squares over which the feature grid is averaged.
         image_size: Side in pixels.
         tower_args: Further arguments of `timm.create_model`.
+        scales: Scales at which an image is encoded; their channels stand side by side (S2). By default [1].
+        upcycle: How the MLPs of the tower become mixtures of experts; None leaves them dense.
+        reference: Whether blocks that nothing reads are kept and computed, as in the published code of CuMo.
         tokenizer: Folder of a tokenizer; needed only to train the tower alone.
         embedding_dim: Width of the space shared with captions when the tower is trained alone.
         optim: Optimizer of the contrastive training.
@@ -59,6 +64,9 @@ class VisionEncoder(StageModule):
         pool: int = 1,
         image_size: int = 224,
         tower_args: dict[str, Any] | None = None,
+        scales: list[int] | None = None,
+        upcycle: UpcycleSpec | None = None,
+        reference: bool = False,
         tokenizer: str | None = None,
         embedding_dim: int = 64,
         optim: OptimSpec | None = None,
@@ -77,11 +85,13 @@ class VisionEncoder(StageModule):
         self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
-        if not self.is_timm and not (Path(self.config["name"]) / "config.json").is_file():
-            raise UserError(
-                f"Expected a transformers vision model in {self.config['name']}, found no config.json. Put the model "
-                "there, correct `encoder.name`, or name a timm model as `timm/<model>`."
-            )
+        if not self.is_timm:
+            check_folder(self.folder)
+        self.config["reference"] = reference or bool(self.config.get("reference"))
+        self.config["scales"] = checked_scales(scales or self.config.get("scales") or [1])
+        self.stored_upcycle = UpcycleSpec.from_dict(self.config.get("upcycle"))
+        self.upcycle_spec = agreed_spec(self.stored_upcycle, upcycle, f"{path}: the tower")
+        self.watch = RouterWatch()
 
     @staticmethod
     def _read_config(path: Path) -> dict[str, Any]:
@@ -97,14 +107,30 @@ class VisionEncoder(StageModule):
         """Whether the tower is a timm model; else it is a transformers one."""
         return str(self.config["name"]).startswith(TIMM)
 
+    def rebuild_arguments(self) -> dict[str, Any]:
+        """Returns the arguments that build the tower again, without `upcycle`.
+
+        Raises:
+            UserError: If its weights lie in no folder.
+        """
+        added = {name: self.config[name] for name in ("scales", "reference")}
+        if self.path is not None:
+            return {"path": str(self.path), **added}
+        if self.is_timm:
+            raise UserError("Expected `encoder.path`, so that the run can be loaded again. Save the timm tower first.")
+        return {**{name: self.config[name] for name in ("name", "layer", "pool", "image_size")}, **added}
+
+    @property
+    def folder(self) -> str:
+        """Folder with the configuration of a transformers tower: a saved tower has its own."""
+        saved = self.path is not None and (self.path / "config.json").is_file()
+        return str(self.path if saved else self.config["name"])
+
     def _make_tower(self) -> Any:
-        name = str(self.config["name"])
         if not self.is_timm:
-            # With `path`, the weights come from there and only the configuration from the folder `name`.
-            config = AutoConfig.from_pretrained(name, local_files_only=True)
-            return vision_half(AutoModel.from_config(config, dtype=torch.float32))
+            return make_tower(self.folder, with_weights=self.path is None and not shapes_only())
         return timm.create_model(
-            name.removeprefix(TIMM),
+            str(self.config["name"]).removeprefix(TIMM),
             features_only=True,
             out_indices=(self.config["layer"],),
             **self.config["tower_args"],
@@ -112,12 +138,8 @@ class VisionEncoder(StageModule):
 
     def build(self) -> None:
         """Builds the tower, and the two heads of the contrast if it is the trained module itself."""
-        self.tower: Any = self._make_tower()
-        if self.path is not None and not shapes_only():
-            self.tower.load_state_dict(load_file(self.path / WEIGHTS_FILE))
-        elif not self.is_timm and not shapes_only():
-            options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-            self.tower = vision_half(AutoModel.from_pretrained(self.config["name"], **options))
+        self.build_base()
+        self.upcycle()
         if self.tokenizer_path is not None:
             share_statistics(self.tower)
             words = len(self._tokenizer())
@@ -125,21 +147,63 @@ class VisionEncoder(StageModule):
             self.caption_head = nn.EmbeddingBag(words, self.embedding_dim, mode="mean")
             self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
+    def build_base(self) -> None:
+        """Builds the tower as its files hold it.
+
+        Raises:
+            UserError: If the files lack tensors of the tower, or have others.
+        """
+        self.tower: Any = self._make_tower()
+        if self.stored_upcycle is not None:
+            upcycle(self.tower, self.stored_upcycle)
+        self._reader = None
+        if not self.is_timm:
+            self._reader = BlockReader(self.tower, int(self.config["layer"]), self.config["reference"])
+        if self.path is not None and not shapes_only():
+            load_tower(self.tower, self.path / WEIGHTS_FILE, self._reader)
+        self.watch.attach(self.tower)
+
+    def upcycle(self) -> None:
+        """Turns MLPs into experts where that is asked for; does nothing the second time."""
+        if self.upcycle_spec is not None:
+            upcycle(self.tower, self.upcycle_spec)
+            self.watch.attach(self.tower)
+
+    @property
+    def router_calls(self) -> int:
+        """Number of times that routers are called for an image."""
+        return len(self.num_experts) * len(self.config["scales"])
+
+    @property
+    def num_experts(self) -> dict[int, int]:
+        """Number of experts of each upcycled block, by its number; empty where the tower is dense."""
+        return {block.layer: block.num_experts for block in list_blocks(self.tower)}
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters that the files of the tower do not hold."""
+        if self.stored_upcycle is not None:
+            return []
+        return [parameter for _, mlp in upcycled_mlps(self.tower) for parameter in mlp.parameters()]
+
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Returns `encoder`, and `heads` where the tower is trained alone."""
-        tower = list(self.tower.parameters())
-        known = {id(parameter) for parameter in tower}
-        return {"encoder": tower, "heads": [p for p in self.parameters() if id(p) not in known]}
+        """Returns `encoder`, `encoder_unread`, on which no feature depends, and `heads` of a tower trained alone."""
+        unread = self._reader.unread_parameters() if self._reader else []
+        known = {id(parameter) for parameter in (*unread, *self.tower.parameters())}
+        apart = {id(parameter) for parameter in unread}
+        return {
+            "encoder": [p for p in self.tower.parameters() if id(p) not in apart],
+            "encoder_unread": unread,
+            "heads": [p for p in self.parameters() if id(p) not in known],
+        }
 
     @property
     def channels(self) -> int:
-        """C, channels of one token."""
-        if self.is_timm:
-            return int(self.tower.feature_info.channels()[-1])
-        return int(getattr(self.tower.config, "vision_config", self.tower.config).hidden_size)
+        """C, channels of one token, all scales together."""
+        one = self.tower.feature_info.channels()[-1] if self.is_timm else self.tower.config.hidden_size
+        return int(one) * len(self.config["scales"])
 
     @property
     def image_statistics(self) -> dict[str, tuple[float, float, float]]:
@@ -148,30 +212,7 @@ class VisionEncoder(StageModule):
         Raises:
             UserError: If a transformers tower does not say.
         """
-        if self.is_timm:
-            return {}
-        path = Path(self.config["name"]) / PREPROCESSOR_FILE
-        try:
-            facts = json.loads(path.read_text())
-            red_green_blue = {name: facts[name] for name in ("image_mean", "image_std")}
-            return {name: (float(r), float(g), float(b)) for name, (r, g, b) in red_green_blue.items()}
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"Expected `image_mean` and `image_std` in {path}, got {error!r}. Take the file from where the tower's "
-                "weights come from."
-            ) from error
-
-    def rebuild_arguments(self) -> dict[str, Any]:
-        """Returns the arguments that build this tower with these weights again.
-
-        Raises:
-            UserError: If it is a timm tower that was never saved.
-        """
-        if self.path is not None:
-            return {"path": str(self.path)}
-        if self.is_timm:
-            raise UserError("Expected `encoder.path`, so that the run can be loaded again. Save the timm tower first.")
-        return dict(self.config)
+        return {} if self.is_timm else image_statistics(self.folder, str(self.config["name"]))
 
     @cached_property
     def tokens_per_image(self) -> int:
@@ -184,8 +225,7 @@ class VisionEncoder(StageModule):
             with torch.device("meta"):
                 reduction = self._make_tower().feature_info.reduction()[-1]
             return int(self.config["image_size"]) // int(reduction)
-        config = AutoConfig.from_pretrained(self.config["name"], local_files_only=True)
-        return int(self.config["image_size"]) // int(getattr(config, "vision_config", config).patch_size)
+        return int(self.config["image_size"]) // int(vision_config(self.folder).patch_size)
 
     def sample_spec(self) -> SampleSpec:
         """Returns what the tower asks of its data.
@@ -209,55 +249,41 @@ class VisionEncoder(StageModule):
         Returns:
             (I, P, C) features, row by row.
         """
-        grid_ICHW = self._grid(pixels_I3HW)
+        grid_ICHW = encode_scales(self._grid, pixels_I3HW, self.config["scales"])
         pool = int(self.config["pool"])
         grid_ICHW = F.avg_pool2d(grid_ICHW, pool) if pool > 1 else grid_ICHW
         return grid_ICHW.flatten(2).transpose(1, 2)
 
     def _grid(self, pixels_I3HW: Tensor) -> Tensor:
-        if self.is_timm:
+        if self._reader is None:
             return self.tower(pixels_I3HW)[-1]
         side = self._grid_side
-        hidden = self.tower(pixel_values=pixels_I3HW, output_hidden_states=True).hidden_states[self.config["layer"]]
-        patches = hidden[:, -side * side :]  # a class token, if any, comes first
+        patches = self._reader(pixels_I3HW)[:, -side * side :]  # a class token, if any, comes first
         return patches.transpose(1, 2).unflatten(2, (side, side))
 
     def save_pretrained(self, path: Path) -> None:
         """Writes the tower without its training heads, readable by `VisionEncoder(path=...)`."""
         path.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.tower.state_dict().items()}, path / WEIGHTS_FILE)
-        (path / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
+        spec = asdict(self.upcycle_spec) if self.upcycle_spec else None
+        (path / CONFIG_FILE).write_text(json.dumps({**self.config, "upcycle": spec}, indent=2) + "\n")
+        if not self.is_timm:
+            self.tower.config.save_pretrained(path)
 
     def _contrast(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images_ID = F.normalize(self.image_head(self(batch["pixel_values"]).mean(dim=1)), dim=-1)
-        captions = self._captions(batch)
+        captions = captions_of(batch)
         texts_ID = F.normalize(self.caption_head(captions["ids"], captions["offsets"]), dim=-1)
         # Every image is compared with the captions of all ranks, so that the loss does not depend on their number.
         texts_GD = self._from_all_ranks(texts_ID).reshape(-1, self.embedding_dim)
         names_G = self._from_all_ranks(captions["names"]).reshape(-1)
         same_IG = captions["names"].unsqueeze(1) == names_G.unsqueeze(0)
-        log_probs_IG = (self.log_scale.exp() * images_ID @ texts_GD.T).log_softmax(dim=-1)
-        positives_I = same_IG.sum(dim=1)
-        loss = -(log_probs_IG.masked_fill(~same_IG, 0.0).sum(dim=1) / positives_I).mean()
-        hit = same_IG.gather(1, log_probs_IG.argmax(dim=1, keepdim=True)).float().mean()
-        return loss, hit
+        return contrast(self.log_scale.exp() * images_ID @ texts_GD.T, same_IG)
 
     def _from_all_ranks(self, value: Tensor) -> Tensor:
         gathered = self.all_gather(value, sync_grads=value.is_floating_point())
         assert isinstance(gathered, Tensor)
         return gathered
-
-    @staticmethod
-    def _captions(batch: Batch) -> Mapping[str, Tensor]:
-        learned_BS = batch["labels"] >= 0
-        counts = learned_BS.sum(dim=1)
-        ids = batch["labels"][learned_BS]
-        places = torch.arange(1, int(counts.max()) + 1, device=ids.device)
-        rows = torch.zeros(len(counts), len(places), dtype=torch.long, device=ids.device)
-        rows[places.unsqueeze(0) <= counts.unsqueeze(1)] = ids + 1
-        # One number a caption, so that equal captions are found with one comparison.
-        names = (rows * (places * 1_000_003 % 998_244_353)).sum(dim=1)
-        return {"ids": ids, "offsets": counts.cumsum(0) - counts, "names": names}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Contrasts images with captions; equal captions count as one."""

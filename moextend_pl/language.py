@@ -5,9 +5,6 @@ Shapes: B batch, S sequence, T = B * S tokens, D width, V vocabulary, A learned 
 
 from __future__ import annotations
 
-import logging
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,42 +22,23 @@ from transformers import (
 
 from moextend_pl.activations import checkpoint_activations
 from moextend_pl.answers import AnswerMixin
-from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec, UserError
-from moextend_pl.losses import balance_loss, global_mean, learned_tokens, token_loss
+from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec, UpcycleSpec, UserError
+from moextend_pl.language_losses import LanguageOutput, RouterWeights, counted_tokens, language_losses
+from moextend_pl.losses import learned_tokens
 from moextend_pl.moe import dispatch
-from moextend_pl.moe.blocks import find_blocks
-from moextend_pl.moe.extended_router import open_tokens
+from moextend_pl.moe.blocks import find_blocks, list_blocks
 from moextend_pl.moe.growth import grow, new_parameters, router_parameters
 from moextend_pl.moe.quantize import check_base, load_base
 from moextend_pl.moe.reach import Reach, reachable
-from moextend_pl.moe.usage import RouterRecord
+from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.optim import OptimSpec
 from moextend_pl.packing import attention_inputs, packing_obstacle
 from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.stage import StageModule, shapes_only
 
-log = logging.getLogger(__name__)
-
 # Older releases keep whole columns of the batch only; then the mask is applied to what they return.
 _KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")
-
-
-@dataclass(frozen=True)
-class LanguageOutput:
-    """Result of a forward pass with labels.
-
-    Attributes:
-        loss: What is minimised: `token` + `balance_weight` * `balance`.
-        token: Mean cross-entropy of the learned tokens.
-        balance: Balance loss; 0 where it was not asked for.
-        accuracy: Share of learned tokens predicted right.
-    """
-
-    loss: Tensor
-    token: Tensor
-    balance: Tensor
-    accuracy: Tensor
 
 
 class MoELanguageModel(AnswerMixin, StageModule):
@@ -74,7 +52,11 @@ class MoELanguageModel(AnswerMixin, StageModule):
         experts_implementation: `grouped_mm`, `eager`, `batched_mm`, or `moextend`: `grouped_mm` for frozen experts.
         quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; null as they are.
         activation_checkpointing: Whether layers compute their activations again in the backward pass.
-        balance_weight: Weight of the balance loss; the paper uses 0.001.
+        balance_weight: Weight of the balance loss; MoExtend uses 0.001, CuMo 0.1. Replaced by `upcycle.balance`.
+        z_weight: Weight of the router z-loss; CuMo uses 0.01. Replaced by `upcycle.z`.
+        balance_choices: How many of a token's choices the balance loss counts; CuMo counts 1, None counts all.
+        dense: Whether the base is meant to be a model without experts.
+        upcycle: How the MLPs of a dense base become mixtures of experts; None leaves them dense.
         max_new_tokens: Longest generated answer in test and predict runs.
         optim: Optimizer, where the model is trained alone.
 
@@ -93,13 +75,17 @@ class MoELanguageModel(AnswerMixin, StageModule):
         quantize: str | None = None,
         activation_checkpointing: bool = False,
         balance_weight: float = 0.001,
+        z_weight: float = 0.0,
+        balance_choices: int | None = None,
+        dense: bool = False,
+        upcycle: UpcycleSpec | None = None,
         max_new_tokens: int = 8,
         optim: OptimSpec | None = None,
     ) -> None:
         super().__init__(optim)
         if (base is None) == (config is None):
             raise UserError(
-                "Expected exactly one of `base` (a folder) and `config` (a new model), got both or neither."
+                "Expected exactly one of `base` (a folder) and `config` (a new model), not both or neither."
             )
         if tokenizer is None and base is None:
             raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
@@ -108,9 +94,12 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.tokenizer_path, self.chat_template = tokenizer or str(base), chat_template
         self.experts_implementation, self.activation_checkpointing = experts_implementation, activation_checkpointing
         self.balance_weight, self.max_new_tokens = balance_weight, max_new_tokens
+        self.z_weight, self.balance_choices, self.dense = z_weight, balance_choices, dense
+        self.upcycle_spec = upcycle
         self.extensions: list[tuple[ExtensionPlan, Reach]] = []
+        self.watch = RouterWatch()
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._watch, self._opened_to_text = RouterWatch(), False
+        self._opened_to_text = False
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -143,19 +132,45 @@ class MoELanguageModel(AnswerMixin, StageModule):
         return SampleSpec(self.tokenizer, self.image_token_id, 0, 0, packing_obstacle=obstacle)
 
     def build(self) -> None:
-        """Reads or makes the model, and grows it by the extension plan where it is trained alone."""
+        """Reads or makes the model, upcycles it, and grows it by the extension plan where it is trained alone."""
+        self.build_base()
+        self.upcycle()
+        if self.extension_plan is not None:
+            self.extend(self.extension_plan)
+
+    def build_base(self) -> None:
+        """Reads or makes the model as its files or its configuration describe it.
+
+        Raises:
+            UserError: If it has no experts and is not said to be dense, or the other way round.
+        """
         if self.base is None or shapes_only():
             config = self.model_config()
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
         else:
             self.model = load_base(self.base, self.quantize)
-        dispatch.use(self.model, self.experts_implementation)
+        if not self.dense and self.upcycle_spec is None:
+            find_blocks(self.model)
+            dispatch.use(self.model, self.experts_implementation)
+        elif list_blocks(self.model):
+            raise UserError(
+                f"Expected a dense base for `language.dense` or `language.upcycle`, got {type(self.model).__name__}, "
+                "which has experts. Remove the two, or name another base."
+            )
         if self.activation_checkpointing:
             checkpoint_activations(self.model)
         self.model.train()
-        self._watch.attach(self.model)
-        if self.extension_plan is not None:
-            self.extend(self.extension_plan)
+        self.watch.attach(self.model)
+
+    def upcycle(self) -> None:
+        """Turns the MLPs of a dense model into experts where that is asked for; does nothing the second time."""
+        if self.upcycle_spec is not None:
+            upcycle(self.model, self.upcycle_spec)
+            self.watch.attach(self.model)
+
+    def upcycled_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters of upcycled MLPs, which the files of the base do not hold."""
+        return [parameter for _, mlp in upcycled_mlps(self.model) for parameter in mlp.parameters()]
 
     def extend(self, plan: ExtensionPlan) -> None:
         """Grows the built model by a plan, on top of the plans before it.
@@ -169,16 +184,12 @@ class MoELanguageModel(AnswerMixin, StageModule):
         reach = Reach()
         grow(self.model, plan, reach)
         self.extensions.append((plan, reach))
-        self._watch.attach(self.model)
-
-    def recording(self) -> AbstractContextManager[list[RouterRecord]]:
-        """Collects what every router does inside the `with` block, in the order of the layers."""
-        return self._watch.recording()
+        self.watch.attach(self.model)
 
     @property
     def num_experts(self) -> dict[int, int]:
         """Number of experts of each mixture-of-experts layer, new ones included."""
-        return {block.layer: block.num_experts for block in find_blocks(self.model)}
+        return {block.layer: block.num_experts for block in list_blocks(self.model)}
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Returns `language`, `routers` (of the base), the parts of the latest extension, and earlier ones."""
@@ -242,26 +253,17 @@ class MoELanguageModel(AnswerMixin, StageModule):
         labels_BS = torch.full_like(batch["labels"], IGNORE_INDEX)
         labels_BS[:, :-1] = batch["labels"][:, 1:]
         learned_BS = labels_BS != IGNORE_INDEX
-        with self.recording() as records:
+        with self.watch.recording() as records:
             logits_AV = self(batch, embeddings, learned_BS)
-        labels_A = labels_BS[learned_BS]
-        token = token_loss(logits_AV, labels_A)
-        wanted = balanced and self.balance_weight > 0
-        balance = self._balance(records, batch["attention_mask"]) if wanted else token.new_zeros(())
-        accuracy = global_mean((logits_AV.argmax(dim=-1) == labels_A).float().sum(), learned_BS.sum())
-        return LanguageOutput(token + self.balance_weight * balance, token, balance, accuracy)
-
-    def _balance(self, records: list[RouterRecord], attention_mask: Tensor) -> Tensor:
-        real_T = attention_mask.reshape(-1).bool()
-        routers = {block.layer: block.router for block in find_blocks(self.model)}
-        # A token that may not reach new experts says nothing about how they are used.
-        masks = [real_T & open_tokens(routers[record.layer], real_T) for record in records]
-        return balance_loss(records, masks)
+        masks = counted_tokens(self.model, records, batch["attention_mask"].reshape(-1).bool())
+        weights = RouterWeights(self.balance_weight, self.z_weight, self.balance_choices).replaced_by(self.upcycle_spec)
+        weights = weights if balanced else RouterWeights()
+        return language_losses(logits_AV, labels_BS[learned_BS], records, masks, weights)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Learns to predict the supervised tokens."""
         output = self.losses(batch)
-        self.log_dict({"train/loss": output.token, "train/balance": output.balance}, prog_bar=True, sync_dist=True)
+        self.log_dict(output.metrics(), prog_bar=True, sync_dist=True)
         return output.loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

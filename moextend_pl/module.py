@@ -5,7 +5,8 @@ Shapes: B batch, S sequence, I images, P placeholders of one image, C channels o
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moextend_pl.answers import AnswerMixin
-from moextend_pl.checkpoint import load_delta, read_manifest
-from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UserError
+from moextend_pl.checkpoint import Manifest, load_delta, read_manifest
+from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec, UserError
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.fusion import scatter_features
-from moextend_pl.language import LanguageOutput, MoELanguageModel
-from moextend_pl.losses import learned_tokens
+from moextend_pl.language import MoELanguageModel
+from moextend_pl.language_losses import LanguageOutput
+from moextend_pl.losses import image_router_losses, learned_tokens
 from moextend_pl.moe.touch import touch
+from moextend_pl.moe.upcycle import agreed_spec
 from moextend_pl.optim import OptimSpec
 from moextend_pl.projector import Projector
 from moextend_pl.samples.prompt import prompt_batch
@@ -80,6 +83,8 @@ class MoExtend(AnswerMixin, StageModule):
         """
         manifest = read_manifest(Path(run))
         parts = manifest.model_arguments()
+        for arguments in parts.values():
+            arguments["upcycle"] = UpcycleSpec.from_dict(arguments.get("upcycle"))
         model = cls(
             encoder=VisionEncoder(**parts["encoder"]),
             projector=Projector(**parts["projector"]),
@@ -96,7 +101,7 @@ class MoExtend(AnswerMixin, StageModule):
         """Returns what `load` needs to build the three parts again; folders as they are named now."""
         if self.language.base is None:
             raise UserError("Expected `language.base`, so that the run can be loaded again.")
-        return {
+        arguments: dict[str, dict[str, Any]] = {
             "encoder": self.encoder.rebuild_arguments(),
             "projector": {"kind": self.projector.kind, "merge": self.projector.merge},
             "language": {
@@ -106,8 +111,15 @@ class MoExtend(AnswerMixin, StageModule):
                 "quantize": self.language.quantize,
                 "balance_weight": self.language.balance_weight,
                 "max_new_tokens": self.language.max_new_tokens,
+                "dense": self.language.dense,
             },
         }
+        for name, part in self._upcyclable().items():
+            arguments[name]["upcycle"] = asdict(part.upcycle_spec) if part.upcycle_spec else None
+        return arguments
+
+    def _upcyclable(self) -> dict[str, VisionEncoder | Projector | MoELanguageModel]:
+        return {"encoder": self.encoder, "projector": self.projector, "language": self.language}
 
     def sample_spec(self) -> SampleSpec:
         """Returns what the model asks of its data; tokenizer and image size have this one source."""
@@ -117,26 +129,46 @@ class MoExtend(AnswerMixin, StageModule):
         return replace(self.language.sample_spec(), tokens_per_image=tokens, image_size=side, **pixels)
 
     def build(self) -> None:
-        """Builds the three parts, grows the language model, and reads the weights of `init_from`."""
-        self.encoder.build()
+        """Builds the three parts, upcycles and grows them, and reads the weights of `init_from`.
+
+        First the earlier stage's model, then its weights, then what changes: new experts copy what was learned.
+        """
+        manifest = None if self.init_from is None else read_manifest(self.init_from)
+        upcycled_before = [] if manifest is None else self._inherit_upcycling(manifest)
+        self.encoder.build_base()
         self.encoder.eval()
         self.projector.in_features, self.projector.out_features = self.encoder.channels, self.language.width
-        self.projector.build()
-        self.language.build()
-        earlier = read_manifest(self.init_from).plans if self.init_from is not None else ()
+        self.projector.build_base()
+        self.language.build_base()
+        for part in upcycled_before:
+            part.upcycle()
+        earlier = () if manifest is None else manifest.plans
         for plan in earlier:
             self.language.extend(plan)
         if self.init_from is not None and not shapes_only():
             # Before the next extension, whose new experts may be copies of trained ones.
             load_delta(self, self.init_from)
+        for part in self._upcyclable().values():
+            part.upcycle()
         own = self.extension_plan
         # A run with the plan that its start was trained with goes on with it.
         if own is not None and not (earlier and own.same_growth(earlier[-1])):
             self.language.extend(own)
 
+    def _inherit_upcycling(self, manifest: Manifest) -> list[VisionEncoder | Projector | MoELanguageModel]:
+        """Returns the parts that the earlier stage had upcycled, to be upcycled alike."""
+        parts = []
+        for name, part in self._upcyclable().items():
+            earlier = UpcycleSpec.from_dict(manifest.model.get(name, {}).get("upcycle"))
+            if earlier is not None:
+                part.upcycle_spec = agreed_spec(earlier, part.upcycle_spec, f"{self.init_from}: the {name}")
+                parts.append(part)
+        return parts
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Returns `encoder`, `projector` and the parts of the language model."""
-        return {"encoder": list(self.encoder.parameters()), **self.projector.parts(), **self.language.parts()}
+        """Returns `encoder`, `encoder_unread`, `projector` and the parts of the language model."""
+        encoder = {name: part for name, part in self.encoder.parts().items() if name != "heads"}
+        return {**encoder, **self.projector.parts(), **self.language.parts()}
 
     @property
     def plans(self) -> tuple[ExtensionPlan, ...]:
@@ -150,7 +182,8 @@ class MoExtend(AnswerMixin, StageModule):
     def base_names(self) -> set[str]:
         """Returns the names of the parameters that the base's own files hold; all others are new."""
         parts = self.parts()
-        base = {id(p) for part in ("encoder", "language", "routers") for p in parts[part]}
+        base = {id(p) for part in ("encoder", "encoder_unread", "language", "routers") for p in parts[part]}
+        base -= {id(p) for p in (*self.encoder.new_parameters(), *self.language.upcycled_parameters())}
         return {name for name, parameter in self.named_parameters() if id(parameter) in base}
 
     def encode(self, pixels_I3HW: Tensor, image_keys: list[str]) -> Tensor:
@@ -164,7 +197,7 @@ class MoExtend(AnswerMixin, StageModule):
             (I, P, C) features.
         """
         frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
-        if not frozen:
+        if not frozen or self.encoder.watch.listening:
             return self.encoder(pixels_I3HW)
         known = {key: self._features[key] for key in image_keys if key in self._features}
         missing = [n for n, key in enumerate(image_keys) if key not in known]
@@ -195,25 +228,44 @@ class MoExtend(AnswerMixin, StageModule):
             batch: Ids with placeholders, and images.
 
         Returns:
-            (B, S, D); the projector takes part with a zero where the batch has no image, so that no
-            rank waits for its gradient.
+            (B, S, D); projector and tower take part with a zero where the batch has no image, so that no
+            rank waits for their gradients.
         """
         embeddings_BSD = self.language.embed(batch["input_ids"])
-        if len(batch["image_keys"]) == 0:
-            zero = touch(self.projector.parameters())
-            return embeddings_BSD if zero is None else embeddings_BSD + zero
+        has_image = len(batch["image_keys"]) > 0
+        encoder = self.encoder.parts()
+        zero = touch(
+            encoder["encoder_unread"] if has_image else [*self.encoder.parameters(), *self.projector.parameters()]
+        )
+        embeddings_BSD = embeddings_BSD if zero is None else embeddings_BSD + zero
+        if not has_image:
+            return embeddings_BSD
         features_IPC = self.encode(batch["pixel_values"], batch["image_keys"])
         is_image_BS = batch["input_ids"] == self.language.image_token_id
         return scatter_features(embeddings_BSD, self.projector(features_IPC), is_image_BS)
 
     def forward(self, batch: Batch) -> LanguageOutput:
-        """Computes the losses of a batch."""
-        return self.language.losses(batch, self.embed(batch))
+        """Computes the losses of a batch, those of the routers of tower and projector included."""
+        routing = {
+            name: part
+            for name, part in (("encoder", self.encoder), ("projector", self.projector))
+            if part.upcycle_spec is not None and any(parameter.requires_grad for parameter in part.parameters())
+        }
+        with ExitStack() as stack:
+            records = {name: stack.enter_context(part.watch.recording()) for name, part in routing.items()}
+            embeddings_BSD = self.embed(batch)
+        output = self.language.losses(batch, embeddings_BSD)
+        for name, part in routing.items():
+            spec, images = part.upcycle_spec, len(batch["image_keys"])
+            assert spec is not None
+            losses = image_router_losses(records[name], images, part.router_calls, spec, output.loss.device)
+            output = output.plus(name, losses, spec)
+        return output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Learns to predict the supervised tokens."""
         output = self(batch)
-        self.log_dict({"train/loss": output.token, "train/balance": output.balance}, prog_bar=True, sync_dist=True)
+        self.log_dict(output.metrics(), prog_bar=True, sync_dist=True)
         return output.loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

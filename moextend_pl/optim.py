@@ -125,7 +125,7 @@ def check_partition(module: nn.Module, parts: Mapping[str, list[nn.Parameter]]) 
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], spec: OptimSpec, total_steps: int
+    parameters: Iterable[nn.Parameter], spec: OptimSpec, total_steps: int, fused: bool = True
 ) -> tuple[Optimizer, LambdaLR]:
     """Builds AdamW over the learning parameters, with its schedule; with master copies in fp32 where they are half.
 
@@ -133,6 +133,7 @@ def build_optimizer(
         parameters: Parameters of the model; frozen ones are left out.
         spec: Numbers of optimizer and schedule.
         total_steps: Optimizer steps of the whole run.
+        fused: Whether one call updates all parameters.
 
     Returns:
         The optimizer, and the scheduler to be stepped once after each optimizer step.
@@ -149,5 +150,5 @@ def build_optimizer(
         master = MasterAdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
         return master, LambdaLR(master, lambda step: learning_rate_factor(step, total_steps, spec))
     # `fused` updates all parameters in one call; a tiny model spends its step in calls, not in arithmetic.
-    optimizer = AdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
+    optimizer = AdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=fused)
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, spec))

@@ -32,16 +32,18 @@ def _shares(counts: Mapping[int, Tensor]) -> Tensor:
 
 
 def plot_usage(moments: Mapping[str, Counts], path: Path) -> None:
-    """Draws heat maps of expert usage, image tokens and text tokens apart.
+    """Draws heat maps of expert usage, image tokens and text tokens apart where there are both.
 
     Args:
         moments: Counts by token kind and layer, for each moment shown (one row of maps each).
         path: Where the PNG goes.
     """
-    figure = Figure(figsize=(4.2 * len(TOKEN_KINDS), 0.9 + 2.4 * len(moments)), layout="constrained")
-    axes = figure.subplots(len(moments), len(TOKEN_KINDS), squeeze=False)
+    kinds = [kind for kind in TOKEN_KINDS if any(c.any() for m in moments.values() for c in m[kind].values())]
+    kinds = kinds or list(TOKEN_KINDS)
+    figure = Figure(figsize=(4.2 * len(kinds), 0.9 + 2.4 * len(moments)), layout="constrained")
+    axes = figure.subplots(len(moments), len(kinds), squeeze=False)
     for row, (moment, counts) in zip(axes, moments.items(), strict=True):
-        for axis, kind in zip(row, TOKEN_KINDS, strict=True):
+        for axis, kind in zip(row, kinds, strict=True):
             shares = _shares(counts[kind])
             layers = sorted(counts[kind])
             image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")

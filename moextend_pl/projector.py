@@ -12,7 +12,10 @@ import re
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moextend_pl.contracts import SampleSpec, UserError
+from moextend_pl.contracts import SampleSpec, UpcycleSpec, UserError
+from moextend_pl.moe.dense_mlp import read_mlp
+from moextend_pl.moe.upcycle import UpcycledMLP
+from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.optim import OptimSpec
 from moextend_pl.stage import StageModule
 
@@ -41,11 +44,14 @@ class Projector(StageModule):
         merge: Side of the squares of tokens that are joined into one; 1 keeps them.
         in_features: C; MoExtend fills it in from the tower.
         out_features: D; MoExtend fills it in from the language model.
+        upcycle: How an `mlp2x_gelu` becomes a mixture of experts (CuMo's MLP-MoE); None leaves it dense.
         optim: Optimizer, where the projector is trained alone.
 
     Raises:
-        UserError: If `kind` is not known.
+        UserError: If `kind` is not known, or is to be upcycled and is no MLP of two layers.
     """
+
+    layers: nn.Sequential | UpcycledMLP
 
     def __init__(
         self,
@@ -53,6 +59,7 @@ class Projector(StageModule):
         merge: int = 1,
         in_features: int | None = None,
         out_features: int | None = None,
+        upcycle: UpcycleSpec | None = None,
         optim: OptimSpec | None = None,
     ) -> None:
         super().__init__(optim)
@@ -60,7 +67,10 @@ class Projector(StageModule):
         if match is None:
             raise UserError(f"Expected `projector.kind` to be linear or mlpNx_gelu with N in 1..9, got {kind!r}.")
         self.depth = int(match[1] or 1)
-        self.kind, self.merge = kind, merge
+        if upcycle is not None and (self.depth != 2 or upcycle.layers not in (None, (0,))):
+            raise UserError(f"Expected `projector.upcycle` of the one MLP of kind mlp2x_gelu, got kind {kind!r}.")
+        self.kind, self.merge, self.upcycle_spec = kind, merge, upcycle
+        self.watch = RouterWatch()
         self.in_features, self.out_features = in_features, out_features
 
     def tokens_per_image(self, encoder_tokens: int) -> int:
@@ -80,7 +90,32 @@ class Projector(StageModule):
         return encoder_tokens // self.merge**2
 
     def build(self) -> None:
-        """Builds the layers.
+        """Builds the layers, upcycled where that is asked for."""
+        self.build_base()
+        self.upcycle()
+
+    def upcycle(self) -> None:
+        """Turns the MLP into experts where that is asked for; does nothing the second time."""
+        if self.upcycle_spec is None or isinstance(self.layers, UpcycledMLP):
+            return
+        mlp = read_mlp(self.layers)
+        assert mlp is not None
+        self.layers = UpcycledMLP(mlp, self.upcycle_spec)
+        # In a list, so that it has a number as blocks have.
+        self.watch.attach(nn.ModuleList([self.layers]))
+
+    @property
+    def router_calls(self) -> int:
+        """Number of times that a router is called for an image."""
+        return len(self.num_experts)
+
+    @property
+    def num_experts(self) -> dict[int, int]:
+        """Number of experts of the upcycled MLP, which has the number 0; empty where it is dense."""
+        return {0: self.layers.gate.num_experts} if isinstance(self.layers, UpcycledMLP) else {}
+
+    def build_base(self) -> None:
+        """Builds the dense layers.
 
         Raises:
             UserError: If a width is not known.

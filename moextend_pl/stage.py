@@ -73,7 +73,9 @@ class StageModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer over what learns; the number of steps is `trainer.max_steps`."""
-        optimizer, scheduler = build_optimizer(self.parameters(), self.optim, self.trainer.max_steps)
+        # Under mixed precision Lightning refuses to clip gradients of a fused optimizer.
+        fused = "mixed" not in str(self.trainer.precision)
+        optimizer, scheduler = build_optimizer(self.parameters(), self.optim, self.trainer.max_steps, fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def checkpoint_names(self) -> set[str]:

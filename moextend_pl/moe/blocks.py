@@ -69,6 +69,22 @@ def _router_name(block: nn.Module, num_experts: int) -> str | None:
     return None
 
 
+def list_blocks(model: nn.Module) -> list[MoEBlock]:
+    """Lists the mixture-of-experts blocks of a model by rising layer; none where it is dense.
+
+    Args:
+        model: A transformers model, grown or not.
+    """
+    found = []
+    for path, module in model.named_modules():
+        count = expert_count(getattr(module, EXPERTS, nn.Identity()))
+        router = _router_name(module, count) if count else None
+        numbers = [int(part) for part in path.split(".") if part.isdigit()]
+        if router is not None and numbers:
+            found.append(MoEBlock(layer=numbers[-1], path=path, module=module, router_name=router))
+    return sorted(found, key=lambda block: block.layer)
+
+
 def find_blocks(model: nn.Module) -> list[MoEBlock]:
     """Lists the mixture-of-experts blocks of a model by rising layer.
 
@@ -81,24 +97,17 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
     Raises:
         UserError: If the model has no such block.
     """
-    found, routerless = [], set()
-    for path, module in model.named_modules():
-        count = expert_count(getattr(module, EXPERTS, nn.Identity()))
-        router = _router_name(module, count) if count else None
-        numbers = [int(part) for part in path.split(".") if part.isdigit()]
-        if router is not None and numbers:
-            found.append(MoEBlock(layer=numbers[-1], path=path, module=module, router_name=router))
-        elif count:
-            routerless.add(type(module).__name__)
+    found = list_blocks(model)
     if not found:
+        holders = {type(m).__name__ for m in model.modules() if expert_count(getattr(m, EXPERTS, nn.Identity()))}
         leaves = sorted({type(child).__name__ for child in model.modules() if not list(child.children())})
         what = (
-            f"experts in {sorted(routerless)} whose router has not one row for each, or is not a module of its own"
-            if routerless
+            f"experts in {sorted(holders)} whose router has not one row for each, or is not a module of its own"
+            if holders
             else f"no experts but {leaves}"
         )
         raise UserError(
             "Expected a mixture-of-experts model whose blocks hold a router and an `experts` module with 3-D weights, "
             f"got {type(model).__name__} with {what}. Name a transformers v5 mixture-of-experts model as the base."
         )
-    return sorted(found, key=lambda block: block.layer)
+    return found

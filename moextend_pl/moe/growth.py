@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth, UserError
-from moextend_pl.moe.blocks import EXPERTS, MoEBlock, find_blocks
+from moextend_pl.moe.blocks import EXPERTS, MoEBlock, find_blocks, list_blocks
 from moextend_pl.moe.calibration import Calibration
 from moextend_pl.moe.extended_experts import ExtendedExperts
 from moextend_pl.moe.extended_router import ExtendedRouter
@@ -137,6 +137,6 @@ def new_parameters(model: nn.Module, latest: Reach | None = None) -> dict[str, l
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters of the base's own routers, extended or not."""
-    routers = [block.router for block in find_blocks(model)]
+    routers = [block.router for block in list_blocks(model)]
     bases = [router.root if isinstance(router, ExtendedRouter) else router for router in routers]
     return [parameter for base in bases for parameter in base.parameters()]

@@ -24,12 +24,15 @@ class RouterRecord:
         num_experts: Experts of the layer as it stands, new ones included.
         logits: (T, E) logits before softmax; fewer columns if no token could reach new experts.
         indices: (T, K) selected experts.
+        sequences: Number of images or sequences that the tokens divide into, one after another; 1 where
+            they are not told apart.
     """
 
     layer: int
     num_experts: int
     logits: Tensor
     indices: Tensor
+    sequences: int = 1
 
 
 def selection_counts(indices_TK: Tensor, num_experts: int, mask_T: Tensor | None = None) -> Tensor:

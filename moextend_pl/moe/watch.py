@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moextend_pl.moe.blocks import MoEBlock, find_blocks
+from moextend_pl.moe.blocks import MoEBlock, list_blocks
 from moextend_pl.moe.families import sort_output
 from moextend_pl.moe.usage import RouterRecord
 
@@ -25,24 +25,28 @@ class RouterWatch:
         """Watches the routers that a model has now, and none that it had before.
 
         Args:
-            model: A transformers mixture-of-experts model, grown or not.
-
-        Raises:
-            UserError: If it has no mixture-of-experts block.
+            model: A model with mixture-of-experts blocks, grown or not; a dense one has no router to watch.
         """
         for handle in self._handles:
             handle.remove()
-        self._handles = [self._watch(block) for block in find_blocks(model)]
+        self._handles = [self._watch(block) for block in list_blocks(model)]
 
     def _watch(self, block: MoEBlock) -> RemovableHandle:
         layer, num_experts = block.layer, block.num_experts
 
-        def record(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
+        def record(_module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             if self._records is not None:
+                x = inputs[0] if inputs else None
+                sequences = x.shape[0] if isinstance(x, Tensor) and x.dim() == 3 else 1
                 logits, _, indices = sort_output(output)
-                self._records.append(RouterRecord(layer, num_experts, logits, indices))
+                self._records.append(RouterRecord(layer, num_experts, logits, indices, sequences))
 
         return block.router.register_forward_hook(record)
+
+    @property
+    def listening(self) -> bool:
+        """Whether records are being collected."""
+        return self._records is not None
 
     @contextmanager
     def recording(self) -> Iterator[list[RouterRecord]]:

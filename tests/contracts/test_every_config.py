@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.recipes import lay_out_cumo
 from helpers.tiny_world import TinyWorld, make_plan
 from lightning.pytorch import Trainer
 from transformers import AutoConfig, AutoModel
@@ -15,12 +16,13 @@ from datamodules.image_text import ImageTextShards
 from moextend_pl import cli
 from moextend_pl.checkpoint import save_delta
 from moextend_pl.contracts import TrainPlan
-from moextend_pl.encoder import PREPROCESSOR_FILE, VisionEncoder
+from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
 from moextend_pl.projector import Projector
 from moextend_pl.stage import StageModule
 from moextend_pl.stage_cli import MoExtendCLI
+from moextend_pl.tower import PREPROCESSOR_FILE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGES = sorted(path for path in CONFIGS.rglob("*.yaml") if "model" in (yaml.safe_load(path.read_text()) or {}))
@@ -52,6 +54,7 @@ def quickstart(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.Monkey
     make_plan().save(root / "2_probe" / "extension_plan.yaml")
     (root.parent / "scenes").symlink_to(root)  # the same stages on another data set
     monkeypatch.chdir(tmp_path)
+    lay_out_cumo(tiny_world, tmp_path)
     return root
 
 

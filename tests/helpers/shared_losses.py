@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moextend_pl.contracts import IGNORE_INDEX
-from moextend_pl.losses import balance_loss, token_loss
+from moextend_pl.contracts import COUNTINGS, IGNORE_INDEX, UpcycleSpec
+from moextend_pl.losses import balance_loss, image_router_losses, token_loss
 from moextend_pl.moe.usage import RouterRecord
 
 TOKENS, EXPERTS = 12, 5
@@ -36,11 +36,27 @@ def values_of(rank: int, world: int) -> dict[str, Tensor]:
     balance = balance_loss([RouterRecord(0, EXPERTS, logits, logits.topk(2).indices)], [counted])
     (token + balance).backward()
     values = {"token": token.detach(), "balance": balance.detach(), "head": head.grad, "gate": gate.grad}
+    for counting in COUNTINGS:
+        values |= {f"{counting} {name}": value for name, value in image_values(rank, world, counting).items()}
     if world > 1:
         for value in values.values():
             dist.all_reduce(value)
             value /= world
     return values
+
+
+def image_values(rank: int, world: int, counting: str) -> dict[str, Tensor]:
+    """Returns losses and gradients of two routers with this rank's images: three on the first, none on the second."""
+    draw = torch.Generator().manual_seed(1)
+    x, gate = torch.randn(3, 7, 6, generator=draw), torch.randn(EXPERTS, 6, generator=draw).requires_grad_()
+    spec, images = UpcycleSpec(experts=EXPERTS, top_k=2, counting=counting), 0 if rank else 3
+    records = []
+    for tiles in (1, 4) if images else ():
+        logits = x.repeat(tiles, 1, 1).mul(tiles).flatten(0, 1) @ gate.T
+        records.append(RouterRecord(0, EXPERTS, logits, logits.topk(2).indices, sequences=3 * tiles))
+    losses = image_router_losses(records, images, 2, spec, torch.device("cpu"))
+    (losses.balance + losses.z + 0.0 * gate.sum()).backward()
+    return {"balance": losses.balance.detach(), "z": losses.z.detach(), "gate": gate.grad}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ PARTS = {
     "align": ["projector"],
     "probe": ["routers"],
     "extend": ["projector", "new_experts", "new_routers", "calibration"],
+    "instruction": ["encoder", "projector", "language", "routers"],
     "vision": ["encoder", "heads"],
     "language": ["language", "routers"],
 }
@@ -27,6 +28,7 @@ OUTPUTS = {
     "align": ["delta.safetensors", "manifest.json", "frozen.json"],
     "probe": ["extension_plan.yaml", "usage.json", "frozen.json"],
     "extend": ["delta.safetensors", "manifest.json", "frozen.json"],
+    "instruction": ["delta.safetensors", "manifest.json", "frozen.json"],
 }
 
 
@@ -43,7 +45,8 @@ def write_stage(
     Args:
         world: The tiny world.
         run: Run directory.
-        stage: `align`, `probe` or `extend`; or `vision` or `language`, which train one part alone.
+        stage: `align`, `probe` or `extend`; `instruction`, CuMo's third; or `vision` or `language`, which train
+            one part alone.
         init_from: Run directory of an earlier stage.
         plan: Plan file of an extend stage.
         changes: `steps`, `every` (steps between checkpoints), `train` (shard set) and `batch_size`.
@@ -56,7 +59,7 @@ def write_stage(
         "probe": [callback("ExpertExtension", rule={"class_path": "moextend_pl.moe.selection.ShiftRule"})],
         "extend": [callback("ExpertExtension", plan=str(plan), init="copy", routing="masked")],
     }.get(stage, [])
-    save = [callback("SaveDelta")] if stage in ("align", "extend") else []
+    save = [callback("SaveDelta")] if stage in ("align", "extend", "instruction") else []
     config = {
         "base": str(ROOT / "configs" / "base.yaml"),
         "trainer": {
@@ -102,6 +105,11 @@ def model_section(world: TinyWorld, stage: str, init_from: Path | None) -> dict[
         "language": language,
         "init_from": None if init_from is None else str(init_from),
     }
+    upcycle = {"experts": 4, "top_k": 2}
+    if stage == "instruction":
+        whole["encoder"] = {"path": str(world.vit), "scales": [1, 2], "upcycle": upcycle}
+        whole["projector"] = {"kind": "mlp2x_gelu", "upcycle": {**upcycle, "counting": "paper"}}
+        whole["language"] = {"base": str(world.dense), "upcycle": upcycle}
     alone = {
         "vision": ("VisionEncoder", {"path": str(world.encoder), "tokenizer": str(world.base), "embedding_dim": 8}),
         "language": ("MoELanguageModel", language),

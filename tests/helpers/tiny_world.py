@@ -11,12 +11,18 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from datamodules.image_text import ImageTextShards
 from datamodules.shards import Entry, conversation, write_shards
 from datamodules.word_tokenizer import word_tokenizer
-from moextend_pl.contracts import Batch, ExtensionPlan, LayerGrowth, TrainPlan
+from moextend_pl.contracts import Batch, ExtensionPlan, LayerGrowth, TrainPlan, UpcycleSpec
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
@@ -112,7 +118,8 @@ class TinyWorld:
     """Folders of the tiny world; read-only for tests.
 
     Attributes:
-        root: Holds `base` (Mixtral and tokenizer), `encoder` (timm tower) and `data/<set>/<split>`.
+        root: Holds `base` (Mixtral and tokenizer), `dense` (Mistral and tokenizer), `encoder` (timm tower),
+            `vit` (timm vision transformer) and `data/<set>/<split>`.
     """
 
     root: Path
@@ -126,6 +133,32 @@ class TinyWorld:
     def encoder(self) -> Path:
         """Folder of the tower."""
         return self.root / "encoder"
+
+    @property
+    def dense(self) -> Path:
+        """Folder of a language model without experts."""
+        return self.root / "dense"
+
+    @property
+    def vit(self) -> Path:
+        """Folder of a tower whose MLPs can be upcycled."""
+        return self.root / "vit"
+
+    def cumo(
+        self,
+        dense: bool = True,
+        init_from: Path | None = None,
+        scales: tuple[int, ...] = (1, 2),
+        **upcycle: UpcycleSpec,
+    ) -> MoExtend:
+        """Returns CuMo before its networks are built; `upcycle` holds specs by part."""
+        base = {"base": str(self.dense), "dense": True} if dense else {"base": str(self.base)}
+        return MoExtend(
+            encoder=VisionEncoder(path=str(self.vit), scales=list(scales), upcycle=upcycle.get("encoder")),
+            projector=Projector(kind="mlp2x_gelu", upcycle=upcycle.get("projector")),
+            language=MoELanguageModel(**base, upcycle=upcycle.get("language")),
+            init_from=str(init_from) if init_from else None,
+        )
 
     def data(self, name: str, split: str = "train") -> str:
         """Returns the folder of a shard set: `vqa`, `text` or `mixed`."""
@@ -200,10 +233,21 @@ def build_tiny_world(root: Path) -> TinyWorld:
     tokenizer = tiny_tokenizer()
     tiny_mixtral(len(tokenizer)).save_pretrained(world.base)
     tokenizer.save_pretrained(world.base)
-    tower = VisionEncoder(name="timm/test_resnet", layer=2, pool=2, image_size=SIDE)
-    tower.init_seed = 5
-    tower.configure_model()
-    tower.save_pretrained(world.encoder)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    dense = MistralConfig(vocab_size=len(tokenizer), **sizes, num_key_value_heads=2, head_dim=16, initializer_range=0.3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MistralForCausalLM(dense).save_pretrained(world.dense)
+    tokenizer.save_pretrained(world.dense)
+    vit = {"img_size": SIDE, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    for folder, options in (
+        (world.encoder, {"name": "timm/test_resnet", "layer": 2}),
+        (world.vit, {"name": "timm/vit_tiny_patch16_224", "layer": -2, "tower_args": vit}),
+    ):
+        tower = VisionEncoder(**options, pool=2, image_size=SIDE)
+        tower.init_seed = 5
+        tower.configure_model()
+        tower.save_pretrained(folder)
     for name, make in ENTRIES.items():
         for split, first in (("train", 0), ("test", SAMPLES)):
             folder = Path(world.data(name, split))

@@ -17,8 +17,12 @@ from safetensors.torch import load_file
 from moextend_pl import cli
 from moextend_pl.preflight import CHECKPOINT_FOLDER, LAST_CHECKPOINT
 
-STEPS = {"extend": 40, "probe": 20}
-RESULTS = {"extend": ["delta.safetensors"], "probe": ["extension_plan.yaml", "usage.json"]}
+STEPS = {"extend": 40, "probe": 20, "instruction": 40}
+RESULTS = {
+    "extend": ["delta.safetensors"],
+    "instruction": ["delta.safetensors"],
+    "probe": ["extension_plan.yaml", "usage.json"],
+}
 
 
 def checkpoint(run: Path) -> Path:
@@ -62,6 +66,7 @@ CASES = [
     pytest.param("extend", is_configured, id="extend before a checkpoint", marks=pytest.mark.slow),
     pytest.param("extend", has_first_result("extend"), id="extend while it writes its results", marks=pytest.mark.slow),
     pytest.param("probe", has_moved_past_a_checkpoint, id="probe after a checkpoint", marks=pytest.mark.slow),
+    pytest.param("instruction", has_moved_past_a_checkpoint, id="upcycled after a checkpoint", marks=pytest.mark.slow),
     pytest.param("probe", has_first_result("probe"), id="probe while it writes its results", marks=pytest.mark.slow),
 ]
 

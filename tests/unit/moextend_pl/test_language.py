@@ -153,7 +153,7 @@ def test_recording_sees_every_layer_once_in_order_and_only_inside(tiny_world: Ti
     model = tiny_world.model(make_plan(sources=(1, 2)))
     batch = tiny_world.batch(model, "it")
     model.language(batch, model.embed(batch))
-    with model.language.recording() as records:
+    with model.language.watch.recording() as records:
         model.language(batch, model.embed(batch))
     model.language(batch, model.embed(batch))
     assert [(r.layer, r.num_experts) for r in records] == [(0, EXPERTS + 2), (1, EXPERTS), (2, EXPERTS + 2)]
@@ -165,9 +165,9 @@ def test_recording_sees_every_layer_once_in_order_and_only_inside(tiny_world: Ti
 def test_balance_of_grown_layers_counts_image_sequences_only(tiny_world: TinyWorld) -> None:
     model = tiny_world.model(make_plan())
     both, image = tiny_world.batch(model, "it"), tiny_world.batch(model, "i")
-    with model.language.recording() as records:
+    with model.language.watch.recording() as records:
         model.language(both, model.embed(both))
-    with model.language.recording() as alone:
+    with model.language.watch.recording() as alone:
         model.language(image, model.embed(image))
     real = [both["attention_mask"].reshape(-1).bool(), image["attention_mask"].reshape(-1).bool()]
     expected = [balance_loss([r], [real[n]]) for r, n in ((alone[0], 1), (records[1], 0), (alone[2], 1))]
@@ -177,7 +177,7 @@ def test_balance_of_grown_layers_counts_image_sequences_only(tiny_world: TinyWor
 def test_balance_of_text_only_batch_leaves_grown_layers_out(tiny_world: TinyWorld) -> None:
     model = tiny_world.model(make_plan())
     batch = tiny_world.batch(model, "tt")
-    with model.language.recording() as records:
+    with model.language.watch.recording() as records:
         model.language(batch, model.embed(batch))
     expected = balance_loss([records[1]], [batch["attention_mask"].reshape(-1).bool()]) / 3
     torch.testing.assert_close(model(batch).balance, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -14,8 +15,8 @@ from helpers import shared_losses
 from torch import Tensor
 from torch.nn import functional as F
 
-from moextend_pl.contracts import IGNORE_INDEX
-from moextend_pl.losses import balance_loss, global_mean, token_loss
+from moextend_pl.contracts import COUNTINGS, IGNORE_INDEX, UpcycleSpec
+from moextend_pl.losses import balance_loss, global_mean, image_router_losses, router_z_loss, token_loss
 from moextend_pl.moe.usage import RouterRecord
 
 ROOT = Path(__file__).parents[3]
@@ -93,6 +94,45 @@ def test_balance_pulls_tokens_away_from_a_crowded_expert() -> None:
 def test_balance_of_layers_where_no_token_counts_is_finite() -> None:
     loss = balance_loss([record(0, 4, 0)], [torch.zeros(12, dtype=torch.bool)])
     assert loss.item() == 0.0
+
+
+def test_first_choices_alone_are_counted_on_demand_and_give_one_when_uniform() -> None:
+    one = record(0, 4, 0)
+    first = RouterRecord(0, 4, one.logits, one.indices[:, :1])
+    masks = [torch.ones(12, dtype=torch.bool)]
+    assert balance_loss([one], masks, choices=1).item() == pytest.approx(loop_balance(first, masks[0]), abs=1e-6)
+
+
+def test_z_loss_is_the_mean_square_of_the_log_of_the_sum_over_counted_tokens() -> None:
+    records, masks = [record(0, 4, 0), record(1, 5, 1)], [torch.arange(12) < 7, torch.arange(12) > 3]
+    means = [
+        sum(math.log(sum(map(math.exp, row))) ** 2 for row in r.logits[m].tolist()) / int(m.sum())
+        for r, m in zip(records, masks, strict=True)
+    ]
+    assert router_z_loss(records, masks).item() == pytest.approx(sum(means) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("counting", COUNTINGS)
+def test_uniform_routing_of_images_has_balance_one(counting: str) -> None:
+    spec = UpcycleSpec(experts=4, top_k=2, counting=counting)
+    indices = torch.tensor([[t % 4, (t + 1) % 4] for t in range(8)])
+    uniform = RouterRecord(0, 4, torch.zeros(8, 4), indices, sequences=2)
+    losses = image_router_losses([uniform], 2, 1, spec, torch.device("cpu"))
+    assert losses.balance.item() == pytest.approx(1.0)
+    assert losses.z.item() == pytest.approx(math.log(4) ** 2)
+
+
+def test_counting_by_image_and_over_the_batch_differ_where_images_use_different_experts() -> None:
+    # Each image uses one expert for all of its tokens, and together they use all alike.
+    logits = torch.eye(4).repeat_interleave(5, 0) * 4
+    crowded = RouterRecord(0, 4, logits, logits.topk(1).indices, sequences=4)
+    by_image, by_batch = (
+        image_router_losses([crowded], 4, 1, UpcycleSpec(4, 1, counting=counting), torch.device("cpu")).balance.item()
+        for counting in COUNTINGS
+    )
+    probs = torch.tensor([4.0, 0, 0, 0]).softmax(0)
+    assert by_image == pytest.approx(4 * float(probs[0]))
+    assert by_batch == pytest.approx(1.0)
 
 
 def values_of_two_processes(folder: Path) -> dict[str, Tensor]:

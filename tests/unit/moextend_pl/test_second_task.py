@@ -64,7 +64,7 @@ def test_second_task_never_uses_experts_of_the_first(tiny_world: TinyWorld, run_
     second = extended(tiny_world, run_a, PLAN_B)
     learn(second)
     for task, allowed in (("shape", {EXPERTS}), ("colour", {EXPERTS, EXPERTS + 1, EXPERTS + 2})):
-        with second.language.recording() as records:
+        with second.language.watch.recording() as records:
             logits(second, batch_of(tiny_world, second, task))
         for record in records:
             new = set(record.indices.unique().tolist()) - set(range(EXPERTS))
@@ -119,7 +119,7 @@ def test_masked_tokens_keep_new_experts_for_image_positions(tiny_world: TinyWorl
     perturb([*model.parts()["new_experts"], *model.parts()["calibration"]])
     batch = tiny_world.batch(model, "iti")
     is_image = (batch["input_ids"] == model.language.image_token_id).reshape(-1)
-    with model.language.recording() as records:
+    with model.language.watch.recording() as records:
         got = logits(model, batch)
     used = torch.stack([(record.indices >= EXPERTS).any(dim=-1) for record in records]).any(dim=0)
     assert used[is_image].any()
@@ -140,7 +140,7 @@ def test_masked_tokens_survive_cached_decoding(tiny_world: TinyWorld) -> None:
     model.language.set_reach(batch)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     embeddings = model.embed(batch)
-    with model.language.recording() as records:
+    with model.language.watch.recording() as records:
         model.language.model.generate(inputs_embeds=embeddings, attention_mask=batch["attention_mask"], **options)
     steps = [record for record in records if len(record.indices) == 2]
     assert steps

@@ -46,7 +46,7 @@ def test_parts_are_a_partition(tiny_world: TinyWorld) -> None:
     model = tiny_world.model(make_plan(sources=(0, 1)))
     listed = [id(p) for parameters in model.parts().values() for p in parameters]
     assert sorted(listed) == sorted(id(p) for p in model.parameters())
-    assert set(model.parts()) == {"encoder", "language", "routers", "earlier_extensions", *PARTS}
+    assert set(model.parts()) == {"encoder", "encoder_unread", "language", "routers", "earlier_extensions", *PARTS}
 
 
 def test_checkpoint_holds_what_learns_and_nothing_frozen(tiny_world: TinyWorld) -> None:

@@ -79,7 +79,7 @@ def make_step(world: TinyWorld, parts: list[str], dtype: torch.dtype, **options:
     with torch.device("meta"):
         unbuilt.configure_model()
     sequences, length = batch["input_ids"].shape
-    with torch.no_grad(), model.language.recording() as records:
+    with torch.no_grad(), model.language.watch.recording() as records:
         model.language(batch, model.embed(batch))
     experts = min(record.num_experts for record in records)
     grown = [record.indices for record in records if record.num_experts > experts]

@@ -1,0 +1,116 @@
+"""Tensors of published checkpoints, read one at a time from one file or a folder of shards, and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moextend_pl.checkpoint import write_atomically, write_json
+from moextend_pl.contracts import UserError
+
+SHARD_BYTES = 4 * 2**30
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name; safetensors are read lazily, `.bin` files are mapped into memory.
+
+    Args:
+        path: A `.safetensors` or `.bin` file, or a folder with shards of one kind.
+
+    Raises:
+        UserError: If there is no such file, or a name stands in two files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._where: dict[str, Path] = {}
+        self._mapped: dict[Path, dict[str, Tensor]] = {}
+        for file in self._files(path):
+            for name in self._names(file):
+                if name in self._where:
+                    raise UserError(f"{name} stands in both {self._where[name]} and {file}. Remove one of them.")
+                self._where[name] = file
+
+    @staticmethod
+    def _files(path: Path) -> list[Path]:
+        if path.is_file():
+            return [path]
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        if not files:
+            raise UserError(f"Expected a checkpoint (.safetensors or .bin) at {path}, found none.")
+        return files
+
+    def _names(self, file: Path) -> list[str]:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                return list(tensors.keys())
+        self._mapped[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return list(self._mapped[file])
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._where[name]
+        if file in self._mapped:
+            return self._mapped[file][name]
+        with safe_open(file, "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def config(self) -> dict[str, Any]:
+        """Returns the `config.json` beside the tensors, or nothing."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        file = folder / "config.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a transformers checkpoint, `model.safetensors` or shards with their index.
+
+    Args:
+        tensors: Names and tensors, read once.
+        folder: Where they go.
+        shard_bytes: Size above which a shard is closed.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def close() -> None:
+        nonlocal pending, size
+        write_tensors(pending, folder / f"model-{len(shards) + 1:05d}.safetensors")
+        shards.append(list(pending))
+        pending, size = {}, 0
+
+    for name, tensor in tensors:
+        pending[name] = tensor
+        size += tensor.numel() * tensor.element_size()
+        total += tensor.numel() * tensor.element_size()
+        if size > shard_bytes:
+            close()
+    if pending:
+        close()
+    if len(shards) == 1:
+        (folder / "model-00001.safetensors").replace(folder / "model.safetensors")
+        return
+    where = {name: f"model-{number:05d}.safetensors" for number, names in enumerate(shards, 1) for name in names}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Writes one file: safetensors, or what `torch.save` makes where the name ends in `.bin`."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if file.suffix == ".bin":
+        write_atomically(file, lambda path: torch.save(whole, path))
+    else:
+        write_atomically(file, lambda path: save_file(whole, path, metadata={"format": "pt"}))

@@ -1,0 +1,171 @@
+"""Published checkpoints to a run directory of this project.
+
+The result holds `encoder/` and `language/`, as a config names them, and `delta.safetensors` with
+`manifest.json`, from which a stage starts (`init_from`) and `MoExtend.load` loads.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from moextend_pl.checkpoint import DELTA_FILE, Manifest, file_sha256, versions, write_json
+from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UpcycleSpec, UserError
+from moextend_pl.convert.entries import check_names
+from moextend_pl.convert.files import TensorFiles, write_shards, write_tensors
+from moextend_pl.convert.published import OURS_TOWER, Parts, read_parts
+from moextend_pl.encoder import CONFIG_FILE, WEIGHTS_FILE
+from moextend_pl.tower import PREPROCESSOR_FILE
+
+REPORT = "conversion.json"
+PUBLISHED_CONFIG = "published_config.json"
+HEAD_WIDTH = 64
+LAYER = {"cumo": -2, "moextend": -1}
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def language_config(data: dict[str, Any]) -> PreTrainedConfig | None:
+    """Returns the configuration of the language model alone, out of a published `config.json`.
+
+    Args:
+        data: What the file holds; empty where there is none.
+    """
+    kind = str(data.get("model_type", "")).removeprefix("llava_")
+    if kind not in ("mistral", "mixtral"):
+        return None
+    known = AutoConfig.for_model(kind).to_dict()
+    kept = {name: value for name, value in data.items() if name in known and name != "model_type"}
+    return AutoConfig.for_model(kind, **kept)
+
+
+def convert_in(source: Path, target: Path, layout: str, heads: int | None = None) -> dict[str, Any]:
+    """Converts a published checkpoint; everything is checked before anything is written.
+
+    Args:
+        source: A file or a folder.
+        target: Run directory to make.
+        layout: `cumo` or `moextend`.
+        heads: Attention heads of the tower, which its tensors do not tell; by default a head has 64 channels.
+
+    Returns:
+        The report: what every tensor became.
+
+    Raises:
+        UserError: If tensors are missing, unexpected or not as the layout has them.
+    """
+    tensors = TensorFiles(source)
+    data = tensors.config() if source.is_dir() else {}
+    parts = read_parts(tensors, language_config(data), layout)
+    check_names((name for entry in parts.entries for name in entry.names), tensors, str(source))
+    spec = _upcycling(parts.projector_experts, data)
+    model: dict[str, dict[str, Any]] = {}
+    if parts.encoder:
+        model["encoder"] = _write_encoder(tensors, parts, target / "encoder", layout, data, heads)
+    if parts.projector:
+        model["projector"] = {"kind": "mlp2x_gelu", "merge": 1, "upcycle": spec}
+    if parts.language:
+        _write_language(tensors, parts, source, target / "language", data)
+        model["language"] = {"base": "language", "dense": data["model_type"].endswith("mistral"), "upcycle": None}
+    report = {
+        "layout": layout,
+        "from": source.name,
+        "tensors": [{**entry.line(), "dtype": str(tensors[entry.names[0]].dtype)} for entry in parts.entries],
+    }
+    write_json(target / REPORT, report)
+    _write_run(tensors, parts, target, model)
+    return report
+
+
+def _upcycling(experts: int, data: dict[str, Any]) -> dict[str, Any] | None:
+    if not experts:
+        return None
+    spec = UpcycleSpec(
+        experts=experts,
+        top_k=int(data.get("num_selected", 2)),
+        balance=float(data.get("balance_loss_coef", 0.1)),
+        z=float(data.get("router_z_loss_coef", 0.01)),
+    )
+    return asdict(spec)
+
+
+def _write_encoder(
+    tensors: TensorFiles, parts: Parts, folder: Path, layout: str, data: dict[str, Any], heads: int | None
+) -> dict[str, Any]:
+    weights = {entry.ours.removeprefix(OURS_TOWER): entry.join(tensors) for entry in parts.encoder}
+    patches = weights["embeddings.patch_embedding.weight"]
+    width, patch = patches.shape[0], patches.shape[-1]
+    if heads is None and width % HEAD_WIDTH:
+        raise UserError(f"Expected `--heads`, as {width} channels do not divide into heads of {HEAD_WIDTH}.")
+    # One position is the class token's.
+    side = round((len(weights["embeddings.position_embedding.weight"]) - 1) ** 0.5) * patch
+    first = "mlp.experts.up_proj" if parts.encoder_experts else "mlp.fc1.weight"
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=weights[f"encoder.layers.0.{first}"].shape[-2],
+        num_hidden_layers=len([name for name in weights if name.endswith("self_attn.q_proj.weight")]),
+        num_attention_heads=heads or width // HEAD_WIDTH,
+        image_size=side,
+        patch_size=patch,
+        hidden_act="quick_gelu",
+    )
+    scales = list(data.get("scales") or ([1, 3] if layout == "cumo" else [1]))
+    own = {
+        "name": "clip",
+        "layer": LAYER[layout],
+        "pool": 1,
+        "image_size": side,
+        "tower_args": {},
+        "scales": scales,
+        "upcycle": _upcycling(parts.encoder_experts, data),
+    }
+    write_tensors(weights, folder / WEIGHTS_FILE)
+    config.save_pretrained(folder)
+    write_json(folder / PREPROCESSOR_FILE, {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD})
+    write_json(folder / CONFIG_FILE, own)
+    return {"path": "encoder", "scales": scales, "upcycle": own["upcycle"]}
+
+
+def _write_language(tensors: TensorFiles, parts: Parts, source: Path, folder: Path, data: dict[str, Any]) -> None:
+    config = language_config(data)
+    assert config is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    # In the published names, which transformers reads by itself.
+    names = (name for entry in parts.language for name in entry.names)
+    write_shards(((name, tensors[name]) for name in names), folder)
+    config.architectures = [f"{config.model_type.capitalize()}ForCausalLM"]
+    config.save_pretrained(folder)
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copy2(file, folder)
+    write_json(folder.parent / PUBLISHED_CONFIG, data)
+
+
+def _write_run(tensors: TensorFiles, parts: Parts, target: Path, model: dict[str, dict[str, Any]]) -> None:
+    new = [*parts.projector, *parts.extension]
+    plans: tuple[ExtensionPlan, ...] = ()
+    if parts.extended:
+        # Sources only say where new weights start from; these have been trained, and theirs are not published.
+        layers = tuple(LayerGrowth(layer, (0,) * count) for layer, count in sorted(parts.extended.items()))
+        plans = (ExtensionPlan(layers=layers, init="copy", routing="open", report={"origin": "converted"}),)
+        plans[0].save(target / PLAN_FILE)
+    write_tensors({entry.ours: entry.join(tensors) for entry in new}, target / DELTA_FILE)
+    Manifest(
+        plans=plans,
+        model=model,
+        trained=[entry.ours for entry in new],
+        frozen={},
+        delta_sha256=file_sha256(target / DELTA_FILE),
+        versions=versions(),
+        run=target,
+    ).save()

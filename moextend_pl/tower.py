@@ -1,0 +1,176 @@
+"""Vision transformers of the transformers library: read at one block, without the blocks behind it.
+
+Shapes: I images, N tokens of one image, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+from moextend_pl.contracts import UserError
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
+
+def vision_config(folder: str) -> PreTrainedConfig:
+    """Returns the configuration of a vision model, or of the vision half of an image-text model.
+
+    Args:
+        folder: Folder with a `config.json`.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return getattr(config, "vision_config", config)
+
+
+def check_folder(folder: str) -> None:
+    """Refuses a folder without a transformers model.
+
+    Raises:
+        UserError: If it has no `config.json`.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(
+            f"Expected a transformers vision model in {folder}, found no config.json. Put the model there, correct "
+            "`encoder.name`, or name a timm model as `timm/<model>`."
+        )
+
+
+def make_tower(folder: str, with_weights: bool) -> Any:
+    """Builds a vision model.
+
+    Args:
+        folder: Folder of a transformers model.
+        with_weights: Whether its weights are read; else they are random.
+    """
+    if with_weights:
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+        return vision_half(AutoModel.from_pretrained(folder, **options))
+    return vision_half(
+        AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=torch.float32)
+    )
+
+
+def vision_half(model: Any) -> Any:
+    """Returns the image side of a transformers model of images and texts (CLIP, SigLIP); another model as it is."""
+    return getattr(model, "vision_model", model) if hasattr(model.config, "vision_config") else model
+
+
+def image_statistics(*folders: str) -> dict[str, tuple[float, float, float]]:
+    """Returns `image_mean` and `image_std` that a transformers tower learned with.
+
+    Args:
+        folders: Where to look, the first one with the file first.
+
+    Raises:
+        UserError: If no folder says.
+    """
+    paths = [Path(folder) / PREPROCESSOR_FILE for folder in folders]
+    path = next((path for path in paths if path.is_file()), paths[0])
+    try:
+        facts = json.loads(path.read_text())
+        red_green_blue = {name: facts[name] for name in ("image_mean", "image_std")}
+        return {name: (float(r), float(g), float(b)) for name, (r, g, b) in red_green_blue.items()}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"Expected `image_mean` and `image_std` in {path}, got {error!r}. Take the file from where the tower's "
+            "weights come from."
+        ) from error
+
+
+def blocks_of(tower: nn.Module) -> nn.ModuleList:
+    """Returns the stack of transformer blocks, found as the longest list of modules.
+
+    Raises:
+        UserError: If the tower has no list of modules.
+    """
+    stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise UserError(f"Expected a vision transformer with a list of blocks, got {type(tower).__name__}.")
+    return max(stacks, key=len)
+
+
+class BlockReader:
+    """Reads the output of one block of a tower; what stands behind it is taken off.
+
+    Args:
+        tower: The tower, with all its blocks.
+        layer: Index of the hidden state to read, as transformers counts: -1 is the output of the last block,
+            -2 its input.
+        keep_unread: Whether blocks behind the one read stay and are computed, as the published code of
+            CuMo does, whose routers in them take part in the losses.
+
+    Raises:
+        UserError: If there is no such block.
+    """
+
+    def __init__(self, tower: nn.Module, layer: int, keep_unread: bool) -> None:
+        self.tower = tower
+        self._output: Tensor | None = None
+        blocks = blocks_of(tower)
+        read = layer if layer >= 0 else len(blocks) + 1 + layer
+        if not 1 <= read <= len(blocks):
+            raise UserError(f"Expected `encoder.layer` in 1..{len(blocks)} or -{len(blocks)}..-1, got {layer}.")
+        self.dropped = tuple(
+            f"{name}.{index}."
+            for name, module in tower.named_modules()
+            for index in range(read, len(blocks))
+            if module is blocks and not keep_unread
+        )
+        if not keep_unread:
+            del blocks[read:]
+        blocks[read - 1].register_forward_hook(self._keep)
+        self._last_read = blocks[read - 1]
+
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._output = output if isinstance(output, Tensor) else output[0]
+
+    def __call__(self, pixels_I3HW: Tensor) -> Tensor:
+        """Returns the hidden state, (I, N, D)."""
+        self.tower(pixel_values=pixels_I3HW)
+        output, self._output = self._output, None
+        assert output is not None
+        return output
+
+    def unread_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters that no feature depends on: all that the tower lists behind the block read."""
+        parameters = list(self.tower.parameters())
+        last = {id(parameter) for parameter in self._last_read.parameters()}
+        places = [place for place, parameter in enumerate(parameters) if id(parameter) in last]
+        return parameters[max(places) + 1 :]
+
+    def optional_names(self) -> set[str]:
+        """Returns the names of unread parameters outside the blocks, which some published files leave out."""
+        unread = {id(parameter) for parameter in self.unread_parameters()}
+        unread -= {id(parameter) for parameter in blocks_of(self.tower).parameters()}
+        return {name for name, parameter in self.tower.named_parameters() if id(parameter) in unread}
+
+
+def load_tower(tower: nn.Module, path: Path, reader: BlockReader | None) -> None:
+    """Reads the weights of a tower.
+
+    Args:
+        tower: Built, without the blocks that nothing reads.
+        path: safetensors file; it may hold these blocks, and may lack what stands behind all blocks.
+        reader: Of a transformers tower; None for a timm one.
+
+    Raises:
+        UserError: If tensors are missing, unexpected or of another shape.
+    """
+    dropped, optional = (reader.dropped, reader.optional_names()) if reader else ((), set())
+    tensors = {name: t for name, t in load_file(path).items() if not any(map(name.startswith, dropped))}
+    expected = tower.state_dict()
+    wrong = [n for n, t in expected.items() if n in tensors and t.shape != tensors[n].shape]
+    wrong += sorted((expected.keys() - optional) ^ (tensors.keys() - optional))
+    if wrong:
+        raise UserError(
+            f"{path}: {len(wrong)} tensors are missing, unexpected or of another shape, for example {wrong[:3]}. "
+            "Save or convert the tower anew."
+        )
+    tower.load_state_dict(tensors, strict=False)

@@ -235,10 +235,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.set_reach(batch)
         inputs = {"input_ids": batch["input_ids"]} if embeddings is None else {"inputs_embeds": embeddings}
         inputs.update(attention_inputs(self.model, batch))
-        if logits_at is None:
-            return self.model(**inputs, use_cache=False).logits
-        if _KEEPS_BY_MASK:
-            return self.model(**inputs, use_cache=False, logits_to_keep=logits_at).logits
+        if logits_at is None or _KEEPS_BY_MASK:
+            return self.model(**inputs, use_cache=False, logits_to_keep=0 if logits_at is None else logits_at).logits
         columns = logits_at.any(dim=0).nonzero().squeeze(-1)
         return self.model(**inputs, use_cache=False, logits_to_keep=columns).logits[logits_at[:, columns]]
 

@@ -15,7 +15,7 @@ import yaml
 from helpers.stages import callback, finish, kill_when, metrics, write_stage
 from helpers.tiny_world import TinyWorld, text_entry
 
-from datamodules.index import build_index
+from datamodules.scan import build_index
 from datamodules.shards import write_shards
 from moextend_pl import cli
 

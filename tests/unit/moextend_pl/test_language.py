@@ -65,7 +65,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_records(
         calls = []
         first = model.language.model.model.layers[0].mlp
         first.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        with model.language.recording() as records:
+        with model.language.watch.recording() as records:
             logits = model.language(batch, model.embed(batch))
         logits.float().logsumexp(-1).sum().backward()
         assert len(calls) == 1 + checkpointed

@@ -125,13 +125,13 @@ def test_a_text_beside_an_image_is_routed_as_by_the_base_and_gives_its_logits(ti
     samples = samples_of(tiny_world, world, "titit")
     batch = collate_packed([samples[:3], samples[3:]], pad_id=0)
     base = tiny_world.language()
-    with torch.no_grad(), language.recording() as records:
+    with torch.no_grad(), language.watch.recording() as records:
         logits = language(batch, world.embed(batch))
     for number in (1, 3, 5):
         here = batch["documents"] == number
         ids = samples[number - 1].input_ids[None]
         alone = Batch(input_ids=ids, attention_mask=torch.ones_like(ids))
-        with torch.no_grad(), base.recording() as expected:
+        with torch.no_grad(), base.watch.recording() as expected:
             expected_logits = base(alone)[0]
         for record, base_record in zip(records, expected, strict=True):
             assert torch.equal(record.indices[here.flatten()], base_record.indices)

@@ -210,15 +210,17 @@ def compare(shape: Shape, dtype: str, share: float | None, options: argparse.Nam
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one table and returns the exit code."""
     options = parse(__doc__.splitlines()[0], argv)
-    shapes, tokens, shares = [COARSE, FINE], [32, 512, 1024, 2048, 4096], [None, 0.0, 0.1, 0.5]
+    # Few large experts and many small ones; the largest numbers of tokens with more shares of the new expert.
+    grid, shares = [(COARSE, (32, 512, 2048)), (FINE, (32, 1024))], (None, 0.0, 0.1, 0.5)
     if options.quick:
-        shapes, tokens, shares = [Shape(4, 2, 64, width=32), Shape(16, 4, 32, width=32)], [32, 128], [None, 0.1]
+        small = Shape(4, 2, 64, width=32), Shape(16, 4, 32, width=32)
+        grid, shares = [(shape, (32, 128)) for shape in small], (None, 0.1)
     rows: list[Row] = []
     for dtype in options.dtype:
-        for shape in shapes:
+        for shape, tokens in grid:
             for count in tokens:
-                for share in shares if count in (32, tokens[-2]) else shares[:1]:
-                    sized = Shape(shape.experts, shape.top_k, shape.inner, shape.width, count)
+                sized = Shape(shape.experts, shape.top_k, shape.inner, shape.width, count)
+                for share in shares if count == tokens[-1] and shape is grid[0][0] else shares[:1]:
                     rows += compare(sized, dtype, share, options)
     return finish(__doc__.splitlines()[0], {"one block, forward and backward": rows}, options)
 

@@ -25,8 +25,9 @@ import yaml
 from lightning.pytorch import Trainer
 
 from datamodules import ImageTextShards
-from datamodules.easy_vqa import COLOURS, SPLITS, Picture, pictures_of, vqa_entries
+from datamodules.easy_vqa import COLOURS, Picture, pictures_of, vqa_entries
 from datamodules.mixture import ShardSet
+from datamodules.sets import SPLITS
 from datamodules.shards import write_shards
 from moextend_pl import MoExtend, cli
 from moextend_pl.checkpoint import write_json

@@ -90,6 +90,15 @@ class ExpertExtension(Callback):
         """Takes over routers and usage from before the probe."""
         self._routers, self._before = list(state_dict["routers"]), dict(state_dict["before"])
 
+    def on_fit_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
+        """Warns where a further extension would not leave the earlier ones as they were."""
+        learns = any(parameter.requires_grad for parameter in pl_module.projector.parameters())
+        if len(pl_module.plans) > 1 and learns:
+            log.warning(
+                "the projector learns, so that answers of the earlier extension about pictures change; leave "
+                "`projector` out of `TrainOnly.parts` to keep them bit-identical"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Remembers the routers and measures usage, at the first start of a probe."""
         if self.rule is not None and not self._routers:

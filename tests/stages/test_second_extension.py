@@ -24,14 +24,16 @@ def extend(world: TinyWorld, folder: Path, name: str, start: Path | None, *argum
 
 
 def test_second_stage_extends_the_model_of_the_first_by_a_plan_written_by_hand(
-    tiny_world: TinyWorld, tmp_path: Path
+    tiny_world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_plan((0, 2)).save(tmp_path / "plan.yaml")
     (tmp_path / "by_hand.yaml").write_text(
         f"schema: 1\nlayers:\n- {{layer: 1, sources: [0]}}\n- {{layer: 2, sources: [{EXPERTS}, 3]}}\nrouting: open\n"
     )
     first = extend(tiny_world, tmp_path, "first", None)
+    assert "the projector learns" not in caplog.text
     second = extend(tiny_world, tmp_path, "second", first, "--plan", str(tmp_path / "by_hand.yaml"))
+    assert "the projector learns" in caplog.text
     plans = read_manifest(second).plans
     assert [[growth.layer for growth in plan.layers] for plan in plans] == [[0, 2], [1, 2]]
     assert json.loads((second / "frozen.json").read_text())["unchanged"]

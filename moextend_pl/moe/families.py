@@ -110,8 +110,8 @@ def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
         if tensor is None or not tensor.is_floating_point():
             return tensor
         if tensor.dim() == 2 and min(tensor.shape) > 1:
-            return torch.randn(tensor.shape, generator=generator) * tensor.shape[-1] ** -0.5
-        return torch.rand(tensor.shape, generator=generator) * 0.2
+            return torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * tensor.shape[-1] ** -0.5
+        return torch.rand(tensor.shape, generator=generator, dtype=torch.float32) * 0.2
 
     twin: Any = copy.copy(module)
     twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -160,9 +160,9 @@ def _try(router: nn.Module, num_experts: int, name: str) -> _Trial:
     twin = _twin(router, generator)
     width = tensor_named(router, name).shape[1]
     # Wide enough that top scores differ, and not so wide that a softmax saturates.
-    x_TD = torch.randn(PROBE_TOKENS, width, generator=generator)
+    x_TD = torch.randn(PROBE_TOKENS, width, generator=generator, dtype=torch.float32)
     names = list(inspect.signature(router.forward).parameters)[1:]
-    argument = torch.rand(num_experts, generator=generator) * 0.2 if names else None
+    argument = torch.rand(num_experts, generator=generator, dtype=torch.float32) * 0.2 if names else None
     if names and "bias" not in names[0]:
         raise _refuse(router, f"its choice depends on more than the token's hidden state ({', '.join(names)})")
     try:

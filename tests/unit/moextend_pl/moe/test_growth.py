@@ -150,3 +150,15 @@ def test_calibration_of_each_layer_has_its_own_seed() -> None:
     first, second = new_parameters(model)["calibration"][0], new_parameters(model)["calibration"][2]
     assert first.shape == second.shape
     assert not torch.equal(first, second)
+
+
+def test_model_grows_alike_where_the_default_type_is_half() -> None:
+    model, half = tiny_mixtral(), tiny_mixtral()
+    grow(model, make_plan(), Reach())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        grow(half, make_plan(), Reach())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    facts = [[b.router.facts for b in find_blocks(m) if isinstance(b.router, ExtendedRouter)] for m in (model, half)]
+    assert facts[0] == facts[1]

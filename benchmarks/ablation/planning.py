@@ -128,7 +128,8 @@ def write_layers(study: Study, out: Path) -> None:
 
 def base_folders(study: Study, out: Path) -> dict[str, str]:
     """Returns where the data and the stages that are run once lie."""
-    return {f"{study.folder}/{name}": str(out / "base" / name) for name in ("data", *study.base)}
+    stages = {f"{study.folder}/{name}": str(out / "base" / name) for name in study.base}
+    return {study.data_folder: str(out / "base" / "data"), **stages}
 
 
 def make_plan(study: Study, out: Path, variants: Sequence[Variant], seeds: Sequence[int], quick: bool = False) -> Plan:

@@ -8,8 +8,13 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from PIL import Image
+
+from datamodules import ImageTextShards
+from moextend_pl.contracts import SampleSpec
 
 Members = list[tuple[str, bytes]]
 
@@ -51,3 +56,34 @@ def write_tar(path: Path, members: Members, mode: str = "w", form: int = tarfile
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+GOOD = [("good.json", conversation_json()), ("good.png", plain_image(1))]
+
+
+def rank(folder: Path, spec: SampleSpec, number: int, world: int, run: Path, **options: Any) -> ImageTextShards:
+    """A data module as a trainer of several processes would hold it."""
+    module = ImageTextShards(train=str(folder), spec=spec, **{"batch_size": 4, **options})
+    module.trainer = SimpleNamespace(
+        global_rank=number,
+        world_size=world,
+        default_root_dir=str(run),
+        fit_loop=SimpleNamespace(
+            epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(processed=0)))
+        ),
+        _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
+    )
+    module.setup("fit")
+    return module
+
+
+def batches(module: ImageTextShards, count: int) -> list[dict[str, Any]]:
+    """Returns the first batches of the training set."""
+    loader = iter(module.train_dataloader())
+    return [next(loader) for _ in range(count)]
+
+
+def bad_lines(run: Path) -> list[dict[str, str]]:
+    """Returns what a run noted about bad samples."""
+    path = run / "bad_samples.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

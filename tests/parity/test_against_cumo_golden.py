@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,6 +47,19 @@ def check_losses(got: RouterLosses, golden: dict[str, Tensor]) -> None:
     torch.testing.assert_close(got.z, golden["router_z_loss"][0], **TOLERANCE)
 
 
+def assert_forward_and_backward(
+    call: Callable[[Tensor], Tensor], watch: RouterWatch, golden: dict[str, Tensor]
+) -> None:
+    x = golden["x"].clone().requires_grad_()
+    with watch.recording() as records:
+        y = call(x)
+    losses = losses_of(records, len(x))
+    ((y * golden["grad_output"]).sum() + 0.1 * losses.balance + 0.01 * losses.z).backward()
+    torch.testing.assert_close(y, golden["y"], **TOLERANCE)
+    torch.testing.assert_close(x.grad, golden["grad_x"], **TOLERANCE)
+    check_losses(losses, golden)
+
+
 def test_clip_block(fixtures: Path) -> None:
     golden = load_file(fixtures / "cumo_clip_moe_layer.safetensors")
     config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, hidden_act="quick_gelu")
@@ -56,14 +70,7 @@ def test_clip_block(fixtures: Path) -> None:
     entries = clip_block_entries(4, "layer.")
     load(block, entries, golden)
     watch.attach(blocks)
-    x = golden["x"].clone().requires_grad_()
-    with watch.recording() as records:
-        y = block(x, None)
-    losses = losses_of(records, len(x))
-    ((y * golden["grad_output"]).sum() + 0.1 * losses.balance + 0.01 * losses.z).backward()
-    torch.testing.assert_close(y, golden["y"], **TOLERANCE)
-    torch.testing.assert_close(x.grad, golden["grad_x"], **TOLERANCE)
-    check_losses(losses, golden)
+    assert_both_ways(lambda x: block(x, None), watch, golden)
     assert_gradients(block, entries, golden, "layer.")
 
 
@@ -73,14 +80,7 @@ def test_projector(fixtures: Path) -> None:
     projector.configure_model()
     entries = projector_entries(4, "projector.")
     load(projector, entries, golden)
-    x = golden["x"].clone().requires_grad_()
-    with projector.watch.recording() as records:
-        y = projector(x)
-    losses = losses_of(records, len(x))
-    ((y * golden["grad_output"]).sum() + 0.1 * losses.balance + 0.01 * losses.z).backward()
-    torch.testing.assert_close(y, golden["y"], **TOLERANCE)
-    torch.testing.assert_close(x.grad, golden["grad_x"], **TOLERANCE)
-    check_losses(losses, golden)
+    assert_both_ways(projector, projector.watch, golden)
     assert_gradients(projector, entries, golden, "projector.")
 
 

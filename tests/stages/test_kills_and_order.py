@@ -67,7 +67,7 @@ CHAINS = [
 
 
 @pytest.mark.parametrize(("plan", "starts"), CHAINS)
-def test_a_run_killed_again_and_again_trains_on_what_an_uninterrupted_one_does(
+def test_rows_15_and_16_a_run_killed_again_and_again_trains_on_what_an_uninterrupted_one_does(
     tiny_world: TinyWorld, tmp_path: Path, plan: str, starts: list[tuple[int, int]]
 ) -> None:
     """Each start is (ranks, workers); all but the last are killed, at no particular point of a step."""
@@ -99,7 +99,7 @@ def uneven_shards(folder: Path) -> None:
     build_index(folder)
 
 
-def test_uneven_shards_are_seen_once_on_two_ranks_in_training_and_validation(
+def test_row_17_uneven_shards_are_seen_once_on_two_ranks_in_training_and_validation(
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
     uneven_shards(tmp_path / "uneven")

@@ -203,7 +203,8 @@ CUMO = Study(
     data_folder="runs/quickstart/data",
     base=("0_vision", "0_language"),
     stages=("1_pretrain", "2_prefinetune", STAGE_3),
-    seeded={"seed_everything": SEED, "data.init_args.seed": SEED},
+    # One scale: a tower that learns at two costs five times as much, in every row alike.
+    seeded={"seed_everything": SEED, "data.init_args.seed": SEED, "model.init_args.encoder.scales": [1]},
     defaults={"built up": "and upcycled tower (CuMo)", "experts": "2 of 4", "losses": "balance and z"},
     variants=(
         _stage_3("built up", "dense, tower frozen", _without("encoder", "projector"), FROZEN_TOWER),
@@ -251,8 +252,9 @@ CUMO = Study(
     seconds={"data": 20, "0_vision": 60, "0_language": 60, "1_pretrain": 60, "2_prefinetune": 60, STAGE_3: 90},
     every={
         STAGE_3: {
-            "trainer.max_steps": 300,
-            "trainer.val_check_interval": 300,
+            # Few steps: the dense rows are already at 0.94 after 300.
+            "trainer.max_steps": 150,
+            "trainer.val_check_interval": 150,
             "trainer.limit_test_batches": 4,
             **_spec("encoder", "projector", seed=SEED),
         }

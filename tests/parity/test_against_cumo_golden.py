@@ -47,9 +47,7 @@ def check_losses(got: RouterLosses, golden: dict[str, Tensor]) -> None:
     torch.testing.assert_close(got.z, golden["router_z_loss"][0], **TOLERANCE)
 
 
-def assert_forward_and_backward(
-    call: Callable[[Tensor], Tensor], watch: RouterWatch, golden: dict[str, Tensor]
-) -> None:
+def assert_both_ways(call: Callable[[Tensor], Tensor], watch: RouterWatch, golden: dict[str, Tensor]) -> None:
     x = golden["x"].clone().requires_grad_()
     with watch.recording() as records:
         y = call(x)

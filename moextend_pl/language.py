@@ -89,7 +89,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
             )
         if tokenizer is None and base is None:
             raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
-        check_base(base, quantize)
+        check_base(base, quantize, upcycle is not None)
         self.base, self.config, self.quantize = base, dict(config or {}), quantize
         self.tokenizer_path, self.chat_template = tokenizer or str(base), chat_template
         self.experts_implementation, self.activation_checkpointing = experts_implementation, activation_checkpointing
@@ -148,7 +148,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
             config = self.model_config()
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
         else:
-            self.model = load_base(self.base, self.quantize)
+            self.model = load_base(self.base, self.quantize, self.dense or self.upcycle_spec is not None)
         if not self.dense and self.upcycle_spec is None:
             find_blocks(self.model)
             dispatch.use(self.model, self.experts_implementation)
@@ -165,6 +165,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
     def upcycle(self) -> None:
         """Turns the MLPs of a dense model into experts where that is asked for; does nothing the second time."""
         if self.upcycle_spec is not None:
+            check_base(self.base, self.quantize, upcycled=True)
             upcycle(self.model, self.upcycle_spec)
             self.watch.attach(self.model)
 

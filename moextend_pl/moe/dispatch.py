@@ -25,8 +25,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 FROZEN_EXPERTS = "moextend"
 """Name under which transformers knows `frozen_experts_forward` once `use` was called."""
 
-# Slots computed at a time on a CPU: what one chunk makes is still in the cache when it is read.
-CHUNK_SLOTS = 2048
+# Slots computed at a time on a CPU: what one chunk makes is still in the cache when it is read. Among 256 to 8192,
+# 512 was fastest or level for 8 wide experts (`benchmarks/block.py`).
+CHUNK_SLOTS = 512
 
 
 def use(model: PreTrainedModel, implementation: str) -> None:
@@ -155,10 +156,12 @@ def _project(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Te
 def _sum_slots(rows_RD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """Adds up the rows of each token's slots, weighted or not; on a CPU a few tokens at a time."""
     step = max(CHUNK_SLOTS // slots_TK.shape[-1], 1) if rows_RD.device.type == "cpu" else max(len(slots_TK), 1)
-    parts = []
-    for first in range(0, max(len(slots_TK), 1), step):
-        picked_TKD = rows_RD[slots_TK[first : first + step]]
+    dtype = rows_RD.dtype if weights_TK is None else torch.promote_types(rows_RD.dtype, weights_TK.dtype)
+    sum_TD = rows_RD.new_empty(len(slots_TK), rows_RD.shape[-1], dtype=dtype)
+    for first in range(0, len(slots_TK), step):
+        span = slice(first, first + step)
+        picked_TKD = rows_RD[slots_TK[span]]
         if weights_TK is not None:
-            picked_TKD = picked_TKD * weights_TK[first : first + step].unsqueeze(-1)
-        parts.append(picked_TKD.sum(dim=1))
-    return torch.cat(parts)
+            picked_TKD = picked_TKD * weights_TK[span].unsqueeze(-1)
+        torch.sum(picked_TKD, dim=1, out=sum_TD[span])
+    return sum_TD

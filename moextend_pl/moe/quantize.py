@@ -28,16 +28,17 @@ KINDS = (QUANT_TYPE,)
 _METHOD = "moextend_nf4"
 
 
-def check_base(base: str | None, quantize: str | None) -> None:
+def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -> None:
     """Refuses a base that is not there or cannot be quantised as asked, before anything is read.
 
     Args:
         base: Folder of the base; None for a new model.
         quantize: `nf4`, or None for a base as it is.
+        upcycled: Whether its MLPs become experts.
 
     Raises:
-        UserError: If the folder holds no model, the kind is unknown, bitsandbytes is not installed, or there is no
-            base to quantise.
+        UserError: If the folder holds no model, the kind is unknown, bitsandbytes is not installed, there is no
+            base to quantise, or its MLPs become experts.
     """
     if base is not None and not (Path(base) / "config.json").is_file():
         raise UserError(f"Expected a transformers model in {base}, found no config.json. Run the stage that makes it.")
@@ -45,6 +46,11 @@ def check_base(base: str | None, quantize: str | None) -> None:
         return
     if base is None:
         raise UserError("`quantize` is for a frozen `base`, got a new model from `config`. Remove `quantize`.")
+    if upcycled:
+        raise UserError(
+            "Expected `quantize` or an upcycled language model, got both: upcycled experts learn, 4-bit weights do "
+            "not. Remove one of the two."
+        )
     if quantize not in KINDS:
         raise UserError(f"Expected `quantize` null or one of {list(KINDS)}, got {quantize!r}.")
     if find_spec("bitsandbytes") is None:
@@ -54,19 +60,20 @@ def check_base(base: str | None, quantize: str | None) -> None:
         )
 
 
-def packable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+def packable(model: PreTrainedModel, dense: bool = False) -> dict[str, nn.Parameter]:
     """Lists the weights that are to be packed: of all experts, and of the Linear layers that carry no decision.
 
     Args:
-        model: A mixture-of-experts model whose weights are not packed; may have no memory.
+        model: A model whose weights are not packed; may have no memory.
+        dense: Whether it is meant to have no experts.
 
     Returns:
         Parameters by name.
 
     Raises:
-        UserError: If one does not divide into blocks, or there are no experts.
+        UserError: If one does not divide into blocks, or there are no experts that should be there.
     """
-    blocks = find_blocks(model)
+    blocks = [] if dense else find_blocks(model)
     kept = [*HfQuantizer.get_modules_to_not_convert(model), *(f"{b.path}.{b.router_name}" for b in blocks)]
     found = {
         f"{block.path}.{EXPERTS}.{name}": parameter
@@ -107,10 +114,15 @@ def replace_weight(model: nn.Module, name: str, weight: Tensor) -> None:
 
 
 class NF4Config(QuantizationConfigMixin):
-    """Names `NF4Quantizer` to transformers."""
+    """Names `NF4Quantizer` to transformers.
 
-    def __init__(self) -> None:
+    Args:
+        dense: Whether the model is meant to have no experts.
+    """
+
+    def __init__(self, dense: bool = False) -> None:
         self.quant_method: Any = _METHOD
+        self.dense = dense
 
 
 class _Pack(ConversionOps):
@@ -144,12 +156,12 @@ class _Pack(ConversionOps):
 class NF4Quantizer(HfQuantizer):
     """Packs the weights listed by `packable` while transformers reads them."""
 
-    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._names: set[str] = set()
+        self._dense, self._names = quantization_config.dense, set[str]()
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
-        self._names = set(packable(model))
+        self._names = set(packable(model, self._dense))
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_kwargs: Any) -> bool:
@@ -170,12 +182,13 @@ class NF4Quantizer(HfQuantizer):
         return True
 
 
-def load_base(base: str, quantize: str | None = None) -> PreTrainedModel:
+def load_base(base: str, quantize: str | None = None, dense: bool = False) -> PreTrainedModel:
     """Loads a language model, as it is or with packed experts and Linear layers.
 
     Args:
         base: Folder of a transformers model.
         quantize: `nf4` packs; None does not.
+        dense: Whether the model is meant to have no experts; else to find none to pack is an error.
 
     Returns:
         The model; what is not packed is of the default type, which the precision of the run sets.
@@ -191,21 +204,22 @@ def load_base(base: str, quantize: str | None = None) -> PreTrainedModel:
             f"{base} is quantised already (its config.json has `quantization_config`); expected 16- or 32-bit weights "
             "for `quantize`. Name an unquantised base."
         )
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4Config(), **options)
-    check_packed(model)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4Config(dense), **options)
+    check_packed(model, dense)
     return model
 
 
-def check_packed(model: PreTrainedModel) -> None:
+def check_packed(model: PreTrainedModel, dense: bool = False) -> None:
     """Asserts that every expert stack and every Linear layer that should be packed is.
 
     Args:
         model: As loaded.
+        dense: Whether it is meant to have no experts.
 
     Raises:
         UserError: If a weight was left as it was.
     """
-    left = packable(model)
+    left = packable(model, dense)
     if left:
         done = sum(isinstance(module, NF4Weight) for module in model.modules())
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moextend_pl.moe.blocks import MoEBlock, list_blocks
+from moextend_pl.moe.blocks import list_blocks
 from moextend_pl.moe.families import sort_output
 from moextend_pl.moe.usage import RouterRecord
 
@@ -29,19 +29,15 @@ class RouterWatch:
         """
         for handle in self._handles:
             handle.remove()
-        self._handles = [self._watch(block) for block in list_blocks(model)]
+        self._handles = [
+            block.router.register_forward_hook(_Recorder(self, block.layer, block.num_experts))
+            for block in list_blocks(model)
+        ]
 
-    def _watch(self, block: MoEBlock) -> RemovableHandle:
-        layer, num_experts = block.layer, block.num_experts
-
-        def record(_module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            if self._records is not None:
-                x = inputs[0] if inputs else None
-                sequences = x.shape[0] if isinstance(x, Tensor) and x.dim() == 3 else 1
-                logits, _, indices = sort_output(output)
-                self._records.append(RouterRecord(layer, num_experts, logits, indices, sequences))
-
-        return block.router.register_forward_hook(record)
+    def hear(self, record: RouterRecord) -> None:
+        """Keeps a record if somebody asks for records now."""
+        if self._records is not None:
+            self._records.append(record)
 
     @property
     def listening(self) -> bool:
@@ -57,3 +53,17 @@ class RouterWatch:
             yield records
         finally:
             self._records = None
+
+
+class _Recorder:
+    """The hook; an object and no function, so that a deep copy of a model reports to the watch of the copy."""
+
+    def __init__(self, watch: RouterWatch, layer: int, num_experts: int) -> None:
+        self.watch, self.layer, self.num_experts = watch, layer, num_experts
+
+    def __call__(self, _router: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        if self.watch.listening:
+            x = inputs[0] if inputs else None
+            sequences = x.shape[0] if isinstance(x, Tensor) and x.dim() == 3 else 1
+            logits, _, indices = sort_output(output)
+            self.watch.hear(RouterRecord(self.layer, self.num_experts, logits, indices, sequences))

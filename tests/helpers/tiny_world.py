@@ -149,6 +149,7 @@ class TinyWorld:
         dense: bool = True,
         init_from: Path | None = None,
         scales: tuple[int, ...] = (1, 2),
+        quantize: str | None = None,
         **upcycle: UpcycleSpec,
     ) -> MoExtend:
         """Returns CuMo before its networks are built; `upcycle` holds specs by part."""
@@ -156,7 +157,7 @@ class TinyWorld:
         return MoExtend(
             encoder=VisionEncoder(path=str(self.vit), scales=list(scales), upcycle=upcycle.get("encoder")),
             projector=Projector(kind="mlp2x_gelu", upcycle=upcycle.get("projector")),
-            language=MoELanguageModel(**base, upcycle=upcycle.get("language")),
+            language=MoELanguageModel(**base, quantize=quantize, upcycle=upcycle.get("language")),
             init_from=str(init_from) if init_from else None,
         )
 

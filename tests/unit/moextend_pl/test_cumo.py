@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from moextend_pl.contracts import TrainPlan, UpcycleSpec, UserError
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
+from moextend_pl.moe.nf4 import NF4Weight
+from moextend_pl.moe.quantize import load_base
 from moextend_pl.projector import Projector
 
 SPEC = UpcycleSpec(experts=4, top_k=2)
@@ -95,7 +98,7 @@ def loop_losses(records: list, experts: int) -> tuple[float, float]:
         for probs, first in zip(images, firsts, strict=True):
             shares = [(first == e).float().mean() for e in range(experts)]
             values.append(experts * sum(share * probs[:, e].mean() for e, share in enumerate(shares)))
-        balances.append(float(sum(values)) / len(values))
+        balances.append(float(sum(value.detach() for value in values)) / len(values))
         zs.append(float(sum(torch.logsumexp(row, 0) ** 2 for row in record.logits)) / len(record.logits))
     return sum(balances) / len(balances), sum(zs) / len(zs)
 
@@ -148,6 +151,15 @@ def test_absent_images_of_a_mixed_batch_change_no_router_loss(tiny_world: TinyWo
         torch.testing.assert_close(value, alone[name])
 
 
+def test_a_deep_copy_has_the_router_losses_of_its_own_parts(tiny_world: TinyWorld) -> None:
+    model = built(tiny_world.cumo(**ALL), (*EVERYTHING, "routers"))
+    batch = tiny_world.batch(model, "iti")
+    expected, got = model(batch), copy.deepcopy(model)(batch)
+    assert set(got.router) == set(expected.router)
+    torch.testing.assert_close(got.loss, expected.loss)
+    assert expected.loss > expected.token
+
+
 def test_router_losses_of_a_frozen_tower_are_not_added_and_its_features_are_kept(tiny_world: TinyWorld) -> None:
     model = built(tiny_world.cumo(**SEEING), ["projector"])
     output = model(tiny_world.batch(model, "ii"))
@@ -163,9 +175,12 @@ def test_dense_base_has_to_be_said_and_a_base_with_experts_is_not_dense(tiny_wor
             MoELanguageModel(base=str(tiny_world.base), **options).configure_model()
 
 
-def test_cumo_sees_for_an_extended_language_model_that_keeps_its_text(tiny_world: TinyWorld, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_cumo_sees_for_an_extended_language_model_that_keeps_its_text(
+    tiny_world: TinyWorld, tmp_path: Path, quantize: str | None
+) -> None:
     parts = ("encoder", "projector", "new_experts", "new_routers", "calibration")
-    model = tiny_world.cumo(dense=False, **SEEING)
+    model = tiny_world.cumo(dense=False, quantize=quantize, **SEEING)
     model.extension_plan = make_plan(init="copy", routing="masked")
     built(model, parts)
     batch = tiny_world.batch(model, "iti")
@@ -174,12 +189,44 @@ def test_cumo_sees_for_an_extended_language_model_that_keeps_its_text(tiny_world
     assert learning == set(parts)
     perturb([p for name in parts for p in model.parts()[name]], size=0.1)
     text = tiny_world.batch(model, "tt")
-    stock = tiny_world.stock()
-    expected = stock(text["input_ids"], attention_mask=text["attention_mask"]).logits
+    stock = load_base(str(tiny_world.base), quantize).eval()
     with torch.no_grad():
+        expected = stock(text["input_ids"], attention_mask=text["attention_mask"]).logits
         assert torch.equal(model.language(text, model.embed(text)), expected)
     save_delta(model, tmp_path)
     assert torch.equal(logits(MoExtend.load(tmp_path), tiny_world), logits(model, tiny_world))
+
+
+def test_upcycled_tower_and_projector_learn_for_a_dense_base_in_4_bits(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    model = built(tiny_world.cumo(quantize="nf4", **SEEING), ("encoder", "projector"))
+    packed = [name for name, module in model.language.named_modules() if isinstance(module, NF4Weight)]
+    assert len(packed) == 2 * (4 + 3)  # four maps of attention and three of the MLP in each of two layers
+    twin = built(tiny_world.cumo(**SEEING), ("encoder", "projector"))
+    with torch.no_grad():
+        for name in packed:
+            weight = model.language.get_submodule(name).operand.unpacked(torch.float32)
+            twin.language.get_parameter(name).copy_(weight)
+    batch = tiny_world.batch(model, "iti")
+    losses = []
+    for one in (model, twin):
+        output = one(batch)
+        output.loss.backward()
+        losses.append(output.loss.detach())
+    torch.testing.assert_close(*losses)
+    for name in ("encoder", "projector"):
+        for got, expected in zip(model.parts()[name], twin.parts()[name], strict=True):
+            torch.testing.assert_close(got.grad, expected.grad, atol=1e-6, rtol=1e-4)
+    perturb([p for name in ("encoder", "projector") for p in model.parts()[name]], size=0.1)
+    save_delta(model, tmp_path)
+    assert torch.equal(logits(MoExtend.load(tmp_path), tiny_world), logits(model, tiny_world))
+
+
+def test_a_language_model_is_not_both_upcycled_and_in_4_bits(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="upcycled experts learn, 4-bit weights do not"):
+        tiny_world.cumo(quantize="nf4", language=SPEC)
+    trained(tiny_world, tmp_path, (*EVERYTHING, "routers"), **ALL)
+    with pytest.raises(UserError, match="upcycled experts learn, 4-bit weights do not"):
+        built(tiny_world.cumo(quantize="nf4", init_from=tmp_path), ["projector"])
 
 
 def test_upcycled_language_model_that_was_trained_is_extended_from_its_experts(

@@ -8,7 +8,7 @@ from helpers.tiny_world import make_plan, perturb
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moextend_pl.contracts import IGNORE_INDEX, Batch, Sample
+from moextend_pl.contracts import IGNORE_INDEX, Batch, Sample, TrainPlan, UpcycleSpec
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.moe.reach import reachable
 from moextend_pl.packing import attention_inputs, has_image, packing_obstacle, position_ids
@@ -140,10 +140,32 @@ def test_a_text_beside_an_image_is_routed_as_by_the_base_and_gives_its_logits(ti
     assert any(reached), "no image token reached a new expert: the test would prove nothing"
 
 
-@pytest.mark.parametrize("routing", ["masked", "open"])
-def test_each_sample_has_the_same_loss_packed_and_alone(tiny_world, routing):
-    world = tiny_world.model(make_plan(routing=routing))
-    perturb([p for part in ("new_experts", "new_routers", "calibration") for p in world.language.parts()[part]])
+def extended_model(tiny_world, routing):
+    model = tiny_world.model(make_plan(routing=routing), ["projector", "new_experts", "new_routers"])
+    # Off their start, where a new expert ties with its source and rounding decides.
+    perturb([p for part in ("new_experts", "new_routers", "calibration") for p in model.language.parts()[part]], 0.1)
+    return model
+
+
+def upcycled_model(tiny_world):
+    spec = UpcycleSpec(experts=4, top_k=2)
+    model = tiny_world.cumo(encoder=spec, projector=spec, language=spec)
+    model.train_plan = TrainPlan(("encoder", "projector", "language", "routers"))
+    model.configure_model()
+    perturb([p for name, p in model.named_parameters() if ".experts." in name or ".gate." in name], 0.1)
+    return model.eval()
+
+
+MODELS = {
+    "masked": lambda world: extended_model(world, "masked"),
+    "open": lambda world: extended_model(world, "open"),
+    "cumo": upcycled_model,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_sample_has_the_same_loss_packed_and_alone(tiny_world, kind):
+    world = MODELS[kind](tiny_world)
     samples = samples_of(tiny_world, world, "tiitit")
     batch = collate_packed([samples[:4], samples[4:]], pad_id=0)
     padded = collate_training(samples, pad_id=0)
@@ -182,14 +204,17 @@ def losses_by_sample(language, batch, embeddings):
     return torch.stack([torch.stack(own).mean() for own in losses])
 
 
-def test_gradients_of_packed_rows_are_those_of_padded_ones(tiny_world):
-    plain = tiny_world.model(make_plan(routing="masked"), ["projector", "new_experts", "new_routers"])
-    # Off their start, where a new expert ties with its source and rounding decides.
-    perturb([p for part in ("new_experts", "new_routers") for p in plain.language.parts()[part]], size=0.1)
+@pytest.mark.parametrize(("kind", "losses"), [("masked", "token"), ("cumo", "loss")])
+def test_gradients_of_packed_rows_are_those_of_padded_ones(tiny_world, kind, losses):
+    plain = MODELS[kind](tiny_world)
     packed = copy.deepcopy(plain)
     samples = samples_of(tiny_world, plain, "tiit")
+    values = []
     for model, batch in ((plain, collate_training(samples, 0)), (packed, collate_packed([samples], 0))):
-        model.language.losses(batch, model.embed(batch), balanced=False).loss.backward()
+        values.append(getattr(model(batch), losses))
+        values[-1].backward()
+    torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
     for (name, one), other in zip(plain.named_parameters(), packed.parameters(), strict=True):
-        if one.requires_grad:
+        if one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4, msg=name)
+    assert any(one.grad is not None and one.grad.any() for one in plain.parameters())

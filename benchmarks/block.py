@@ -16,9 +16,11 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from harness import DTYPES, Row, difference, finish, interleaved, parse, saved_bytes
+from single_stack import SingleStack
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -129,6 +131,13 @@ def stock_block(block: nn.Module, implementation: str) -> nn.Module:
     return result.to(new.down_proj.device)
 
 
+def single_stack_block(block: nn.Module) -> nn.Module:
+    """Returns an extended block whose experts, old and new, lie in one contiguous stack."""
+    result: Any = copy.copy(block)
+    result._modules = {"gate": copy.deepcopy(block.gate), "experts": SingleStack(block.experts)}
+    return result
+
+
 def force(block: nn.Module, x_BSD: Tensor, share: float) -> None:
     """Makes a share of the tokens, and no others, choose the new expert, by a direction that its row alone looks at."""
     direction = torch.zeros(x_BSD.shape[-1])
@@ -185,6 +194,7 @@ def compare(shape: Shape, dtype: str, share: float | None, options: argparse.Nam
         blocks["transformers eager, all learns"] = stock_block(ours, "eager")
     for block in blocks.values():
         block.to(options.device)
+    blocks["extended, single stack"] = single_stack_block(ours)
     x, dy = x.to(options.device), dy.to(options.device)
     steps = {name: step_of(block, x, dy) for name, block in blocks.items()}
     results = {name: step() for name, step in steps.items()}

@@ -49,7 +49,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         config: Configuration of a model built from scratch instead; needs `model_type`.
         tokenizer: Folder of the tokenizer; by default that of the base.
         chat_template: `inst` (MoExtend's), a file with a Jinja template, or null for the tokenizer's own.
-        experts_implementation: `grouped_mm`, `eager`, `batched_mm`, or `moextend`: `grouped_mm` for frozen experts.
+        experts_implementation: `moextend`, the numbers of `grouped_mm` but for frozen experts; or one of transformers.
         quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; null as they are.
         activation_checkpointing: Whether layers compute their activations again in the backward pass.
         balance_weight: Weight of the balance loss; MoExtend uses 0.001, CuMo 0.1. Replaced by `upcycle.balance`.
@@ -71,7 +71,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         config: dict[str, Any] | None = None,
         tokenizer: str | None = None,
         chat_template: str | None = None,
-        experts_implementation: str = "grouped_mm",
+        experts_implementation: str = dispatch.FROZEN_EXPERTS,
         quantize: str | None = None,
         activation_checkpointing: bool = False,
         balance_weight: float = 0.001,

@@ -19,6 +19,7 @@ from moextend_pl.checkpoint import DELTA_FILE, file_sha256, fingerprints, read_m
 from moextend_pl.cli import run
 from moextend_pl.contracts import PLAN_FILE, Batch, ExtensionPlan
 from moextend_pl.module import MoExtend
+from moextend_pl.moe.dispatch import FROZEN_EXPERTS
 from moextend_pl.report_text import markdown
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def text_logits_identical(model: MoExtend, base: Path, batches: Any) -> bool:
         batches: Batches of text without images.
     """
     stock = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype=torch.float32).eval()
-    stock.set_experts_implementation(model.language.experts_implementation)
+    if model.language.experts_implementation != FROZEN_EXPERTS:  # which equals the default of transformers
+        stock.set_experts_implementation(model.language.experts_implementation)
     model.eval()
     return all(_same_logits(model, stock, batch) for batch in batches)
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 FROZEN_EXPERTS = "moextend"
-"""Name under which transformers knows `frozen_experts_forward` once `use` was called."""
+"""Name under which transformers knows `frozen_experts_forward` once it was registered."""
 
 # Slots computed at a time on a CPU: what one chunk makes is still in the cache when it is read. Among 256 to 8192,
 # 512 was fastest or level for 8 wide experts (`benchmarks/block.py`).
@@ -37,8 +37,13 @@ def use(model: PreTrainedModel, implementation: str) -> None:
         model: A transformers model.
         implementation: `moextend`, or any that transformers has.
     """
-    ALL_EXPERTS_FUNCTIONS.register(FROZEN_EXPERTS, frozen_experts_forward)
+    register()
     model.set_experts_implementation(implementation)
+
+
+def register() -> None:
+    """Makes `moextend` known to transformers, by its public registry."""
+    ALL_EXPERTS_FUNCTIONS.register(FROZEN_EXPERTS, frozen_experts_forward)
 
 
 def frozen_experts_forward(
@@ -64,12 +69,18 @@ def frozen_experts_forward(
     return output
 
 
+def takes(experts: Any) -> bool:
+    """Returns whether the backward pass of an experts module is that of this file: set so, frozen, without biases."""
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if implementation != FROZEN_EXPERTS or experts.has_bias or experts.has_post_expert_norm:
+        return False
+    return not any(parameter.requires_grad for parameter in experts.parameters())
+
+
 def _is_frozen_here(experts: Any, x_TD: Tensor) -> bool:
     # Where only the routing weights need a gradient, in the first layer that learns, keeping the outputs is cheapest.
     needed = torch.is_grad_enabled() and x_TD.requires_grad
-    if not needed or torch.compiler.is_compiling() or experts.has_bias or experts.has_post_expert_norm:
-        return False
-    return not any(parameter.requires_grad for parameter in experts.parameters())
+    return needed and not torch.compiler.is_compiling() and takes(experts)
 
 
 def _first_weight(experts: Any) -> Tensor:

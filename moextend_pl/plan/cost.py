@@ -1,8 +1,8 @@
 """The arithmetic of memory, operations, hours and money of one stage; plain numbers in, plain numbers out.
 
-What is assumed: experts run as transformers' `grouped_mm`, attention as a fused kernel that keeps queries, keys,
-values and its output; tokens spread evenly over the experts of a layer; every sequence has the full padded
-length, one image, and learns all of its text. Nothing is kept below the first tensor that learns, and
+What is assumed: experts run as `moextend` or as transformers' `grouped_mm`, attention as a fused kernel that keeps
+queries, keys, values and its output; tokens spread evenly over the experts of a layer; every sequence has the full
+padded length, one image, and learns all of its text. Nothing is kept below the first tensor that learns, and
 frozen matrices keep no inputs. The formulas count what torch saves for the backward pass, operation by operation,
 and are compared with real runs in `tests/unit/moextend_pl/plan/`.
 
@@ -43,6 +43,7 @@ class RunShape:
         nf4: Whether frozen matrices of the decoder are stored in 4 bits.
         new_share: Share of selections of an extended layer that go to new experts; None for an even spread.
         learned: Learned tokens of a sequence; None for all of its text.
+        on_cpu: Whether old experts leave out the selections of new ones, for which a GPU would have to wait.
     """
 
     gpus: int
@@ -58,6 +59,7 @@ class RunShape:
     nf4: bool = False
     new_share: float | None = None
     learned: float | None = None
+    on_cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,12 @@ def saved_by_stack(stack: Stack, layer: Layer, run: RunShape, state: int) -> flo
 
     New experts hold a row for each selection of them, old ones for all K, also for those that went to new experts.
     A row is the gate and the value (2 I), the activated gate (I), the output (D), three indices and a weight; where
-    the weights learn, also the input (D) and the product (I).
+    the weights learn, also the input (D) and the product (I). Lean experts keep the gate and the value and one index
+    for each row, and an index and a weight for each selection.
     """
+    if stack.lean and state == WHOLE:
+        rows = computed_rows(stack, layer, run) if stack.new or run.on_cpu else layer.top_k
+        return rows * (2 * stack.inner * stack.bytes + INT64) + layer.top_k * (INT64 + FP32)
     rows = computed_rows(stack, layer, run) if stack.new else layer.top_k
     indices = 3 * INT64 + FP32
     learns = stack.learns

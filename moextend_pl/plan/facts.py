@@ -75,6 +75,7 @@ class Stack:
         bytes: Of one value that they compute.
         new: Whether the extension added them.
         learns: Whether they learn.
+        lean: Whether their backward pass is that of `moextend_pl.moe.dispatch`.
     """
 
     experts: int
@@ -84,6 +85,7 @@ class Stack:
     bytes: int
     new: bool
     learns: bool
+    lean: bool
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
 from moextend_pl.moe.blocks import MoEBlock, find_blocks
+from moextend_pl.moe.dispatch import takes
 from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Network, Norm, Part, Stack
 from moextend_pl.stage import StageModule
 
@@ -196,7 +197,8 @@ def _stacks(experts: nn.Module, width: int, compute_bytes: int) -> Iterator[Stac
             inner = min(p[0].numel() for p in stacked) // width
             size = max(p.element_size() for p in stacked)
             is_new = name.split(".")[-1] == "new"
-            yield Stack(count, weights, width, inner, max(size, compute_bytes), is_new, _learns_any(stacked))
+            bytes_each, learns = max(size, compute_bytes), _learns_any(stacked)
+            yield Stack(count, weights, width, inner, bytes_each, is_new, learns, lean=takes(module))
 
 
 def _learns_any(parameters: Iterable[nn.Parameter]) -> bool:

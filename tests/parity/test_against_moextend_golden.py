@@ -14,6 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth
 from moextend_pl.losses import balance_loss
+from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import MoEBlock, find_blocks
 from moextend_pl.moe.growth import grow
 from moextend_pl.moe.reach import Reach
@@ -35,6 +36,7 @@ class OneLayer(torch.nn.Module):
             num_experts_per_tok=2,
         )
         config._experts_implementation = implementation
+        dispatch.register()
         block = MixtralSparseMoeBlock(config)
         block.load_state_dict({"gate.weight": gate, "experts.gate_up_proj": gate_up, "experts.down_proj": down})
         self.layers = torch.nn.ModuleList([block])
@@ -54,7 +56,7 @@ def extended(tensors: dict[str, Tensor], source: int, implementation: str, **opt
     return model, find_blocks(model)[0]
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", dispatch.FROZEN_EXPERTS])
 def test_block_forward_and_gradients(fixtures: Path, implementation: str) -> None:
     golden = load_file(fixtures / "moextend_block.safetensors")
     model, block = extended(golden, 0, implementation, init="copy", routing="open")

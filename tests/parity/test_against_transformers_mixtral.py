@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MixtralForCausalLM
 
+from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.growth import grow, new_parameters, strip
 from moextend_pl.moe.reach import Reach
 
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", dispatch.FROZEN_EXPERTS]
 VOCABULARY = 40
 IDS = torch.randint(3, VOCABULARY, (4, 11), generator=torch.Generator().manual_seed(1))
 LEFT_PADDED = torch.ones(4, 11, dtype=torch.long)
@@ -32,7 +33,7 @@ def all_new(model: nn.Module) -> list[nn.Parameter]:
 @pytest.fixture(params=IMPLEMENTATIONS)
 def stock(request: pytest.FixtureRequest) -> MixtralForCausalLM:
     model = tiny_mixtral(VOCABULARY)
-    model.set_experts_implementation(request.param)
+    dispatch.use(model, request.param)
     return model
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -38,7 +39,29 @@ def test_all_blocks_compute_the_same_function_and_ours_keeps_least(run: Any) -> 
         kept.setdefault((row["E"], row["T"], str(row["new"])), {})[row["case"]] = row["kept_MB"]
     assert len(kept) > 3
     for cases in kept.values():
+        assert cases.pop("extended, single stack") < 1.1 * cases["extended, moextend"]
         assert min(cases, key=lambda case: cases[case]) == "extended, moextend"
+
+
+def test_the_single_stack_gives_the_gradients_of_the_block_it_is_compared_with(monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import block
+
+    ours = block.extended_block(block.Shape(8, 2, 64, width=32, tokens=128), torch.float32, "moextend")
+    stack = block.single_stack_block(ours)
+    x, dy = (torch.randn(1, 128, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    gradients = []
+    for each in (ours, stack):
+        tokens = x.clone().requires_grad_()
+        each(tokens).backward(dy)
+        experts = each.experts
+        new = ("new_gate_up_proj", "new_down_proj") if each is stack else ("new.gate_up_proj", "new.down_proj")
+        learning = [experts.get_parameter(name) for name in new]
+        learning += [each.gate.weight, *each.gate.calibration.parameters()]
+        gradients.append([tokens.grad, *(parameter.grad for parameter in learning)])
+    assert all(gradient.any() for gradient in gradients[0][:4])  # the calibration starts at zero
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

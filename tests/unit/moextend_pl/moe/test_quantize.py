@@ -16,14 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moextend_pl.checkpoint import fingerprints
 from moextend_pl.contracts import UserError
-from moextend_pl.moe import quantize
+from moextend_pl.moe import dispatch, quantize
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.growth import grow, new_parameters, strip
 from moextend_pl.moe.nf4 import NF4Weight
 from moextend_pl.moe.quantize import check_base, load_base
 from moextend_pl.moe.reach import Reach
 
-IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
+IMPLEMENTATIONS = ("moextend", "grouped_mm", "eager", "batched_mm")
 EXPERTS = 4
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
@@ -119,7 +119,7 @@ def test_logits_and_gradients_equal_those_of_the_unpacked_model(
     model = load(folder(family))
     results = []
     for each in (unpacked_twin(folder(family), model), model):
-        each.set_experts_implementation(implementation)
+        dispatch.use(each, implementation)
         x = each.get_input_embeddings()(ids()).requires_grad_()
         logits = each(inputs_embeds=x).logits
         logits.square().mean().backward()
@@ -153,7 +153,7 @@ def test_backward_keeps_no_unpacked_weight(folder: Callable[[str], Path], family
     twin = unpacked_twin(folder(family), model)
     sizes = []
     for each in (twin, model):
-        each.set_experts_implementation(implementation)
+        dispatch.use(each, implementation)
         sizes.append(sum(t.untyped_storage().nbytes() for t in kept_for_backward(each)))
     # `batched_mm` of the stock model keeps a copy of the chosen experts for every token; the packed model does not.
     if implementation == "batched_mm":
@@ -174,7 +174,7 @@ def test_tokens_of_other_experts_are_skipped(folder: Callable[[str], Path], fami
     assert (indices == EXPERTS).any()
     results = []
     for each in (unpacked_twin(folder(family), model), model):
-        each.set_experts_implementation(implementation)
+        dispatch.use(each, implementation)
         experts = find_blocks(each)[0].experts
         experts._is_expert_parallel = True
         x = values.clone().requires_grad_()
@@ -188,7 +188,7 @@ def test_tokens_of_other_experts_are_skipped(folder: Callable[[str], Path], fami
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_experts_take_no_tokens_at_all(folder: Callable[[str], Path], implementation: str) -> None:
     model = load(folder("mixtral"))
-    model.set_experts_implementation(implementation)
+    dispatch.use(model, implementation)
     x = torch.zeros(0, 64, requires_grad=True)
     y = find_blocks(model)[0].experts(x, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
     assert y.shape == (0, 64)

@@ -96,6 +96,7 @@ def make_step(world: TinyWorld, parts: list[str], dtype: torch.dtype, **options:
         nf4=options.get("quantize") == "nf4",
         new_share=float((torch.cat(grown) >= experts).float().mean()) if grown else None,
         learned=int((batch["labels"][:, 1:] >= 0).sum()) / sequences,
+        on_cpu=True,
     )
     return Step(model, batch, read_shape(unbuilt.to(dtype), dtype.itemsize), run)
 

@@ -126,7 +126,7 @@ class _FrozenExperts(torch.autograd.Function):
         projected = []
         for members, slots in _spans(offsets_E, rows):
             offsets = offsets_E[members] - slots.start
-            h = _project(x_TD[tokens_R[slots]], first_EHD[members], offsets, not experts.is_transposed)
+            h = _project(x_TD.index_select(0, tokens_R[slots]), first_EHD[members], offsets, not experts.is_transposed)
             out_RD[slots] = _project(activation(h), down_EDI[members], offsets, not experts.is_transposed)
             projected.append(h)
         ctx.experts = experts
@@ -146,7 +146,7 @@ class _FrozenExperts(torch.autograd.Function):
         dx_RD[rows:] = 0.0
         for h_saved, (members, slots) in zip(projected, _spans(offsets_E, rows), strict=True):
             offsets = offsets_E[members] - slots.start
-            d = _project(dy_TD[tokens_R[slots]], down_EDI[members], offsets, experts.is_transposed)
+            d = _project(dy_TD.index_select(0, tokens_R[slots]), down_EDI[members], offsets, experts.is_transposed)
             with torch.enable_grad():
                 h = h_saved.detach().requires_grad_()
                 a = activation(h)
@@ -171,7 +171,8 @@ def _sum_slots(rows_RD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> 
     sum_TD = rows_RD.new_empty(len(slots_TK), rows_RD.shape[-1], dtype=dtype)
     for first in range(0, len(slots_TK), step):
         span = slice(first, first + step)
-        picked_TKD = rows_RD[slots_TK[span]]
+        # Several times as fast as indexing.
+        picked_TKD = rows_RD.index_select(0, slots_TK[span].flatten()).unflatten(0, (-1, slots_TK.shape[-1]))
         if weights_TK is not None:
             picked_TKD = picked_TKD * weights_TK[span].unsqueeze(-1)
         torch.sum(picked_TKD, dim=1, out=sum_TD[span])

@@ -80,16 +80,16 @@ class PixelTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Returns the pixel values of one image."""
-        # Turned to channels first while still bytes: a third faster than turning floats.
-        pixels = self._resized(image).astype(np.float32)
+        pixels = self._resized(image).astype(np.float32, order="C")
         pixels *= self.scale
         pixels += self.shift
         return torch.from_numpy(pixels)
 
     def _resized(self, image: Image.Image) -> np.ndarray:
         """Returns (3, side, side) uint8."""
-        colours = np.array(image)
         if image.size == (self.side, self.side):
-            return np.ascontiguousarray(colours.transpose(2, 0, 1))
-        batch = torch.from_numpy(colours).permute(2, 0, 1)[None]
+            # Pillow takes the channels of each line apart faster than numpy turns an image.
+            lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
+            return lines.reshape(self.side, 3, self.side).transpose(1, 0, 2)
+        batch = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         return interpolate(batch, (self.side, self.side), mode="bicubic", antialias=True)[0].numpy()

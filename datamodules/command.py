@@ -97,7 +97,7 @@ def _add_build(build: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     llava.add_argument(
         "--resize", type=int, metavar="SIDE", help="shrink larger images to SIDE x SIDE JPEGs, as training would"
     )
-    llava.add_argument("--quality", type=int, default=95, help="JPEG quality of what --resize shrinks (default 95)")
+    llava.add_argument("--quality", type=int, default=90, help="JPEG quality of what --resize shrinks (default 90)")
     llava.add_argument("--skip-bad", action="store_true", help=f"leave bad entries out, listed in {SKIPPED_FILE}")
     _workers_option(llava)
     _shard_option(llava)

@@ -54,7 +54,7 @@ class BuildOptions:
     samples_per_shard: int = SAMPLES_PER_SHARD
     workers: int = 1
     resize: int | None = None
-    quality: int = 95
+    quality: int = 90
     skip_bad: bool = False
 
     def __post_init__(self) -> None:

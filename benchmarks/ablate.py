@@ -21,7 +21,7 @@ from ablation.planning import DEFAULT, make_plan, write_layers
 from ablation.running import Clock, run_all
 from ablation.studies import STUDIES, Study, Variant
 
-from moextend_pl.checkpoint import write_json, write_text
+from moextend_pl.atomic import write_json, write_text
 from moextend_pl.contracts import UserError
 
 

@@ -30,7 +30,7 @@ from datamodules.mixture import ShardSet
 from datamodules.sets import SPLITS
 from datamodules.shards import write_shards
 from moextend_pl import MoExtend, cli
-from moextend_pl.checkpoint import write_json
+from moextend_pl.atomic import write_json
 from moextend_pl.contracts import ExtensionPlan
 
 TASKS = ("shape", "colour")

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from callbacks.usage_report import USAGE_FILE, Counts, measure_usage, usage_lists
-from moextend_pl.checkpoint import write_atomically, write_json
+from moextend_pl.atomic import write_atomically, write_json
 from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UserError, run_directory
 from moextend_pl.module import MoExtend
 from moextend_pl.moe.growth import router_parameters
@@ -78,7 +78,16 @@ class ExpertExtension(Callback):
         self._before: Counts = {}
 
     def setup(self, trainer: Trainer, pl_module: MoExtend, stage: str) -> None:
-        """Declares the plan of an extend run."""
+        """Declares the plan of an extend run.
+
+        Raises:
+            UserError: If a probe is to be run on a model that sees no pictures.
+        """
+        if self.rule is not None and not isinstance(pl_module, MoExtend):
+            raise UserError(
+                f"Expected a model of class moextend_pl.MoExtend for `ExpertExtension.rule`, got "
+                f"{type(pl_module).__name__}: a probe asks which experts pictures choose. Give a `plan` instead."
+            )
         if self.plan is not None:
             pl_module.extension_plan = self.plan
 
@@ -92,6 +101,8 @@ class ExpertExtension(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Warns where a further extension would not leave the earlier ones as they were."""
+        if not isinstance(pl_module, MoExtend):
+            return
         learns = any(parameter.requires_grad for parameter in pl_module.projector.parameters())
         if len(pl_module.plans) > 1 and learns:
             log.warning(

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from moextend_pl.checkpoint import frozen_tensors, tensor_sha256, write_json
-from moextend_pl.contracts import run_directory
+from moextend_pl.atomic import write_json
+from moextend_pl.contracts import UserError, run_directory
+from moextend_pl.fingerprints import frozen_tensors, tensor_sha256
 from moextend_pl.stage import StageModule
 
 log = logging.getLogger(__name__)
@@ -36,22 +37,27 @@ class FrozenGuard(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: StageModule) -> None:
         """Takes the fingerprints, or compares with those of the first start."""
         now = {name: tensor_sha256(tensor) for name, tensor in frozen_tensors(pl_module).items()}
-        self._compare(self._before or now, now)
+        changed = _changed(self._before or now, now)
+        if changed:
+            raise UserError(
+                f"{len(changed)} of {len(now)} frozen tensors are not those that this run began with, for example "
+                f"{changed[0]}: the base or an earlier stage has changed. Restore it, or begin anew with `--fresh`."
+            )
         self._before = now
 
     def on_train_end(self, trainer: Trainer, pl_module: StageModule) -> None:
         """Compares, and writes the receipt."""
         now = {name: tensor_sha256(tensor) for name, tensor in frozen_tensors(pl_module).items()}
-        self._compare(self._before, now)
+        changed = _changed(self._before, now)
+        if changed:
+            raise RuntimeError(
+                f"{len(changed)} of {len(now)} frozen tensors changed, for example {changed[:3]}. Nothing may write "
+                "to a frozen tensor; the result of this run is not to be trusted."
+            )
         if trainer.is_global_zero:
             write_json(run_directory(trainer) / RECEIPT, {"unchanged": True, "tensors": len(now)})
             log.info("all %d frozen tensors are unchanged", len(now))
 
-    @staticmethod
-    def _compare(before: dict[str, str], now: dict[str, str]) -> None:
-        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        if changed:
-            raise RuntimeError(
-                f"{len(changed)} of {len(before)} frozen tensors changed, for example {changed[:3]}. Nothing may write "
-                "to a frozen tensor; the result of this run is not to be trusted."
-            )
+
+def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moextend_pl.checkpoint import write_text
+from moextend_pl.atomic import write_text
 from moextend_pl.contracts import Batch, run_directory
 
 LEDGER_FILE = "ledger.jsonl"

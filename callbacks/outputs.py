@@ -10,9 +10,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from moextend_pl.checkpoint import file_sha256, save_delta, write_json, write_text
+from moextend_pl.atomic import write_json, write_text
+from moextend_pl.checkpoint import save_delta
 from moextend_pl.contracts import UserError, run_directory
 from moextend_pl.encoder import VisionEncoder
+from moextend_pl.fingerprints import file_sha256
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
 

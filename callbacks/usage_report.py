@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from moextend_pl.checkpoint import write_json
+from moextend_pl.atomic import write_json
 from moextend_pl.contracts import run_directory
 from moextend_pl.module import MoExtend
 from moextend_pl.moe.usage import ExpertUsage
@@ -41,6 +41,8 @@ def measure_parts(trainer: Trainer, module: MoExtend) -> dict[str, Counts]:
     for batch in data.val_dataloader():
         batch = module.transfer_batch_to_device(batch, module.device, 0)
         with ExitStack() as stack:
+            # As in the steps of the run, whose cache keeps the features of a frozen tower.
+            stack.enter_context(trainer.precision_plugin.forward_context())
             records = {name: stack.enter_context(parts[name].watch.recording()) for name in experts}
             module.language(batch, module.embed(batch), batch["labels"] >= 0)
         is_image_T = (batch["input_ids"] == module.language.image_token_id).reshape(-1)

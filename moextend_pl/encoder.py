@@ -255,6 +255,7 @@ class VisionEncoder(StageModule):
         return grid_ICHW.flatten(2).transpose(1, 2)
 
     def _grid(self, pixels_I3HW: Tensor) -> Tensor:
+        pixels_I3HW = pixels_I3HW.to(next(self.tower.parameters()).dtype)
         if self._reader is None:
             return self.tower(pixels_I3HW)[-1]
         side = self._grid_side

@@ -5,24 +5,20 @@ Shapes: B batch, S sequence, T = B * S tokens, D width, V vocabulary, A learned 
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    modeling_utils,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moextend_pl.activations import checkpoint_activations
 from moextend_pl.answers import AnswerMixin
+from moextend_pl.base_model import check_implementation, check_options, logits_of, new_config
 from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec, UpcycleSpec, UserError
+from moextend_pl.half_precision import Place, apply_but_for, exact_places
 from moextend_pl.language_losses import LanguageOutput, RouterWeights, counted_tokens, language_losses
 from moextend_pl.losses import learned_tokens
 from moextend_pl.moe import dispatch
@@ -36,9 +32,6 @@ from moextend_pl.optim import OptimSpec
 from moextend_pl.packing import attention_inputs, packing_obstacle
 from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.stage import StageModule, shapes_only
-
-# Older releases keep whole columns of the batch only; then the mask is applied to what they return.
-_KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")
 
 
 class MoELanguageModel(AnswerMixin, StageModule):
@@ -83,13 +76,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
         optim: OptimSpec | None = None,
     ) -> None:
         super().__init__(optim)
-        if (base is None) == (config is None):
-            raise UserError(
-                "Expected exactly one of `base` (a folder) and `config` (a new model), not both or neither."
-            )
-        if tokenizer is None and base is None:
-            raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
-        check_base(base, quantize, upcycle is not None)
+        check_options(base, config, tokenizer, quantize, upcycle is not None)
+        check_implementation(experts_implementation)
         self.base, self.config, self.quantize = base, dict(config or {}), quantize
         self.tokenizer_path, self.chat_template = tokenizer or str(base), chat_template
         self.experts_implementation, self.activation_checkpointing = experts_implementation, activation_checkpointing
@@ -100,6 +88,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.watch = RouterWatch()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._opened_to_text = False
+        self._exact: list[Place] = []
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -112,9 +101,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Returns the transformers configuration, read or made from `config`; needs no built network."""
         if self.base is not None:
             return AutoConfig.from_pretrained(self.base, local_files_only=True)
-        words = self.tokenizer
-        ids = {name: getattr(words, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        return AutoConfig.for_model(**{"vocab_size": len(words), **ids, **self.config})
+        return new_config(self.config, self.tokenizer)
 
     @property
     def width(self) -> int:
@@ -149,6 +136,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
         else:
             self.model = load_base(self.base, self.quantize, self.dense or self.upcycle_spec is not None)
+        self._exact = exact_places(self.model)
         if not self.dense and self.upcycle_spec is None:
             find_blocks(self.model)
             dispatch.use(self.model, self.experts_implementation)
@@ -161,6 +149,10 @@ class MoELanguageModel(AnswerMixin, StageModule):
             checkpoint_activations(self.model)
         self.model.train()
         self.watch.attach(self.model)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELanguageModel:
+        apply_but_for(self._exact, partial(super()._apply, fn, recurse), fn)
+        return self
 
     def upcycle(self) -> None:
         """Turns the MLPs of a dense model into experts where that is asked for; does nothing the second time."""
@@ -218,6 +210,11 @@ class MoELanguageModel(AnswerMixin, StageModule):
             routing = "open" if self._opened_to_text else plan.routing
             reach.set(reachable(routing, plan.task, is_image_BS, batch.get("tasks"), batch.get("documents")))
 
+    def close_reach(self) -> None:
+        """Lets no token reach a new expert any more, as a model that nobody told of an image."""
+        for _, reach in self.extensions:
+            reach.set(None)
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeds ids; image placeholders, which lie outside the vocabulary, become the embedding of id 0."""
         return self.model.get_input_embeddings()(input_ids.masked_fill(input_ids == self.image_token_id, 0))
@@ -236,10 +233,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.set_reach(batch)
         inputs = {"input_ids": batch["input_ids"]} if embeddings is None else {"inputs_embeds": embeddings}
         inputs.update(attention_inputs(self.model, batch))
-        if logits_at is None or _KEEPS_BY_MASK:
-            return self.model(**inputs, use_cache=False, logits_to_keep=0 if logits_at is None else logits_at).logits
-        columns = logits_at.any(dim=0).nonzero().squeeze(-1)
-        return self.model(**inputs, use_cache=False, logits_to_keep=columns).logits[logits_at[:, columns]]
+        return logits_of(self.model, inputs, logits_at)
 
     def losses(self, batch: Batch, embeddings: Tensor | None = None, balanced: bool = True) -> LanguageOutput:
         """Computes the losses of a batch; the head is applied to learned positions only.
@@ -292,6 +286,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        self.close_reach()
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def save_pretrained(self, path: Path) -> None:

@@ -5,8 +5,11 @@ Shapes: B batch, S sequence, I images, P placeholders of one image, C channels o
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moextend_pl.answers import AnswerMixin
-from moextend_pl.checkpoint import Manifest, load_delta, read_manifest
-from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec, UserError
+from moextend_pl.checkpoint import inherited_names, load_delta
+from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec
 from moextend_pl.encoder import VisionEncoder
+from moextend_pl.feature_cache import FeatureCache
 from moextend_pl.fusion import scatter_features
+from moextend_pl.half_precision import default_dtype
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.language_losses import LanguageOutput
 from moextend_pl.losses import image_router_losses, learned_tokens
+from moextend_pl.manifest import Manifest, read_manifest
 from moextend_pl.moe.touch import touch
 from moextend_pl.moe.upcycle import agreed_spec
 from moextend_pl.optim import OptimSpec
@@ -29,8 +35,9 @@ from moextend_pl.projector import Projector
 from moextend_pl.samples.prompt import prompt_batch
 from moextend_pl.stage import StageModule, shapes_only
 
+log = logging.getLogger(__name__)
+
 ENCODE_TOGETHER = 16
-CACHE_BYTES = 2**30
 
 
 class MoExtend(AnswerMixin, StageModule):
@@ -59,8 +66,8 @@ class MoExtend(AnswerMixin, StageModule):
         self.encoder, self.projector, self.language = encoder, projector, language
         self.init_from = Path(init_from) if init_from else None
         self.cache_features = cache_features
-        self._features: dict[str, Tensor] = {}
-        self._cached_bytes = 0
+        self.features = FeatureCache()
+        self.inherited: set[str] = set()
         if self.init_from is not None:
             read_manifest(self.init_from)
 
@@ -93,32 +100,12 @@ class MoExtend(AnswerMixin, StageModule):
         )
         # Nothing learns, so that images are encoded as they were when their tower was frozen.
         model.train_plan = TrainPlan(parts=())
-        model.configure_model()
-        manifest.check_base(model)
-        return model.eval()
+        with default_dtype(manifest.torch_dtype):
+            model.configure_model()
+        return model.to(manifest.torch_dtype).eval()
 
-    def model_arguments(self) -> dict[str, dict[str, Any]]:
-        """Returns what `load` needs to build the three parts again; folders as they are named now."""
-        if self.language.base is None:
-            raise UserError("Expected `language.base`, so that the run can be loaded again.")
-        arguments: dict[str, dict[str, Any]] = {
-            "encoder": self.encoder.rebuild_arguments(),
-            "projector": {"kind": self.projector.kind, "merge": self.projector.merge},
-            "language": {
-                "base": self.language.base,
-                "chat_template": self.language.chat_template,
-                "experts_implementation": self.language.experts_implementation,
-                "quantize": self.language.quantize,
-                "balance_weight": self.language.balance_weight,
-                "max_new_tokens": self.language.max_new_tokens,
-                "dense": self.language.dense,
-            },
-        }
-        for name, part in self._upcyclable().items():
-            arguments[name]["upcycle"] = asdict(part.upcycle_spec) if part.upcycle_spec else None
-        return arguments
-
-    def _upcyclable(self) -> dict[str, VisionEncoder | Projector | MoELanguageModel]:
+    def upcyclable(self) -> dict[str, VisionEncoder | Projector | MoELanguageModel]:
+        """Returns the parts whose MLPs may become experts."""
         return {"encoder": self.encoder, "projector": self.projector, "language": self.language}
 
     def sample_spec(self) -> SampleSpec:
@@ -145,20 +132,26 @@ class MoExtend(AnswerMixin, StageModule):
         earlier = () if manifest is None else manifest.plans
         for plan in earlier:
             self.language.extend(plan)
-        if self.init_from is not None and not shapes_only():
+        if self.init_from is not None:
             # Before the next extension, whose new experts may be copies of trained ones.
-            load_delta(self, self.init_from)
-        for part in self._upcyclable().values():
+            self.inherited = (inherited_names if shapes_only() else partial(load_delta, self))(self.init_from)
+        for part in self.upcyclable().values():
             part.upcycle()
         own = self.extension_plan
         # A run with the plan that its start was trained with goes on with it.
         if own is not None and not (earlier and own.same_growth(earlier[-1])):
+            if earlier and own.layers == earlier[-1].layers and own.task == earlier[-1].task:
+                log.warning(
+                    "the plan grows the same layers from the same sources once more, as another extension: its options "
+                    "are not those of %s. To go on with that extension, take its plan as it was.",
+                    self.init_from,
+                )
             self.language.extend(own)
 
     def _inherit_upcycling(self, manifest: Manifest) -> list[VisionEncoder | Projector | MoELanguageModel]:
         """Returns the parts that the earlier stage had upcycled, to be upcycled alike."""
         parts = []
-        for name, part in self._upcyclable().items():
+        for name, part in self.upcyclable().items():
             earlier = UpcycleSpec.from_dict(manifest.model.get(name, {}).get("upcycle"))
             if earlier is not None:
                 part.upcycle_spec = agreed_spec(earlier, part.upcycle_spec, f"{self.init_from}: the {name}")
@@ -199,7 +192,7 @@ class MoExtend(AnswerMixin, StageModule):
         frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
         if not frozen or self.encoder.watch.listening:
             return self.encoder(pixels_I3HW)
-        known = {key: self._features[key] for key in image_keys if key in self._features}
+        known = self.features.known(image_keys)
         missing = [n for n, key in enumerate(image_keys) if key not in known]
         with torch.no_grad():
             # Always the same number at a time: the last bit of a convolution may depend on it, and a
@@ -210,16 +203,13 @@ class MoExtend(AnswerMixin, StageModule):
                 padded[: len(chosen)] = pixels_I3HW[chosen]
                 known.update(zip([image_keys[n] for n in chosen], self.encoder(padded).unbind(), strict=False))
         if self.cache_features:
-            self._remember({key: known[key] for key in (image_keys[n] for n in missing)})
+            self.features.remember({key: known[key] for key in (image_keys[n] for n in missing)})
         return torch.stack([known[key] for key in image_keys])
 
-    def _remember(self, features: dict[str, Tensor]) -> None:
-        for key, feature_PC in features.items():
-            size = feature_PC.numel() * feature_PC.element_size()
-            if self._cached_bytes + size <= CACHE_BYTES:
-                # A clone: a view would keep the features of its whole company.
-                self._features[key] = feature_PC.clone()
-                self._cached_bytes += size
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoExtend:
+        self.features.clear()  # of another device or type
+        super()._apply(fn, recurse)
+        return self
 
     def embed(self, batch: Batch) -> Tensor:
         """Embeds a batch with its image features in place.

@@ -20,9 +20,10 @@ from pathlib import Path
 import yaml
 
 from moextend_pl import report
-from moextend_pl.checkpoint import file_sha256, write_json, write_text
+from moextend_pl.atomic import write_json, write_text
 from moextend_pl.cli import run
 from moextend_pl.contracts import UserError
+from moextend_pl.fingerprints import file_sha256
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moextend_pl import plots
-from moextend_pl.checkpoint import DELTA_FILE, file_sha256, fingerprints, read_manifest, write_json, write_text
+from moextend_pl.atomic import write_json, write_text
+from moextend_pl.checkpoint import DELTA_FILE
 from moextend_pl.cli import run
 from moextend_pl.contracts import PLAN_FILE, Batch, ExtensionPlan
+from moextend_pl.fingerprints import file_sha256, fingerprints
+from moextend_pl.manifest import read_manifest
 from moextend_pl.module import MoExtend
 from moextend_pl.moe.dispatch import FROZEN_EXPERTS
 from moextend_pl.report_text import markdown

@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from moextend_pl.checkpoint import remove_leftovers, write_atomically
+from moextend_pl.atomic import remove_leftovers, write_atomically
 from moextend_pl.config_errors import explain
 from moextend_pl.config_files import ALLOW_OPTION, BASE_KEY, StageArguments, prepare_arguments
 from moextend_pl.contracts import UserError

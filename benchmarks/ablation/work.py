@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moextend_pl.checkpoint import write_json
+from moextend_pl.atomic import write_json
 from moextend_pl.cli import EXIT_USER_ERROR, run
 from moextend_pl.contracts import UserError
 from moextend_pl.report import measure_open_routing, measure_stage

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moextend_pl.checkpoint import write_atomically, write_json
+from moextend_pl.atomic import write_atomically, write_json
 from moextend_pl.contracts import UserError
 
 SHARD_BYTES = 4 * 2**30

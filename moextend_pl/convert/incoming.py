@@ -14,12 +14,15 @@ from typing import Any
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from moextend_pl.checkpoint import DELTA_FILE, Manifest, file_sha256, versions, write_json
+from moextend_pl.atomic import write_json
+from moextend_pl.checkpoint import DELTA_FILE
 from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UpcycleSpec, UserError
 from moextend_pl.convert.entries import check_names
 from moextend_pl.convert.files import TensorFiles, write_shards, write_tensors
 from moextend_pl.convert.published import OURS_TOWER, Parts, read_parts
 from moextend_pl.encoder import CONFIG_FILE, WEIGHTS_FILE
+from moextend_pl.fingerprints import file_sha256
+from moextend_pl.manifest import Manifest, versions
 from moextend_pl.tower import PREPROCESSOR_FILE
 
 REPORT = "conversion.json"

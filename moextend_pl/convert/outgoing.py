@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from moextend_pl.checkpoint import DELTA_FILE, Manifest, read_manifest, write_json
+from moextend_pl.atomic import write_json
+from moextend_pl.checkpoint import DELTA_FILE
 from moextend_pl.contracts import UserError
 from moextend_pl.convert.entries import Entry, check_names, clip_entries, projector_entries, same
 from moextend_pl.convert.files import TensorFiles, write_shards, write_tensors
@@ -24,6 +25,7 @@ from moextend_pl.convert.published import (
     language_entries,
 )
 from moextend_pl.encoder import WEIGHTS_FILE
+from moextend_pl.manifest import Manifest, read_manifest
 
 
 def convert_out(source: Path, target: Path, layout: str) -> dict[str, Any]:

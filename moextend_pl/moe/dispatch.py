@@ -41,6 +41,12 @@ def use(model: PreTrainedModel, implementation: str) -> None:
     model.set_experts_implementation(implementation)
 
 
+def implementations() -> list[str]:
+    """Returns the names of all ways to compute experts."""
+    register()
+    return sorted({"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()})
+
+
 def register() -> None:
     """Makes `moextend` known to transformers, by its public registry."""
     ALL_EXPERTS_FUNCTIONS.register(FROZEN_EXPERTS, frozen_experts_forward)

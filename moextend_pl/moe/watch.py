@@ -19,7 +19,7 @@ class RouterWatch:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._records: list[RouterRecord] | None = None
+        self._listeners: list[list[RouterRecord]] = []
 
     def attach(self, model: nn.Module) -> None:
         """Watches the routers that a model has now, and none that it had before.
@@ -35,24 +35,24 @@ class RouterWatch:
         ]
 
     def hear(self, record: RouterRecord) -> None:
-        """Keeps a record if somebody asks for records now."""
-        if self._records is not None:
-            self._records.append(record)
+        """Hands a record to all who ask for records now."""
+        for records in self._listeners:
+            records.append(record)
 
     @property
     def listening(self) -> bool:
         """Whether records are being collected."""
-        return self._records is not None
+        return bool(self._listeners)
 
     @contextmanager
     def recording(self) -> Iterator[list[RouterRecord]]:
-        """Collects what every router does inside the `with` block, in the order of the layers."""
+        """Collects what every router does inside the `with` block, in the order of the layers; blocks may nest."""
         records: list[RouterRecord] = []
-        self._records = records
+        self._listeners.append(records)
         try:
             yield records
         finally:
-            self._records = None
+            self._listeners = [other for other in self._listeners if other is not records]
 
 
 class _Recorder:

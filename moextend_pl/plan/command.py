@@ -24,6 +24,9 @@ what is not there yet is replaced by model/config.json, tower/config.json and ex
 POSITIVE = ("gpu_tflops", "gpu_memory", "gpus", "price", "mfu", "tokens_per_second", "length", "mean_length")
 
 
+RECOMPUTED = "activation checkpointing is not counted: activations are less than stated, operations up to a third more"
+
+
 def options_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's own options; all others are those of `fit`."""
     name = "python -m moextend_pl plan"
@@ -66,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.write(report.text() + "\n")
     if options.json:
         # Imported here as all else that takes seconds: torch comes with it.
-        from moextend_pl.checkpoint import write_json
+        from moextend_pl.atomic import write_json
 
         write_json(options.json, {"schema": SCHEMA, **asdict(report)})
     return 0
@@ -92,6 +95,13 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
 
     gpu = choose_gpu(options.gpu, options.gpu_tflops, options.gpu_memory)
     stage = read_stage(stage_options)
+    language = getattr(stage.module, "language", stage.module)
+    if getattr(language, "dense", False) or getattr(language, "upcycle_spec", None) is not None:
+        raise UserError(
+            "`plan` counts language models that have experts of their own; this stage has a dense or an upcycled one, "
+            "of which it cannot say anything yet."
+        )
+    recomputes = getattr(language, "activation_checkpointing", False)
     shape = read_shape(stage.module, stage.compute_dtype.itemsize)
     run = run_shape(
         stage.config,
@@ -100,7 +110,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
         encoded_together=ENCODE_TOGETHER,
         compute_bytes=stage.compute_dtype.itemsize,
         cast_copies=stage.is_mixed,
-        nf4=getattr(getattr(stage.module, "language", stage.module), "quantize", None) == "nf4",
+        nf4=getattr(language, "quantize", None) == "nf4",
     )
     time = None
     if options.tokens_per_second:
@@ -109,7 +119,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
         time = run_time(shape, run, options.mfu * gpu.flops, options.price)
     return Report(
         stage=f"{stage.precision}, {run.gpus} x {gpu.name if gpu else 'GPU'}",
-        notes=stage.notes,
+        notes=(*stage.notes, *([RECOMPUTED] if recomputes else [])),
         shape=shape,
         run=run,
         memory=cost.memory(shape, run),

@@ -13,6 +13,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from moextend_pl.checkpoint import delta_tensors
 from moextend_pl.contracts import UserError
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
@@ -41,8 +42,7 @@ def read_shape(module: StageModule, compute_bytes: int) -> ModelShape:
     model: Any = getattr(language, "model", None)
     tower, features = _tower(encoder) if encoder is not None else (None, None)
     whole = module if isinstance(module, MoExtend) else None
-    base = whole.base_names() if whole is not None else set()
-    delta = [p for name, p in module.named_parameters() if name not in base or p.requires_grad]
+    delta = delta_tensors(whole).values() if whole is not None else module.parameters()
     return ModelShape(
         parts=_parts(module, model),
         buffer_bytes=sum(_bytes(buffer) for buffer in module.buffers()),

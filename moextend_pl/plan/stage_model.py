@@ -11,10 +11,10 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 
-from moextend_pl.checkpoint import MANIFEST_FILE
 from moextend_pl.config_files import StageArguments, prepare_arguments
 from moextend_pl.contracts import PLAN_FILE, UserError
 from moextend_pl.encoder import TIMM
+from moextend_pl.manifest import MANIFEST_FILE
 from moextend_pl.preflight import PLAN_ARGUMENTS
 from moextend_pl.stage import StageModule
 from moextend_pl.stage_cli import MoExtendCLI, plain_config, replace_plan

@@ -8,7 +8,8 @@ from pathlib import Path
 from helpers.tiny_world import TinyWorld
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from moextend_pl.checkpoint import save_delta, write_json
+from moextend_pl.atomic import write_json
+from moextend_pl.checkpoint import save_delta
 from moextend_pl.contracts import TrainPlan
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from callbacks.outputs import SavePretrained
 from moextend_pl import cli
-from moextend_pl.checkpoint import frozen_tensors, read_manifest
 from moextend_pl.contracts import TrainPlan, UserError
+from moextend_pl.fingerprints import frozen_tensors
+from moextend_pl.manifest import read_manifest
 from moextend_pl.module import MoExtend
 from moextend_pl.preflight import CHECKPOINT_FOLDER, LAST_CHECKPOINT
 

@@ -12,8 +12,8 @@ from helpers.tiny_world import EXPERTS, TinyWorld, make_plan
 from safetensors.torch import load_file
 
 from moextend_pl import cli
-from moextend_pl.checkpoint import read_manifest
 from moextend_pl.contracts import UserError
+from moextend_pl.manifest import read_manifest
 from moextend_pl.module import MoExtend
 
 

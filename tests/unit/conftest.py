@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -108,3 +110,19 @@ def pixels() -> Callable[[int], list[torch.Tensor]]:
 def templates() -> dict[str, str]:
     """Chat templates of other families."""
     return {"qwen": QWEN_LIKE, "llama": LLAMA_LIKE}
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """Makes a trainer whose run directory is `tmp_path/run`."""
+
+    def make(*callbacks: Callback, steps: int = 4, **options: Any) -> Trainer:
+        settings: dict[str, Any] = {
+            "default_root_dir": tmp_path / "run", "max_steps": steps, "max_epochs": -1, "accelerator": "cpu",
+            "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+            "enable_checkpointing": False, "use_distributed_sampler": False, "num_sanity_val_steps": 0,
+            "check_val_every_n_epoch": None, "val_check_interval": steps, "limit_val_batches": 1,
+        }  # fmt: skip
+        return Trainer(callbacks=list(callbacks), **{**settings, **options})
+
+    return make

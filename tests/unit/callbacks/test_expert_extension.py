@@ -17,6 +17,7 @@ from callbacks.frozen_guard import FrozenGuard
 from callbacks.train_only import TrainOnly
 from callbacks.usage_report import UsageReport, measure_usage
 from moextend_pl.contracts import ExtensionPlan, UserError
+from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.growth import router_parameters
@@ -167,3 +168,21 @@ def test_source_experts_may_be_those_used_before() -> None:
     for source, expert in (("before", 0), ("after", 2)):
         plan = ExpertExtension(rule=AllLayers(), source=source).choose(usage["before"], usage["after"])
         assert plan.layers[0].sources == (expert,)
+
+
+def test_a_language_model_alone_is_extended_by_a_plan_and_not_probed(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    make_plan([1], (3,), routing="open").save(tmp_path / "plan.yaml")
+    model = MoELanguageModel(base=str(tiny_world.base))
+    extension = ExpertExtension(plan=str(tmp_path / "plan.yaml"))
+    make_trainer(TrainOnly(["new_experts"]), extension, steps=1).fit(
+        model, tiny_world.datamodule("text", val=tiny_world.data("text", "test"))
+    )
+    assert model.num_experts == {0: 4, 1: 5, 2: 4}
+    probe = make_trainer(TrainOnly(["routers"]), ExpertExtension(rule=AllLayers()), steps=1)
+    with pytest.raises(UserError, match="got MoELanguageModel: a probe asks which experts pictures choose"):
+        probe.fit(
+            MoELanguageModel(base=str(tiny_world.base)),
+            tiny_world.datamodule("text", val=tiny_world.data("text", "test")),
+        )

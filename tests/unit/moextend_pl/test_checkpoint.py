@@ -12,17 +12,11 @@ import torch
 from helpers.tiny_world import TinyWorld, make_plan, perturb
 from safetensors.torch import load_file, save_file
 
-from moextend_pl.checkpoint import (
-    AtomicCheckpointIO,
-    file_sha256,
-    fingerprints,
-    load_delta,
-    read_manifest,
-    save_delta,
-    tensor_sha256,
-    write_atomically,
-)
+from moextend_pl.atomic import write_atomically
+from moextend_pl.checkpoint import AtomicCheckpointIO, load_delta, save_delta
 from moextend_pl.contracts import UserError
+from moextend_pl.fingerprints import file_sha256, fingerprints, tensor_sha256
+from moextend_pl.manifest import read_manifest
 from moextend_pl.module import MoExtend
 
 PARTS = ("projector", "new_experts", "new_routers", "calibration")

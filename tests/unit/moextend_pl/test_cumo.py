@@ -13,9 +13,10 @@ from helpers.tiny_world import TinyWorld, make_plan, perturb
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moextend_pl.checkpoint import frozen_tensors, save_delta
+from moextend_pl.checkpoint import save_delta
 from moextend_pl.contracts import TrainPlan, UpcycleSpec, UserError
 from moextend_pl.encoder import VisionEncoder
+from moextend_pl.fingerprints import frozen_tensors
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
 from moextend_pl.moe.nf4 import NF4Weight
@@ -164,7 +165,7 @@ def test_router_losses_of_a_frozen_tower_are_not_added_and_its_features_are_kept
     model = built(tiny_world.cumo(**SEEING), ["projector"])
     output = model(tiny_world.batch(model, "ii"))
     assert set(output.router) == {"balance_projector", "z_projector"}
-    assert len(model._features) == 2
+    assert len(model.features.features) == 2
 
 
 def test_dense_base_has_to_be_said_and_a_base_with_experts_is_not_dense(tiny_world: TinyWorld) -> None:

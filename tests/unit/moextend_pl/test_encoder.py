@@ -229,10 +229,10 @@ def test_cached_features_equal_uncached_ones_whatever_company_an_image_keeps(tin
     batches = [tiny_world.batch(model, "i" * count, first=first) for first, count in ((0, 20), (3, 1), (2, 7))]
     model.cache_features = False
     uncached = [features_of(model, batch) for batch in batches]
-    assert model._features == {}
+    assert model.features.features == {}
     model.cache_features = True
     cached = [features_of(model, batch) for batch in batches]
-    model._features = {}
+    model.features.clear()
     other_order = [features_of(model, batch) for batch in reversed(batches)][::-1]
     for first, second, third in zip(uncached, cached, other_order, strict=True):
         for name, value in first.items():
@@ -259,4 +259,4 @@ def test_learning_tower_is_encoded_anew_with_gradients(tiny_world: TinyWorld) ->
     batch = tiny_world.batch(model, "ii")
     features = model.encode(batch["pixel_values"], batch["image_keys"])
     assert features.requires_grad
-    assert model._features == {}
+    assert model.features.features == {}

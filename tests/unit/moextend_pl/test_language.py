@@ -9,7 +9,7 @@ import torch
 from helpers.tiny_world import EXPERTS, TinyWorld, make_plan, perturb
 from torch.nn import functional as F
 
-from moextend_pl import language
+from moextend_pl import base_model
 from moextend_pl.contracts import UserError
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.losses import balance_loss
@@ -144,7 +144,7 @@ def test_logits_at_chosen_positions_equal_those_of_the_whole(
     chosen = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(0)) < 0.3
     expected = model(batch)[chosen]
     torch.testing.assert_close(model(batch, logits_at=chosen), expected)
-    monkeypatch.setattr(language, "_KEEPS_BY_MASK", False)
+    monkeypatch.setattr(base_model, "_KEEPS_BY_MASK", False)
     torch.testing.assert_close(model(batch, logits_at=chosen), expected)
 
 
@@ -230,3 +230,34 @@ def test_wrong_arguments_are_refused(tiny_world: TinyWorld, tmp_path: Path) -> N
         MoELanguageModel(config={"model_type": "mixtral"})
     with pytest.raises(UserError, match="Expected a tokenizer folder"):
         _ = MoELanguageModel(config={"model_type": "mixtral"}, tokenizer=str(tmp_path / "none")).tokenizer
+
+
+def test_a_misspelt_way_to_compute_experts_and_a_model_without_a_type_are_refused(tiny_world: TinyWorld) -> None:
+    with pytest.raises(UserError, match="`experts_implementation` to be one of .*'moextend'.*, got 'groupedmm'"):
+        MoELanguageModel(base=str(tiny_world.base), experts_implementation="groupedmm")
+    with pytest.raises(UserError, match=r"Expected `model_type` in `language.config`.*got \['hidden_size'\]"):
+        MoELanguageModel(config={"hidden_size": 8}, tokenizer=str(tiny_world.base))
+    model = MoELanguageModel(config={"model_type": "mixtrall"}, tokenizer=str(tiny_world.base))
+    with pytest.raises(UserError, match="`language.config`: .*mixtrall"):
+        model.model_config()
+
+
+def test_an_answer_leaves_no_mask_behind_for_other_passes(tiny_world: TinyWorld) -> None:
+    world = tiny_world.model(make_plan(init="copy", routing="masked"))
+    perturb([p for part in ("new_experts", "new_routers") for p in world.language.parts()[part]])
+    batch = tiny_world.batch(world, "ii", generation=True)
+    world.answer(batch)
+    text = tiny_world.batch(world, "ttt")
+    inputs = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
+    with torch.no_grad():
+        assert torch.equal(world.language.model(**inputs).logits, tiny_world.stock()(**inputs).logits)
+
+
+def test_recordings_may_nest(tiny_world: TinyWorld) -> None:
+    model = tiny_world.language()
+    batch = tiny_world.batch(model, "tt")
+    with model.watch.recording() as outer:
+        model.losses(batch)
+        model(batch)
+    assert len(outer) == 2 * len(model.num_experts)
+    assert not model.watch.listening

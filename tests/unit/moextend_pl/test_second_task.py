@@ -9,8 +9,9 @@ import torch
 from helpers.tiny_world import EXPERTS, GROWN, TinyWorld, make_plan, perturb
 from torch import Tensor
 
-from moextend_pl.checkpoint import read_manifest, save_delta
+from moextend_pl.checkpoint import save_delta
 from moextend_pl.contracts import Batch, ExtensionPlan, TrainPlan
+from moextend_pl.manifest import read_manifest
 from moextend_pl.module import MoExtend
 
 PARTS = ("new_experts", "new_routers", "calibration")

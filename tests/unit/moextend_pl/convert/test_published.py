@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from moextend_pl import cli
-from moextend_pl.checkpoint import read_manifest
 from moextend_pl.contracts import ExtensionPlan, UserError
 from moextend_pl.convert.files import TensorFiles, write_shards
+from moextend_pl.manifest import read_manifest
 from moextend_pl.module import MoExtend
 
 WIDTH, VISION, SIDE, LAYERS = 16, 8, 16, 3

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from moextend_pl.checkpoint import fingerprints
 from moextend_pl.contracts import UserError
+from moextend_pl.fingerprints import fingerprints
 from moextend_pl.moe import dispatch, quantize
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.growth import grow, new_parameters, strip

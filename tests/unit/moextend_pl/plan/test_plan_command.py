@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.stages import write_stage
+from helpers.tiny_world import TinyWorld
 
 from moextend_pl import cli
+from moextend_pl.plan.command import RECOMPUTED
 
 ROOT = Path(__file__).parents[4]
 EXTEND = "configs/olmoe_1b_7b/3_extend.yaml"
@@ -162,3 +165,16 @@ def test_stage_of_the_language_model_alone_is_planned(tmp_path: Path) -> None:
     parameters = sum(part["learning"] for part in data["shape"]["parts"])
     assert parameters == 6_919_161_856
     assert data["memory"]["gradients"] == 2 * parameters
+
+
+def test_activation_checkpointing_is_said_not_to_be_counted(tmp_path: Path) -> None:
+    option = "--model.init_args.language.activation_checkpointing=true"
+    plain, recomputing = plan(tmp_path), plan(tmp_path, option)
+    assert set(recomputing["notes"]) - set(plain["notes"]) == {RECOMPUTED}
+
+
+def test_dense_and_upcycled_language_models_are_refused_in_true_words(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_world: TinyWorld
+) -> None:
+    stage = write_stage(tiny_world, tmp_path / "run", "instruction")
+    assert "this stage has a dense or an upcycled one" in error_of(capsys, "--config", str(stage))

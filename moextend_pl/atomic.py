@@ -1,0 +1,48 @@
+"""Files that are there whole or not at all, whatever happens to the process that writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file so that it is there whole or not at all, also after a power cut.
+
+    Args:
+        path: The final place.
+        write: Writes the content to the path it is given, in the same folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process number keeps two runs from writing into one another's temporary file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Deletes what a process that was killed while it wrote has left in a run directory.
+
+    Args:
+        run: Directory that no other process writes to.
+    """
+    for leftover in run.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file so that it is there whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes plain data as JSON so that the file is there whole or not at all."""
+    write_text(path, json.dumps(data, indent=1) + "\n")

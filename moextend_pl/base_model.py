@@ -1,0 +1,88 @@
+"""The configuration of a base, whether the options of its language model fit together, and what it predicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
+
+from moextend_pl.contracts import UserError
+from moextend_pl.moe import dispatch
+from moextend_pl.moe.quantize import check_base
+
+# Older releases keep whole columns of the batch only; then the mask is applied to what they return.
+_KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")
+
+
+def check_options(
+    base: str | None, config: dict[str, Any] | None, tokenizer: str | None, quantize: str | None, upcycled: bool
+) -> None:
+    """Refuses options of a language model that do not fit together, before anything is read.
+
+    Args:
+        base: Folder of the base.
+        config: Configuration of a new model.
+        tokenizer: Folder of the tokenizer.
+        quantize: `nf4` or None.
+        upcycled: Whether MLPs become experts.
+
+    Raises:
+        UserError: If neither or both of `base` and `config` are given, or one lacks what it needs.
+    """
+    if (base is None) == (config is None):
+        raise UserError("Expected exactly one of `base` (a folder) and `config` (a new model), not both or neither.")
+    if tokenizer is None and base is None:
+        raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
+    if config is not None and "model_type" not in config:
+        raise UserError(f"Expected `model_type` in `language.config`, for example mixtral, got {sorted(config)}.")
+    check_base(base, quantize, upcycled)
+
+
+def check_implementation(name: str) -> None:
+    """Refuses a way to compute experts that transformers does not know.
+
+    Raises:
+        UserError: If there is no such way.
+    """
+    known = dispatch.implementations()
+    if name not in known:
+        raise UserError(f"Expected `experts_implementation` to be one of {known}, got {name!r}.")
+
+
+def new_config(config: dict[str, Any], words: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Returns the configuration of a new model with the ids of its tokenizer.
+
+    Args:
+        config: Values, `model_type` among them.
+        words: The tokenizer.
+
+    Raises:
+        UserError: If transformers has no such model.
+    """
+    ids = {name: getattr(words, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    try:
+        return AutoConfig.for_model(**{"vocab_size": len(words), **ids, **config})
+    except ValueError as error:
+        raise UserError(f"`language.config`: {str(error).splitlines()[0]}") from error
+
+
+def logits_of(model: PreTrainedModel, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:
+    """Predicts the next token, with the head applied to chosen positions only.
+
+    Args:
+        model: A causal language model.
+        inputs: Its arguments.
+        logits_at: (B, S) booleans, positions to predict from; None for all.
+
+    Returns:
+        (B, S, V) logits, or (A, V) at the A chosen positions.
+    """
+    if logits_at is None or _KEEPS_BY_MASK:
+        all_logits: Tensor = model(
+            **inputs, use_cache=False, logits_to_keep=0 if logits_at is None else logits_at
+        ).logits
+        return all_logits
+    columns = logits_at.any(dim=0).nonzero().squeeze(-1)
+    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits[logits_at[:, columns]]
+    return logits

@@ -1,0 +1,204 @@
+"""What a finished run says of itself: what its delta belongs to, and how to build the model again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moextend_pl.atomic import write_json
+from moextend_pl.contracts import ExtensionPlan, UserError
+from moextend_pl.fingerprints import WRAPPED, tensor_sha256
+
+if TYPE_CHECKING:
+    from moextend_pl.module import MoExtend
+
+log = logging.getLogger(__name__)
+
+MANIFEST_FILE, MANIFEST_SCHEMA = "manifest.json", 2
+PACKAGES = ("torch", "lightning", "transformers", "timm", "safetensors")
+# Arguments of the model's parts that are folders; a manifest names them relative to its own.
+FOLDERS = {"encoder": ("path", "name"), "language": ("base",)}
+# Arguments of the language model that are places too, where they are given.
+FILES = ("tokenizer", "chat_template")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a delta belongs to.
+
+    Attributes:
+        plans: Extension plans of the model, first one first.
+        model: Arguments of tower, projector and language model; folders relative to the run directory.
+        trained: Names of the tensors that learned.
+        frozen: SHA-256 of every tensor that did not, by its name in the base.
+        delta_sha256: SHA-256 of the delta file.
+        versions: Versions of Python and of the packages that matter.
+        dtype: Type of the weights; the base is read in it again.
+        run: Where the manifest was read from.
+    """
+
+    plans: tuple[ExtensionPlan, ...]
+    model: dict[str, dict[str, Any]]
+    trained: list[str]
+    frozen: dict[str, str]
+    delta_sha256: str
+    versions: dict[str, str]
+    dtype: str = "float32"
+    run: Path = field(default=Path(), compare=False)
+
+    def save(self) -> None:
+        """Writes the manifest into its run directory."""
+        data = {"schema": MANIFEST_SCHEMA, **asdict(self), "plans": [plan.to_dict() for plan in self.plans]}
+        data.pop("run")
+        write_json(self.run / MANIFEST_FILE, data)
+
+    def model_arguments(self) -> dict[str, dict[str, Any]]:
+        """Returns the arguments of the three parts, with folders that can be opened from here."""
+        arguments = {part: dict(values) for part, values in self.model.items()}
+        for part in FOLDERS:
+            if part not in arguments:
+                raise UserError(
+                    f"{self.run} holds no {part}; it can be the start of a stage, but not a model by itself."
+                )
+            arguments[part][_folder_name(arguments[part], part)] = str(self.folder(part))
+        for name in FILES:
+            place = os.path.normpath(self.run / str(arguments["language"].get(name)))
+            if Path(place).exists():
+                arguments["language"][name] = place
+        return arguments
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def folder(self, part: str) -> Path:
+        """Returns the folder of `encoder` or `language`, as it can be opened from here."""
+        return Path(os.path.normpath(self.run / self.model[part][_folder_name(self.model[part], part)]))
+
+    def check_base(self, model: MoExtend) -> None:
+        """Refuses a base whose tensors are not those that the run was trained on.
+
+        Of a base that is read in a shorter type, or in 4 bits where it was not, nothing can be said.
+
+        Args:
+            model: A built model.
+
+        Raises:
+            UserError: If a frozen tensor differs.
+        """
+        shorter = torch.get_default_dtype().itemsize < self.torch_dtype.itemsize
+        if shorter or self.model.get("language", {}).get("quantize") != model.language.quantize:
+            log.warning("%s: its base was of another type, so that it cannot be compared with the one here", self.run)
+            return
+        new = {name for name, _ in model.named_parameters()} - model.base_names()
+        here = {WRAPPED.sub("", name): tensor for name, tensor in model.state_dict().items() if name not in new}
+        for name, expected in self.frozen.items():
+            if name not in here or not self._is(here[name], expected):
+                got = tensor_sha256(here[name])[:12] if name in here else "no such tensor"
+                raise UserError(
+                    f"{self.run}: the base has changed since this run was trained: {name} has SHA-256 {got}, "
+                    f"the manifest says {expected[:12]}. Restore the base, or train the stage again."
+                )
+
+    def _is(self, tensor: Tensor, expected: str) -> bool:
+        if tensor_sha256(tensor) == expected:
+            return True
+        # A tower is read in its own type first.
+        longer = tensor.is_floating_point() and tensor.dtype.itemsize > self.torch_dtype.itemsize
+        return longer and tensor_sha256(tensor.to(self.torch_dtype)) == expected
+
+
+def _folder_name(arguments: Mapping[str, Any], part: str) -> str:
+    return next(name for name in FOLDERS[part] if arguments.get(name))
+
+
+def model_arguments(model: MoExtend) -> dict[str, dict[str, Any]]:
+    """Returns what `MoExtend.load` needs to build the three parts again; folders as they are named now.
+
+    Args:
+        model: Any, built or not.
+
+    Raises:
+        UserError: If the language model has no base to be read again.
+    """
+    language = model.language
+    if language.base is None:
+        raise UserError("Expected `language.base`, so that the run can be loaded again.")
+    arguments: dict[str, dict[str, Any]] = {
+        "encoder": model.encoder.rebuild_arguments(),
+        "projector": {"kind": model.projector.kind, "merge": model.projector.merge},
+        "language": {
+            "base": language.base,
+            "tokenizer": language.tokenizer_path,
+            "chat_template": language.chat_template,
+            "experts_implementation": language.experts_implementation,
+            "quantize": language.quantize,
+            "balance_weight": language.balance_weight,
+            "max_new_tokens": language.max_new_tokens,
+            "dense": language.dense,
+        },
+    }
+    for name, part in model.upcyclable().items():
+        arguments[name]["upcycle"] = asdict(part.upcycle_spec) if part.upcycle_spec else None
+    return arguments
+
+
+def relative_arguments(arguments: dict[str, dict[str, Any]], run: Path) -> dict[str, dict[str, Any]]:
+    """Returns arguments of the model's parts with their folders and files named from a run directory."""
+    told = {part: dict(values) for part, values in arguments.items()}
+    for part in FOLDERS:
+        name = _folder_name(told[part], part)
+        told[part][name] = os.path.relpath(told[part][name], run)
+    for name in FILES:
+        place = told["language"][name]
+        if place is not None and Path(place).exists():
+            told["language"][name] = os.path.relpath(place, run)
+    return told
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that matter."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def manifest_path(run: Path) -> Path:
+    """Returns where the manifest of a run directory, or of a delta file in one, lies."""
+    return (run if run.is_dir() else run.parent) / MANIFEST_FILE
+
+
+def read_manifest(run: Path) -> Manifest:
+    """Reads the manifest of a finished run.
+
+    Args:
+        run: Run directory, or a delta file in one.
+
+    Raises:
+        UserError: If there is none, or it is of another schema.
+    """
+    path = manifest_path(run)
+    if not path.is_file():
+        raise UserError(f"Expected a finished run in {run}, found no {MANIFEST_FILE}. Run that stage to its end first.")
+    names = ("model", "trained", "frozen", "delta_sha256", "versions")
+    try:
+        data = json.loads(path.read_text())
+        if data.get("schema") != MANIFEST_SCHEMA:
+            raise UserError(
+                f"{path}: expected schema {MANIFEST_SCHEMA}, got {data.get('schema')!r}. Train the stage again."
+            )
+        plans = tuple(ExtensionPlan.from_dict(plan, origin=str(path)) for plan in data["plans"])
+        dtype = str(data.get("dtype", "float32"))
+        return Manifest(plans=plans, run=path.parent, dtype=dtype, **{name: data[name] for name in names})
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}). Train the stage again.") from error

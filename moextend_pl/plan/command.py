@@ -13,6 +13,7 @@ from moextend_pl.contracts import UserError
 
 if TYPE_CHECKING:
     from moextend_pl.plan.report import Report
+    from moextend_pl.stage import StageModule
 
 SCHEMA = 1
 # Public trainings of mixture-of-experts models report 24 to 28 % of the peak (MoE-LLaVA, NeMo AutoModel).
@@ -75,6 +76,21 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def counted_language(module: StageModule) -> StageModule:
+    """Returns the language model of a stage, or the stage itself if it has none.
+
+    Raises:
+        UserError: If the arithmetic does not cover it.
+    """
+    language: StageModule = getattr(module, "language", module)
+    if getattr(language, "dense", False) or getattr(language, "upcycle_spec", None) is not None:
+        raise UserError(
+            "`plan` counts language models that have experts of their own; this stage has a dense or an upcycled one, "
+            "of which it cannot say anything yet."
+        )
+    return language
+
+
 def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Report:
     """Builds the stage on the meta device and does the arithmetic.
 
@@ -95,12 +111,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
 
     gpu = choose_gpu(options.gpu, options.gpu_tflops, options.gpu_memory)
     stage = read_stage(stage_options)
-    language = getattr(stage.module, "language", stage.module)
-    if getattr(language, "dense", False) or getattr(language, "upcycle_spec", None) is not None:
-        raise UserError(
-            "`plan` counts language models that have experts of their own; this stage has a dense or an upcycled one, "
-            "of which it cannot say anything yet."
-        )
+    language = counted_language(stage.module)
     recomputes = getattr(language, "activation_checkpointing", False)
     shape = read_shape(stage.module, stage.compute_dtype.itemsize)
     run = run_shape(

@@ -174,15 +174,14 @@ def test_a_language_model_alone_is_extended_by_a_plan_and_not_probed(
     tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
 ) -> None:
     make_plan([1], (3,), routing="open").save(tmp_path / "plan.yaml")
+    data = tiny_world.datamodule("text", val=tiny_world.data("text", "test"))
     model = MoELanguageModel(base=str(tiny_world.base))
     extension = ExpertExtension(plan=str(tmp_path / "plan.yaml"))
-    make_trainer(TrainOnly(["new_experts"]), extension, steps=1).fit(
-        model, tiny_world.datamodule("text", val=tiny_world.data("text", "test"))
-    )
+    make_trainer(TrainOnly(["new_experts"]), extension, steps=1).fit(model, data)
     assert model.num_experts == {0: 4, 1: 5, 2: 4}
     probe = make_trainer(TrainOnly(["routers"]), ExpertExtension(rule=AllLayers()), steps=1)
     with pytest.raises(UserError, match="got MoELanguageModel: a probe asks which experts pictures choose"):
         probe.fit(
             MoELanguageModel(base=str(tiny_world.base)),
-            tiny_world.datamodule("text", val=tiny_world.data("text", "test")),
+            data,
         )

@@ -303,9 +303,11 @@ def test_fit_continues_from_the_last_checkpoint(stage: Path) -> None:
 
 def test_fresh_sets_the_earlier_run_aside(stage: Path, tmp_path: Path) -> None:
     fit(stage)
+    (tmp_path / "run/bad_samples.jsonl").write_text("")
     fresh = fit(stage, "--fresh", "--trainer.max_steps=1")
     assert fresh.trainer.global_step == 1
     assert (tmp_path / "run/old1/checkpoints/last.ckpt").is_file()
+    assert (tmp_path / "run/old1/bad_samples.jsonl").is_file()
     assert fit(stage, "--trainer.max_steps=1").trainer.global_step == 1
 
 

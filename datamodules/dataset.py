@@ -176,6 +176,11 @@ class ConversationDataset(Dataset[Sample]):
         raw = reader.read(number)
         if turn is None:
             return raw.key, raw.turns, raw.images, raw.origin
+        if turn >= len(raw.turns):
+            raise UserError(
+                f"{raw.origin}: the index says that it has turn {turn}, got {len(raw.turns)} turn(s). Run `python -m "
+                "moextend_pl shards index` on its folder."
+            )
         one, which = single_turn(raw.turns, turn, len(raw.images))
         return f"{raw.key}#{turn}", (one,), tuple(raw.images[i] for i in which), raw.origin
 

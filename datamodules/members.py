@@ -11,7 +11,7 @@ from moextend_pl.samples.turns import IMAGE_FORMATS, lone_surrogate
 TEXTS = ("json", "txt")
 """Extensions of texts: LLaVA's conversations or facts with a caption, and a plain caption."""
 
-MEMBER_NAME = re.compile(r"((?:[^/]+/)*[^/.]+)\.((?:[0-9]+\.)?[A-Za-z]+)")
+MEMBER_NAME = re.compile(r"((?:[^/]+/)*[^/.]+)\.((?:[0-9]{1,6}\.)?[A-Za-z]+)")
 """KEY.EXTENSION or KEY.NUMBER.EXTENSION; a key has no dot, so that WebDataset reads the same key."""
 
 

@@ -57,7 +57,7 @@ def index_shard(path: Path, faults: list[str] | None = None) -> Shard:
     seen: set[str] = set()
     images = 0
     for found in walk_shard(path):
-        if found.key in seen or len({member.extension for member in found.members}) != len(found.members):
+        if found.key in seen or len({m.extension.lower() for m in found.members}) != len(found.members):
             raise UserError(f"{path}: key {found.key!r} stands twice. Give each sample a key of its own.")
         seen.add(found.key)
         keys.append(found.key)

@@ -240,12 +240,9 @@ class BatchLoader:
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,
-            num_workers=num_workers,
             collate_fn=dataset.collate,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=one_thread,
-            timeout=WORKER_PATIENCE if num_workers else 0,
-            multiprocessing_context=START_METHOD if num_workers else None,
+            **worker_options(num_workers),
         )
 
     def __len__(self) -> int:
@@ -263,6 +260,16 @@ class BatchLoader:
         if self.book is None:
             raise UserError(f"{bad[0].shard}: {bad[0].key}: {bad[0].reason}")
         self.book.note(bad)
+
+
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """Returns how every loader of torch starts its workers here."""
+    return {
+        "num_workers": num_workers,
+        "worker_init_fn": one_thread,
+        "timeout": WORKER_PATIENCE if num_workers else 0,
+        "multiprocessing_context": START_METHOD if num_workers else None,
+    }
 
 
 def one_thread(_worker: int) -> None:

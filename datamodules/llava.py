@@ -135,6 +135,8 @@ def build_from_llava(
     options = options or BuildOptions()
     out = out.absolute()
     check_free(out, is_shard_folder)
+    if not images.is_dir():
+        raise UserError(f"Expected a folder of images at {images}, found none (cwd {Path.cwd()}).")
     data, items = read_annotations(annotations)
     keys, renamed = unique_keys(items)
     # The images themselves are not part of it: reading all of them again would cost as much as the build.

@@ -46,11 +46,14 @@ def read_annotations(path: Path) -> tuple[bytes, list[Any]]:
         raise UserError(f"Expected a LLaVA JSON file at {path}, found none (cwd {Path.cwd()}).")
     data = path.read_bytes()
     try:
-        items = json.loads(data.decode("utf-8"))
+        items = json.loads(data.decode("utf-8-sig"))  # Windows begins files by a mark
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected UTF-8 JSON, got bytes that fail: {error}.") from error
+        lines = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        advice = f" If it is JSONL, an entry a line, convert it: `jq -s . {path.name} > list.json`." if lines else ""
+        raise UserError(f"{path}: expected UTF-8 JSON, got bytes that fail: {error}.{advice}") from error
     if not isinstance(items, list) or not items:
-        raise UserError(f"{path}: expected a list with at least one entry, got {type(items).__name__}.")
+        found = "an empty one" if isinstance(items, list) else type(items).__name__
+        raise UserError(f"{path}: expected a list with at least one entry, got {found}. Give LLaVA's list of entries.")
     return data, items
 
 
@@ -99,7 +102,7 @@ def make_entry(item: Any, key: str, root: Path, side: int | None, quality: int) 
     """
     if not isinstance(item, dict):
         return Made(None, ["expected an object with `id` and `conversations`"])
-    wrong = key_problem(key) if key else "expected `id` to be a text or a number"
+    wrong = key_problem(key) if key else f"expected `id` to be a text or a whole number, got {item.get('id')!r}"
     problems = [wrong] if wrong else []
     names = item.get("image")
     names = [] if names is None else names if isinstance(names, list) else [names]

@@ -133,7 +133,10 @@ def build_index(folder: Path, faults: list[str] | None = None, shards: Iterable[
         shards = (index_shard(path, faults) for path in sorted(folder.glob("*.tar")))
     found = list(shards)
     if not any(len(shard) for shard in found):
-        raise UserError(f"Expected samples in {folder / '*.tar'}, found {len(found)} shard(s) with none.")
+        raise UserError(
+            f"Expected samples in {folder / '*.tar'}, found {len(found)} shard(s) with none. Give the folder that "
+            "holds them."
+        )
     owner: dict[str, str] = {}
     for shard in found:
         for key in shard.keys:

@@ -384,6 +384,12 @@ def test_several_runs_in_one_process_do_not_disturb_each_other(stage: Path, tmp_
         cli.run(["fit", "--config", str(stage)])  # the allowance of an earlier run is gone
 
 
+def test_only_commands_that_go_on_say_so_when_they_are_interrupted(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(cli, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    for command, told in {"fit": True, "shards build llava": True, "shards check": False, "test": False}.items():
+        assert (cli.main(command.split()), "continues" in capsys.readouterr().err) == (130, told)
+
+
 def test_own_messages_go_to_stderr_in_short_form(capsys: pytest.CaptureFixture[str]) -> None:
     cli.configure_logging()
     cli.configure_logging()

@@ -86,6 +86,12 @@ def test_an_unusable_llava_json_is_refused(tmp_path, content):
         build_from_llava(tmp_path / "none.json", tmp_path, tmp_path / "out")
 
 
+def test_a_missing_folder_of_images_is_told_once_and_not_for_every_entry(tmp_path):
+    annotations, _, out = llava(tmp_path, [{"id": "a", "image": "x.png", "conversations": TURNS}])
+    with pytest.raises(UserError, match=r"folder of images at .*none, found none"):
+        build_from_llava(annotations, tmp_path / "none", out)
+
+
 def test_a_folder_with_other_things_is_never_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("years of work")

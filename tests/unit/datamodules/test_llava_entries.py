@@ -5,14 +5,35 @@ import os
 import pytest
 
 from datamodules import llava_entries, shards
-from datamodules.llava_entries import make_entry
+from datamodules.llava_entries import make_entry, read_annotations
 from datamodules.shards import conversation
+from moextend_pl.contracts import UserError
 
 TURNS = conversation(("<image>\nwhat?", "this"))
 
 
 def problems_of(item, root, key="a"):
     return make_entry(item, key, root, None, 90).problems
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(b"[]", "got an empty one"), (b'{"id": 1}\n{"id": 2}\n', r"JSONL.*jq -s"), (b"{}", "got dict")],
+)
+def test_what_is_no_list_is_told_with_what_it_is(tmp_path, content, sentence):
+    (tmp_path / "data.json").write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read_annotations(tmp_path / "data.json")
+
+
+def test_a_file_that_begins_with_the_mark_of_windows_is_read(tmp_path):
+    (tmp_path / "data.json").write_bytes(b"\xef\xbb\xbf[1]")
+    assert read_annotations(tmp_path / "data.json")[1] == [1]
+
+
+def test_an_id_that_is_no_whole_number_is_told_with_what_it_is(tmp_path):
+    item = {"id": 1.5, "conversations": conversation(("what?", "this"))}
+    assert problems_of(item, tmp_path, "") == ["expected `id` to be a text or a whole number, got 1.5"]
 
 
 def test_half_characters_are_a_problem_wherever_they_stand(tmp_path, picture):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from datamodules.cache import Source
 from datamodules.index import Shard, file_sha256, load_index
@@ -21,6 +20,7 @@ from datamodules.streaming import ShardError
 from moextend_pl.contracts import IGNORE_INDEX, SampleSpec, UserError
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.pixels import decode_image, open_image
+from moextend_pl.samples.templates import load_tokenizer
 
 BAR = 40
 """Signs of the longest bar of a histogram."""
@@ -41,6 +41,10 @@ class AuditOptions:
     tokenizer: str | None = None
     tokens_per_image: int = 16
     max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"Expected `workers` of at least 1, got {self.workers}.")
 
 
 @dataclass
@@ -192,11 +196,9 @@ def load_spec(tokenizer: str | Path, tokens_per_image: int) -> SampleSpec:
     """Returns what a model with this tokenizer would ask of its data.
 
     Raises:
-        UserError: If there is no such folder.
+        UserError: If there is no such folder, or it holds no tokenizer.
     """
-    if not Path(tokenizer).is_dir():
-        raise UserError(f"Expected a tokenizer's folder at {tokenizer}, found none (cwd {Path.cwd()}).")
-    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    loaded = load_tokenizer(tokenizer)
     return SampleSpec(loaded, len(loaded), tokens_per_image, image_size=32)
 
 

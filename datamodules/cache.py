@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -51,8 +52,17 @@ class ShardCache:
             options: How to download.
 
         Raises:
-            ShardError: If it cannot be fetched, is another file, or does not fit.
+            ShardError: If it cannot be fetched, is another file, or does not fit, or the folder cannot be used.
         """
+        try:
+            return self._open(address, size, sha256, options)
+        except OSError as error:
+            raise ShardError(
+                f"Expected to keep downloads in {self.folder}, got: {error.strerror or error}. Give another folder as "
+                "`cache_dir`."
+            ) from error
+
+    def _open(self, address: str, size: int, sha256: str, options: StreamOptions) -> int:
         path = self.folder / sha256
         while True:
             try:
@@ -61,7 +71,8 @@ class ShardCache:
                 self._bring(path, address, size, options)
                 continue
             if os.fstat(handle).st_size == size:
-                os.utime(handle)  # the age by which files are deleted
+                with contextlib.suppress(PermissionError):  # the file of another user
+                    os.utime(handle)  # the age by which files are deleted
                 return handle
             os.close(handle)
             path.unlink(missing_ok=True)
@@ -89,7 +100,10 @@ class ShardCache:
         with FileLock(self.folder / EVICTION_LOCK):
             kept = []
             for entry in os.scandir(self.folder):
-                state = entry.stat()
+                try:
+                    state = entry.stat()
+                except FileNotFoundError:  # another process has just finished or deleted it
+                    continue
                 if entry.name.endswith(".part") and state.st_mtime < time.time() - DEAD_AFTER:
                     Path(entry.path).unlink(missing_ok=True)
                 elif DIGEST.fullmatch(entry.name):

@@ -37,11 +37,17 @@ def main(argv: list[str]) -> int:
         0 if all is well, 1 if `check` found something wrong.
 
     Raises:
-        UserError: If the input cannot be used.
+        UserError: If the input cannot be used, or a file cannot be read or written.
     """
     options = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = options.run
-    return run(options)
+    try:
+        return run(options)
+    except OSError as error:
+        place = error.filename or "a file"
+        raise UserError(
+            f"Expected to read and write {place}, got: {error.strerror or error}. Give another place, or mend this one."
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -176,6 +176,11 @@ class ConversationDataset(Dataset[Sample]):
         raw = reader.read(number)
         if turn is None:
             return raw.key, raw.turns, raw.images, raw.origin
+        if turn >= len(raw.turns):
+            raise UserError(
+                f"{raw.origin}: the index says that it has turn {turn}, got {len(raw.turns)} turn(s). Run `python -m "
+                "moextend_pl shards index` on its folder."
+            )
         one, which = single_turn(raw.turns, turn, len(raw.images))
         return f"{raw.key}#{turn}", (one,), tuple(raw.images[i] for i in which), raw.origin
 
@@ -235,12 +240,9 @@ class BatchLoader:
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=batches,
-            num_workers=num_workers,
             collate_fn=dataset.collate,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=one_thread,
-            timeout=WORKER_PATIENCE if num_workers else 0,
-            multiprocessing_context=START_METHOD if num_workers else None,
+            **worker_options(num_workers),
         )
 
     def __len__(self) -> int:
@@ -258,6 +260,16 @@ class BatchLoader:
         if self.book is None:
             raise UserError(f"{bad[0].shard}: {bad[0].key}: {bad[0].reason}")
         self.book.note(bad)
+
+
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """Returns how every loader of torch starts its workers here."""
+    return {
+        "num_workers": num_workers,
+        "worker_init_fn": one_thread,
+        "timeout": WORKER_PATIENCE if num_workers else 0,
+        "multiprocessing_context": START_METHOD if num_workers else None,
+    }
 
 
 def one_thread(_worker: int) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datamodules.dataset import ConversationDataset
+from datamodules.dataset import ConversationDataset, Failure, worker_options
+from moextend_pl.contracts import UserError
 from moextend_pl.samples.conversation import ConversationEncoder
 
 LENGTHS_SCHEMA = "1"
@@ -21,7 +22,7 @@ CHUNK = 256
 log = logging.getLogger(__name__)
 
 
-class _Chunks(Dataset[np.ndarray]):
+class _Chunks(Dataset[np.ndarray | Failure]):
     """Lengths of the units first .. last - 1, some hundred at a time."""
 
     def __init__(self, dataset: ConversationDataset, first: int, last: int) -> None:
@@ -32,10 +33,13 @@ class _Chunks(Dataset[np.ndarray]):
     def __len__(self) -> int:
         return -(-(self.last - self.first) // CHUNK)
 
-    def __getitem__(self, number: int) -> np.ndarray:
+    def __getitem__(self, number: int) -> np.ndarray | Failure:
         start = self.first + number * CHUNK
         units = range(start, min(start + CHUNK, self.last))
-        return np.array([self.dataset.length(unit) for unit in units], dtype=np.int32)
+        try:
+            return np.array([self.dataset.length(unit) for unit in units], dtype=np.int32)
+        except UserError as error:
+            return Failure(str(error))
 
 
 def unit_lengths(dataset: ConversationDataset, run: Path | None, num_workers: int) -> np.ndarray:
@@ -59,20 +63,36 @@ def unit_lengths(dataset: ConversationDataset, run: Path | None, num_workers: in
     for number, reader in enumerate(table.readers):
         name = f"lengths-{_fingerprint(dataset.encoder, table.fingerprint(number))}.npy"
         places = [folder / name for folder in (reader.folder, run) if folder is not None]
-        found = next((place for place in places if place.is_file()), None)
+        count = bounds[number + 1] - bounds[number]
+        found = next((kept for place in places if (kept := _kept(place, count)) is not None), None)
         if found is not None:
-            lengths.append(np.load(found, allow_pickle=False))
+            lengths.append(found)
             continue
-        log.info("counting the tokens of %d samples in %s, once", bounds[number + 1] - bounds[number], reader.source)
+        log.info("counting the tokens of %d samples in %s, once", count, reader.source)
         lengths.append(_count(_Chunks(dataset, bounds[number], bounds[number + 1]), num_workers))
         _keep(lengths[-1], places)
     return np.concatenate(lengths)
 
 
 def _count(chunks: _Chunks, num_workers: int) -> np.ndarray:
-    loader: DataLoader[np.ndarray] = DataLoader(chunks, batch_size=None, num_workers=num_workers)
-    progress = tqdm(loader, unit_scale=CHUNK, unit="sample", desc="lengths", disable=None)
-    return np.concatenate([np.asarray(chunk) for chunk in progress])
+    loader: DataLoader[np.ndarray | Failure] = DataLoader(chunks, batch_size=None, **worker_options(num_workers))
+    counted = []
+    for chunk in tqdm(loader, unit_scale=CHUNK, unit="sample", desc="lengths", disable=None):
+        if isinstance(chunk, Failure):
+            raise UserError(chunk.message)
+        counted.append(np.asarray(chunk))
+    return np.concatenate(counted)
+
+
+def _kept(place: Path, count: int) -> np.ndarray | None:
+    """Reads the file; None if it is not there or damaged, as by a full disk: then it is counted again."""
+    try:
+        lengths = np.load(place, allow_pickle=False)
+        if lengths.shape == (count,) and lengths.dtype.kind in "iu" and (lengths >= 1).all():
+            return lengths
+    except Exception as error:  # numpy raises whatever it likes on damaged files
+        log.debug("%s cannot be read (%s)", place, error)
+    return None
 
 
 def _keep(lengths: np.ndarray, places: list[Path]) -> None:

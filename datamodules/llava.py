@@ -130,11 +130,13 @@ def build_from_llava(
         progress: Is told how far it got.
 
     Raises:
-        UserError: With all problems of all entries, if there is any and they are not to be skipped.
+        UserError: With all problems of all entries, if there is any and they are not to be skipped or leave nothing.
     """
     options = options or BuildOptions()
     out = out.absolute()
     check_free(out, is_shard_folder)
+    if not images.is_dir():
+        raise UserError(f"Expected a folder of images at {images}, found none (cwd {Path.cwd()}).")
     data, items = read_annotations(annotations)
     keys, renamed = unique_keys(items)
     # The images themselves are not part of it: reading all of them again would cost as much as the build.
@@ -155,9 +157,9 @@ def build_from_llava(
         total = Done()
         for number in sorted(finished):
             total.add(finished[number])
-        if total.problems and not options.skip_bad:
+        if total.problems and not (options.skip_bad and any(folder.glob("*.tar"))):
             shutil.rmtree(folder)
-            raise UserError(_summary(annotations, total.problems))
+            raise UserError(_summary(annotations, total.problems, options.skip_bad))
         return Built(_finish(folder, out, total), renamed, total)
 
 
@@ -203,11 +205,14 @@ def _build_shard(job: _Job) -> Done:
         return Done(**json.loads(marker.read_text(encoding="utf-8")))
     done = Done()
     partial = job.path.with_suffix(".tmp")
+    for left in (partial, job.path):  # by an earlier build that met problems or was killed
+        left.unlink(missing_ok=True)
     if write_shard(partial, _entries(job, done)):
         partial.replace(job.path)
-    written = marker.with_suffix(".tmp")
-    written.write_text(json.dumps(asdict(done)), encoding="utf-8")
-    written.replace(marker)
+    if not done.problems:  # what is wrong may be mended until the next build
+        written = marker.with_suffix(".tmp")
+        written.write_text(json.dumps(asdict(done)), encoding="utf-8")
+        written.replace(marker)
     return done
 
 
@@ -221,10 +226,11 @@ def _entries(job: _Job, done: Done) -> Iterator[Entry]:
             yield made.entry
 
 
-def _summary(path: Path, problems: list[str]) -> str:
+def _summary(path: Path, problems: list[str], skipped: bool) -> str:
     shown = "".join(f"\n  {problem}" for problem in problems[:MAX_PROBLEMS])
     more = f"\n  ... and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+    advice = "no entry is left without them" if skipped else "or leave them out with --skip-bad"
     return (
-        f"{path}: expected valid entries, got {len(problems)} problem(s). Mend them and build again, or leave them out "
-        f"with --skip-bad.{shown}{more}"
+        f"{path}: expected valid entries, got {len(problems)} problem(s). Mend them and build again, {advice}."
+        f"{shown}{more}"
     )

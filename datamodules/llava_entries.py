@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 from PIL import Image
 
 from datamodules.members import check_name
-from datamodules.shards import Entry, key_problem
+from datamodules.scan import MAX_SAMPLE_BYTES
+from datamodules.shards import Entry, key_problem, text_of
+from datamodules.tar import BLOCK
 from moextend_pl.contracts import UserError
 from moextend_pl.samples.pixels import decode_image, open_image
 from moextend_pl.samples.turns import conversation_problems
@@ -43,11 +46,14 @@ def read_annotations(path: Path) -> tuple[bytes, list[Any]]:
         raise UserError(f"Expected a LLaVA JSON file at {path}, found none (cwd {Path.cwd()}).")
     data = path.read_bytes()
     try:
-        items = json.loads(data.decode("utf-8"))
+        items = json.loads(data.decode("utf-8-sig"))  # Windows begins files by a mark
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected UTF-8 JSON, got bytes that fail: {error}.") from error
+        lines = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        advice = f" If it is JSONL, an entry a line, convert it: `jq -s . {path.name} > list.json`." if lines else ""
+        raise UserError(f"{path}: expected UTF-8 JSON, got bytes that fail: {error}.{advice}") from error
     if not isinstance(items, list) or not items:
-        raise UserError(f"{path}: expected a list with at least one entry, got {type(items).__name__}.")
+        found = "an empty one" if isinstance(items, list) else type(items).__name__
+        raise UserError(f"{path}: expected a list with at least one entry, got {found}. Give LLaVA's list of entries.")
     return data, items
 
 
@@ -96,7 +102,7 @@ def make_entry(item: Any, key: str, root: Path, side: int | None, quality: int) 
     """
     if not isinstance(item, dict):
         return Made(None, ["expected an object with `id` and `conversations`"])
-    wrong = key_problem(key) if key else "expected `id` to be a text or a number"
+    wrong = key_problem(key) if key else f"expected `id` to be a text or a whole number, got {item.get('id')!r}"
     problems = [wrong] if wrong else []
     names = item.get("image")
     names = [] if names is None else names if isinstance(names, list) else [names]
@@ -109,7 +115,19 @@ def make_entry(item: Any, key: str, root: Path, side: int | None, quality: int) 
         except UserError as error:
             problems.append(str(error))
     problems += conversation_problems(item.get("conversations"), len(names))
+    if not problems:
+        problems += _size_problems(item["conversations"], images)
     return Made(None if problems else Entry(key, item["conversations"], tuple(images)), problems, before)
+
+
+def _size_problems(conversations: list[dict[str, str]], images: list[bytes]) -> list[str]:
+    """Tells what a reader of the finished shard would refuse, before hours go into writing it."""
+    try:
+        size = len(text_of(conversations))
+    except UserError as error:
+        return [str(error)]
+    size += sum(len(image) + 2 * BLOCK for image in images)  # each with its header, and filled up to whole blocks
+    return [f"expected at most {MAX_SAMPLE_BYTES} bytes a sample, got {size}"] if size > MAX_SAMPLE_BYTES else []
 
 
 def _read_image(root: Path, name: Any) -> bytes:
@@ -117,9 +135,14 @@ def _read_image(root: Path, name: Any) -> bytes:
         raise UserError(f"expected the name of an image, got {name!r}")
     path = root / check_name(name)
     try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # reading a pipe would wait for ever
+            raise UserError(f"expected an image at {path}, found a folder or a device there")
+        if state.st_size > MAX_SAMPLE_BYTES:
+            raise UserError(f"expected at most {MAX_SAMPLE_BYTES} bytes at {path}, found {state.st_size}")
         return path.read_bytes()
     except OSError as error:
-        found = "found no file" if isinstance(error, (FileNotFoundError, IsADirectoryError)) else error.strerror
+        found = "found no file" if isinstance(error, FileNotFoundError) else error.strerror
         raise UserError(f"expected an image at {path}, {found}") from None
 
 

@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass
 
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.turns import IMAGE_FORMATS
+from moextend_pl.samples.turns import IMAGE_FORMATS, lone_surrogate
 
 TEXTS = ("json", "txt")
 """Extensions of texts: LLaVA's conversations or facts with a caption, and a plain caption."""
 
-MEMBER_NAME = re.compile(r"((?:[^/]+/)*[^/.]+)\.((?:[0-9]+\.)?[A-Za-z]+)")
+MEMBER_NAME = re.compile(r"((?:[^/]+/)*[^/.]+)\.((?:[0-9]{1,6}\.)?[A-Za-z]+)")
 """KEY.EXTENSION or KEY.NUMBER.EXTENSION; a key has no dot, so that WebDataset reads the same key."""
 
 
@@ -34,10 +34,12 @@ def check_name(name: str) -> str:
     """Refuses names that lead out of their folder.
 
     Raises:
-        UserError: If the name is empty, absolute, or has a part `..`.
+        UserError: If the name is empty, absolute, has a part `..`, or is no UTF-8.
     """
     if not name or name.startswith(("/", "~")) or "\\" in name or "\0" in name or ".." in name.split("/"):
         raise UserError(f"Expected a plain relative name, got {name!r}. Absolute names and `..` are refused.")
+    if lone_surrogate(name) is not None:
+        raise UserError(f"Expected a name in UTF-8, got {name!r}. Rename it.")
     return name
 
 

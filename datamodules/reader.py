@@ -18,7 +18,7 @@ from datamodules.scan import MAX_SAMPLE_BYTES
 from datamodules.streaming import StreamOptions
 from datamodules.tar import BLOCK, belongs
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.turns import Turn, parse_turns
+from moextend_pl.samples.turns import Turn, lone_surrogate, parse_turns
 
 MAX_OPEN_SHARDS = 16
 
@@ -123,6 +123,8 @@ class ShardReader:
 
     def find(self, key: str) -> int | None:
         """Returns the number of the sample with a key, None if there is none."""
+        if lone_surrogate(key) is not None:
+            return None
         first = 0
         for shard in self.shards:
             if key.encode() in shard.keys.data[shard.keys.ends[0] : shard.keys.ends[-1]].tobytes():

@@ -57,7 +57,7 @@ def index_shard(path: Path, faults: list[str] | None = None) -> Shard:
     seen: set[str] = set()
     images = 0
     for found in walk_shard(path):
-        if found.key in seen or len({member.extension for member in found.members}) != len(found.members):
+        if found.key in seen or len({m.extension.lower() for m in found.members}) != len(found.members):
             raise UserError(f"{path}: key {found.key!r} stands twice. Give each sample a key of its own.")
         seen.add(found.key)
         keys.append(found.key)
@@ -133,7 +133,10 @@ def build_index(folder: Path, faults: list[str] | None = None, shards: Iterable[
         shards = (index_shard(path, faults) for path in sorted(folder.glob("*.tar")))
     found = list(shards)
     if not any(len(shard) for shard in found):
-        raise UserError(f"Expected samples in {folder / '*.tar'}, found {len(found)} shard(s) with none.")
+        raise UserError(
+            f"Expected samples in {folder / '*.tar'}, found {len(found)} shard(s) with none. Give the folder that "
+            "holds them."
+        )
     owner: dict[str, str] = {}
     for shard in found:
         for key in shard.keys:

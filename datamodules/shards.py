@@ -15,6 +15,7 @@ from typing import Any
 
 from webdataset import TarWriter
 
+from datamodules.foreign import MAX_TEXT_BYTES
 from datamodules.index import ARRAYS_FILE, INDEX_FILE, Shard
 from datamodules.members import MEMBER_NAME, check_name
 from datamodules.scan import build_index
@@ -156,8 +157,7 @@ def write_shard(path: Path, entries: Iterable[Entry]) -> int:
 
 def _members(entry: Entry) -> dict[str, Any]:
     """Returns the sample as WebDataset wants it: extension -> bytes."""
-    text = json.dumps({"conversations": entry.conversations}, ensure_ascii=False, separators=(",", ":"))
-    sample: dict[str, Any] = {"__key__": entry.key, "json": text.encode("utf-8")}
+    sample: dict[str, Any] = {"__key__": entry.key, "json": text_of(entry.conversations)}
     for number, data in enumerate(entry.images):
         suffix = SUFFIXES[str(open_image(data, entry.key).format)]
         sample[suffix if len(entry.images) == 1 else f"{number}.{suffix}"] = data
@@ -165,6 +165,22 @@ def _members(entry: Entry) -> dict[str, Any]:
     if problem:
         raise UserError(f"{problem}.")
     return sample
+
+
+def text_of(conversations: list[dict[str, str]]) -> bytes:
+    """Returns the content of KEY.json.
+
+    Raises:
+        UserError: If anything in it cannot be written as UTF-8, or it is too large to be read again.
+    """
+    text = json.dumps({"conversations": conversations}, ensure_ascii=False, separators=(",", ":"))
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError("expected whole characters in every field of `conversations`, got a lone surrogate.") from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise UserError(f"expected at most {MAX_TEXT_BYTES} bytes of `conversations`, got {len(data)}.")
+    return data
 
 
 def key_problem(key: str) -> str | None:

@@ -96,7 +96,7 @@ def download(address: str, target: Path, size: int, sha256: str, options: Stream
         ShardError: If it cannot be fetched, or is another file.
     """
     with target.open("wb") as out:
-        brought = _Brought(out, size)
+        brought = _Brought(out, size, address)
 
         def attempt() -> None:
             with _opened(address, brought.done, options) as (stream, start):
@@ -168,8 +168,9 @@ def _is_final(error: Exception) -> bool:
 class _Brought:
     """What has come of a file so far."""
 
-    def __init__(self, out: BinaryIO, size: int) -> None:
+    def __init__(self, out: BinaryIO, size: int, address: str) -> None:
         self.out = out
+        self.address = address
         self.size = size
         self.done = 0
         self.digest = hashlib.sha256()
@@ -183,7 +184,7 @@ class _Brought:
         while piece := stream.read(PIECE):
             if self.done + len(piece) > self.size:
                 raise ShardError(
-                    f"{stream}: the index says {self.size} bytes, more came. Upload shard and index again."
+                    f"{self.address}: the index says {self.size} bytes, more came. Upload shard and index again."
                 )
             try:
                 self.out.write(piece)

@@ -80,7 +80,8 @@ def main(argv: list[str]) -> int:
         sys.stderr.write(f"error: {_one_line(str(error))}\n")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues where it stopped\n")
+        goes_on = argv[:1] in (["fit"], ["quickstart"]) or argv[:3] == ["shards", "build", "llava"]
+        sys.stderr.write(f"interrupted{'; the same command continues where it stopped' if goes_on else ''}\n")
         return EXIT_INTERRUPTED
     return result if isinstance(result, int) else 0
 

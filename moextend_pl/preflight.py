@@ -18,7 +18,7 @@ RESULT_SECTIONS = ("model", "data", "seed_everything")
 # The order of samples is a function of seed and epoch alone, so these change speed and nothing else.
 SPEED_KEYS = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers")
 PLAN_ARGUMENTS = ("parts", "plan")  # a callback with one of these decides what learns or grows
-RUN_RECORDS = (CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "stage.json")
+RUN_RECORDS = (CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "stage.json", "bad_samples.jsonl")
 MISSING = "(not set)"
 _SHOWN_DIFFERENCES = 6
 _SHOWN_LENGTH = 80

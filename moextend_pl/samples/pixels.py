@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from moextend_pl.contracts import UserError
@@ -38,7 +38,12 @@ def open_image(data: bytes, origin: str, max_pixels: int = MAX_PIXELS) -> Image.
     except Image.DecompressionBombError as error:  # Pillow's own limit lies far above ours
         raise UserError(f"{origin}: expected at most {max_pixels} pixels, Pillow says: {error}.") from error
     except Exception as error:  # Pillow's plugins raise whatever they like on damaged headers
-        raise UserError(f"{origin}: expected an image as {', '.join(DECODERS)}, Pillow says: {error}.") from error
+        # Pillow's own sentence would name the object that it reads from.
+        found = "it is none of them" if isinstance(error, UnidentifiedImageError) else error
+        kinds = ", ".join(DECODERS)
+        raise UserError(
+            f"{origin}: expected an image as {kinds}, Pillow says: {found}. Convert it to PNG, JPEG or WebP."
+        ) from error
     width, height = image.size
     if width * height > max_pixels:
         raise UserError(f"{origin}: expected at most {max_pixels} pixels, got {width} x {height}. Shrink the image.")

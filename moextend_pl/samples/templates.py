@@ -38,11 +38,19 @@ def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> PreT
         chat_template: `inst`, a file with a Jinja template, or None for the tokenizer's own.
 
     Raises:
-        UserError: If there is no such folder or file.
+        UserError: If there is no such folder or file, or the folder holds no tokenizer.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"Expected a tokenizer folder at {folder}, found none. Build the shards first.")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        raise UserError(
+            f"Expected a tokenizer folder at {folder}, found none (cwd {Path.cwd()}). Build the shards first."
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a damaged file makes the tokenizers library raise a plain Exception
+        raise UserError(
+            f"Expected a tokenizer that transformers can load at {folder}, got: {error}. Give the folder in which "
+            "tokenizer.json and tokenizer_config.json lie."
+        ) from error
     if chat_template in NAMED_TEMPLATES:
         tokenizer.chat_template = NAMED_TEMPLATES[chat_template]
     elif chat_template is not None:

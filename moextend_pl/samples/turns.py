@@ -35,6 +35,15 @@ class Turn:
     system: str = ""
 
 
+def lone_surrogate(text: str) -> int | None:
+    """Returns where a text holds half a character, which JSON can write but UTF-8 and tokenizers cannot take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def conversation_problems(conversations: Any, images: int) -> list[str]:
     """Lists everything that is wrong with a conversation; an empty list means it is valid.
 
@@ -49,6 +58,8 @@ def conversation_problems(conversations: Any, images: int) -> list[str]:
         text, conversations = conversations[0].get("value"), conversations[1:]
         if not isinstance(text, str) or not text.strip() or IMAGE_MARK in text:
             return [f"expected a text without `{IMAGE_MARK}` from {SYSTEM!r}, got {text!r}"]
+        if (place := lone_surrogate(text)) is not None:
+            return [f"expected whole characters from {SYSTEM!r}, got a lone surrogate at character {place}"]
     problems = []
     if not conversations or len(conversations) % 2:
         problems.append(f"expected an even number of turns (human, gpt, ...), got {len(conversations)}")
@@ -64,6 +75,8 @@ def conversation_problems(conversations: Any, images: int) -> list[str]:
         if not isinstance(value, str) or not (value.replace(IMAGE_MARK, "") if count else value).strip():
             problems.append(f"turn {position}: expected a text, got {value!r}")
             continue
+        if (place := lone_surrogate(value)) is not None:
+            problems.append(f"turn {position}: expected whole characters, got a lone surrogate at character {place}")
         if count and expected == "gpt":
             problems.append(f"turn {position}: `{IMAGE_MARK}` stands in an answer; it may stand in questions only")
         marks += count

@@ -303,9 +303,11 @@ def test_fit_continues_from_the_last_checkpoint(stage: Path) -> None:
 
 def test_fresh_sets_the_earlier_run_aside(stage: Path, tmp_path: Path) -> None:
     fit(stage)
+    (tmp_path / "run/bad_samples.jsonl").write_text("")
     fresh = fit(stage, "--fresh", "--trainer.max_steps=1")
     assert fresh.trainer.global_step == 1
     assert (tmp_path / "run/old1/checkpoints/last.ckpt").is_file()
+    assert (tmp_path / "run/old1/bad_samples.jsonl").is_file()
     assert fit(stage, "--trainer.max_steps=1").trainer.global_step == 1
 
 
@@ -380,6 +382,12 @@ def test_several_runs_in_one_process_do_not_disturb_each_other(stage: Path, tmp_
         assert len(logging.getLogger(name).handlers) == max(count, 1)
     with pytest.raises(UserError, match="outside of the packages"):
         cli.run(["fit", "--config", str(stage)])  # the allowance of an earlier run is gone
+
+
+def test_only_commands_that_go_on_say_so_when_they_are_interrupted(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(cli, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    for command, told in {"fit": True, "shards build llava": True, "shards check": False, "test": False}.items():
+        assert (cli.main(command.split()), "continues" in capsys.readouterr().err) == (130, told)
 
 
 def test_own_messages_go_to_stderr_in_short_form(capsys: pytest.CaptureFixture[str]) -> None:

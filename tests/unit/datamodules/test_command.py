@@ -174,7 +174,7 @@ def test_index_renews_the_index_of_an_older_version(folder, capsys):
 def test_index_of_a_folder_without_shards_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="cwd"):
         main(["index", str(tmp_path / "none")])
-    with pytest.raises(UserError, match="0 shard"):
+    with pytest.raises(UserError, match="0 shard.*Give the folder that holds them"):
         main(["index", str(tmp_path)])
 
 

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import pickle
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from datamodules.bad_samples import bad_samples_of
 from datamodules.dataset import WORKER_PATIENCE, BatchLoader, ConversationDataset, UnitTable
+from datamodules.index import save_index
 from datamodules.order import FILLER, EveryUnitOnce, Order
 from datamodules.shards import Entry, conversation, write_shards
 from moextend_pl.contracts import IGNORE_INDEX, UserError
@@ -43,6 +47,14 @@ def test_single_turns_with_marks_of_their_own_get_their_own_images(tmp_path, spe
     assert torch.equal(torch.cat([first.pixel_values, second.pixel_values]), third.pixel_values)
     assert third.image_keys == first.image_keys + second.image_keys
     assert not torch.equal(first.pixel_values, second.pixel_values)
+
+
+def test_an_index_that_promises_more_turns_makes_a_bad_sample_of_each_missing_one(tmp_path, spec):
+    shards = write_shards([Entry("a", conversation(("what ?", "red")))], tmp_path)
+    save_index(tmp_path, [replace(shards[0], turns=np.array([2], np.int32))])
+    samples = dataset(tmp_path, spec, "single")
+    assert samples[0].key == "a#0"
+    assert "the index says that it has turn 1, got 1 turn(s)" in bad_samples_of([samples[1]])[0].reason
 
 
 def test_sizes_of_shards_count_units(folder):

@@ -131,10 +131,12 @@ def test_an_epoch_shows_every_unit_once_and_the_seed_changes_the_order(tmp_path,
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"turns": "together"}])
-def test_resuming_with_another_order_is_refused(tmp_path, folder, spec, change):
-    run(tmp_path, folder, spec, 3, save_at=3)
+def test_resuming_with_another_order_is_refused_and_measuring_is_not(tmp_path, folder, spec, change):
+    module, checkpoint = run(tmp_path, folder, spec, 3, save_at=3), str(tmp_path / "ckpt/step=3.ckpt")
     with pytest.raises(UserError, match="Cannot resume"):
-        run(tmp_path, folder, spec, 5, str(tmp_path / "ckpt/step=3.ckpt"), **change)
+        run(tmp_path, folder, spec, 5, checkpoint, **change)
+    other = data(folder, val=str(folder), **change)
+    trainer(tmp_path, 1).validate(module, datamodule=other, ckpt_path=checkpoint, verbose=False)
 
 
 PLANS = {

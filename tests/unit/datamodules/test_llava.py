@@ -86,6 +86,12 @@ def test_an_unusable_llava_json_is_refused(tmp_path, content):
         build_from_llava(tmp_path / "none.json", tmp_path, tmp_path / "out")
 
 
+def test_a_missing_folder_of_images_is_told_once_and_not_for_every_entry(tmp_path):
+    annotations, _, out = llava(tmp_path, [{"id": "a", "image": "x.png", "conversations": TURNS}])
+    with pytest.raises(UserError, match=r"folder of images at .*none, found none"):
+        build_from_llava(annotations, tmp_path / "none", out)
+
+
 def test_a_folder_with_other_things_is_never_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("years of work")
@@ -172,6 +178,39 @@ def test_bad_entries_are_left_out_on_demand_and_listed(tmp_path, picture):
     listed = [json.loads(line)["problem"] for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [text.split(":")[0] for text in listed] == [f"entry {n} (id 'k{n}')" for n in (0, 1, 2, 9)]
     build_from_llava(annotations, images, out, BuildOptions(4, skip_bad=True))  # still a folder of ours
+
+
+def test_a_build_that_leaves_everything_out_tells_why_and_works_once_the_images_are_mended(tmp_path, picture):
+    items = [{"id": f"k{n}", "image": f"{n}.png", "conversations": TURNS} for n in range(2)]
+    annotations, images, out = llava(tmp_path, items)
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(b"damaged")
+    options = BuildOptions(4, skip_bad=True)
+    with pytest.raises(UserError, match=r"2 problem.*no entry is left") as caught:
+        build_from_llava(annotations, images, out, options)
+    assert "entry 1 (id 'k1'): 1.png" in str(caught.value)
+    assert not (tmp_path / ".out.part").exists()
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    assert len(build_from_llava(annotations, images, out, options).shards[0]) == 2
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_an_image_mended_after_a_stopped_build_is_read_again(tmp_path, picture, skip_bad):
+    annotations, images, out = many(tmp_path, picture)
+    (tmp_path / "1.png").write_bytes(b"damaged")
+
+    def interrupt(done, total):
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_from_llava(annotations, images, out, BuildOptions(4, skip_bad=skip_bad), interrupt)
+    assert [path.name for path in (tmp_path / ".out.part").glob("*.done")] == ["00001.done"]
+    many(tmp_path, picture)
+    built = build_from_llava(annotations, images, out, BuildOptions(4, skip_bad=skip_bad))
+    assert built.done.problems == []
+    assert len(built.shards[0]) == 4
 
 
 def test_a_killed_build_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path, picture):

@@ -17,6 +17,8 @@ MALICIOUS = {
     "svg": ([("a.svg", b"<svg/>")], "expected members named"),
     "backslash": ([("..\\a.json", b"{}")], "refused"),
     "home": ([("~/a.json", b"{}")], "refused"),
+    "a number of thousands of digits": ([*GOOD, (f"good.{'9' * 5000}.png", plain_image(2))], "expected members named"),
+    "two texts of one name": ([*GOOD, ("good.JSON", conversation_json())], "stands twice"),
     "two images of one name": ([*GOOD, ("good.png", plain_image(2))], "stands twice"),
 }
 

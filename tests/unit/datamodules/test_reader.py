@@ -31,6 +31,11 @@ def test_images_come_in_the_order_of_their_numbers_not_of_their_names(tmp_path, 
     assert ShardReader(tmp_path).read(0).images == images
 
 
+def test_a_key_that_no_shard_can_hold_is_not_found(folder):
+    assert ShardReader(folder).find("s0\ud83d") is None
+    assert ShardReader(folder).find("s05") == 5
+
+
 def test_a_number_outside_is_an_error(folder):
     for number in (-1, 11):
         with pytest.raises(IndexError):

@@ -155,6 +155,30 @@ def test_what_was_not_used_for_longest_goes_first(folder, server, tmp_path):
         os.close(handle)
 
 
+def test_files_that_other_processes_delete_and_those_of_other_users_do_not_stop_a_download(
+    folder, server, options, monkeypatch
+):
+    class Gone:
+        name = "x.part"
+
+        def stat(self):
+            raise FileNotFoundError
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr("datamodules.cache.os.scandir", lambda _: [Gone()])
+    monkeypatch.setattr("datamodules.cache.os.utime", refuse)
+    assert samples(server.url, options) == samples(folder)
+
+
+@pytest.mark.parametrize("place", ["file", "file/inside"])
+def test_a_cache_that_cannot_be_made_is_told_by_the_name_of_the_option(server, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShardError, match=r"file.*`cache_dir`"):
+        ShardReader(server.url, StreamOptions(cache_dir=str(tmp_path / place)))
+
+
 def test_a_shard_larger_than_the_cache_is_told(server, tmp_path):
     small = StreamOptions(cache_dir=str(tmp_path / "cache"), cache_gib=1e-6)
     with pytest.raises(ShardError, match=r"index.safetensors.*cache_gib"):
@@ -255,6 +279,6 @@ def test_options_that_make_no_sense_are_refused():
 
 
 def test_more_than_the_index_says_is_not_stored(server, folder, tmp_path):
-    with pytest.raises(ShardError, match="the index says 600 bytes, more came"):
+    with pytest.raises(ShardError, match=f"{server.url}/00000.tar: the index says 600 bytes, more came"):
         download(f"{server.url}/00000.tar", tmp_path / "x", 600, "0" * 64, QUICK)
     assert (tmp_path / "x").stat().st_size <= 600

@@ -145,3 +145,7 @@ def test_the_option_names_ours_a_file_or_the_tokenizers_own(tmp_path, pieces):
         load_tokenizer(tmp_path / "words", "llama")
     with pytest.raises(UserError, match="tokenizer folder"):
         load_tokenizer(tmp_path / "none")
+    for content in ("{", "{}"):
+        (tmp_path / "words/tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=r"that transformers can load at .*words"):
+            load_tokenizer(tmp_path / "words")

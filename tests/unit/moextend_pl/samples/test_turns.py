@@ -43,6 +43,8 @@ def test_a_valid_conversation_has_no_problems_and_becomes_pairs():
         ([GOOD[0], SYSTEM], 1, "got 'system'"),
         ([{"from": "system", "value": " "}, *GOOD], 1, "expected a text without `<image>` from 'system'"),
         ([{"from": "system", "value": "<image> x"}, *GOOD], 2, "from 'system'"),
+        ([{"from": "system", "value": "x\ud83d"}, *GOOD], 1, "from 'system', got a lone surrogate at character 1"),
+        (conversation(("what?", "red \udc00")), 0, "turn 1: expected whole characters, got a lone surrogate"),
     ],
 )
 def test_each_mistake_is_named(conversations, images, sentence):

@@ -26,6 +26,8 @@ REPORT = "conversion.json"
 PUBLISHED_CONFIG = "published_config.json"
 HEAD_WIDTH = 64
 LAYER = {"cumo": -2, "moextend": -1}
+# Names that published files have for what transformers v5 calls otherwise; the configuration classes read them.
+LEGACY_NAMES = ("rope_theta", "rope_scaling", "torch_dtype")
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -44,7 +46,8 @@ def language_config(data: dict[str, Any]) -> PreTrainedConfig | None:
     kind = str(data.get("model_type", "")).removeprefix("llava_")
     if kind not in ("mistral", "mixtral"):
         return None
-    known = AutoConfig.for_model(kind).to_dict()
+    # Not all of it: the class would read CuMo's `num_experts`, that of the tower, as its own.
+    known = {*AutoConfig.for_model(kind).to_dict(), *LEGACY_NAMES}
     kept = {name: value for name, value in data.items() if name in known and name != "model_type"}
     return AutoConfig.for_model(kind, **kept)
 

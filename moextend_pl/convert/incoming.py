@@ -25,6 +25,7 @@ from moextend_pl.tower import PREPROCESSOR_FILE
 REPORT = "conversion.json"
 PUBLISHED_CONFIG = "published_config.json"
 HEAD_WIDTH = 64
+ACTIVATION = "quick_gelu"
 LAYER = {"cumo": -2, "moextend": -1}
 # Names that published files have for what transformers v5 calls otherwise; the configuration classes read them.
 LEGACY_NAMES = ("rope_theta", "rope_scaling", "torch_dtype")
@@ -120,7 +121,7 @@ def _write_encoder(
         num_attention_heads=heads or width // HEAD_WIDTH,
         image_size=side,
         patch_size=patch,
-        hidden_act="quick_gelu",
+        hidden_act=ACTIVATION,
     )
     scales = list(data.get("scales") or ([1, 3] if layout == "cumo" else [1]))
     own = {

@@ -61,6 +61,14 @@ class TensorFiles(Mapping[str, Tensor]):
         with safe_open(file, "pt") as tensors:
             return tensors.get_tensor(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor without reading it."""
+        file = self._where[name]
+        if file in self._mapped:
+            return tuple(self._mapped[file][name].shape)
+        with safe_open(file, "pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 

@@ -16,14 +16,16 @@ from moextend_pl.checkpoint import DELTA_FILE, Manifest, read_manifest, write_js
 from moextend_pl.contracts import UpcycleSpec, UserError
 from moextend_pl.convert.entries import Entry, check_names, clip_entries, projector_entries, same
 from moextend_pl.convert.files import TensorFiles, write_shards, write_tensors
-from moextend_pl.convert.incoming import ACTIVATION, LAYER, PUBLISHED_CONFIG, REPORT
+from moextend_pl.convert.incoming import LAYER, PUBLISHED_CONFIG, REPORT
 from moextend_pl.convert.published import (
+    OURS_PROJECTOR,
     OURS_TOWER,
     PROJECTOR_PREFIX,
     TOWER_PREFIX,
     extension_entries,
     language_entries,
 )
+from moextend_pl.convert.shapes import ACTIVATION
 from moextend_pl.encoder import WEIGHTS_FILE, VisionEncoder
 from moextend_pl.moe.dense_mlp import DenseMLP
 from moextend_pl.moe.upcycle import UpcycledMLP
@@ -52,7 +54,7 @@ def convert_out(source: Path, target: Path, layout: str) -> dict[str, Any]:
     files = {"clip.bin": [] if encoder is None else _tower_entries(tower, encoder, layout, whole)}
     if "projector" in manifest.model:
         experts = (manifest.model["projector"].get("upcycle") or {}).get("experts", 0)
-        files["mm_projector.bin"] = projector_entries(experts, PROJECTOR_PREFIX[layout], "projector.")
+        files["mm_projector.bin"] = projector_entries(experts, PROJECTOR_PREFIX[layout], OURS_PROJECTOR)
     language, extension = _language(manifest) if whole else ([], [])
     entries = [entry for part in (*files.values(), extension) for entry in part]
     have = {**tower, **{name: t for name, t in delta.items() if not name.startswith(OURS_TOWER)}}

@@ -22,7 +22,7 @@ LAYOUTS = ("cumo", "moextend")
 TOWER_MARK = "embeddings.class_embedding"
 TOWER_PREFIX = {"cumo": "model.vision_tower.vision_model.", "moextend": "model.visual.vision_tower.vision_model."}
 PROJECTOR_PREFIX = {"cumo": "model.mm_projector.", "moextend": "model.visual.mm_projector."}
-OURS_TOWER, OURS_LANGUAGE = "encoder.tower.", "language.model."
+OURS_TOWER, OURS_PROJECTOR, OURS_LANGUAGE = "encoder.tower.", "projector.", "language.model."
 BLOCK = "block_sparse_moe."
 
 
@@ -82,7 +82,7 @@ def projector_part(names: Iterable[str], layout: str) -> tuple[list[Entry], int]
     """Reads which projector the names belong to; as `tower_part`."""
     own = [name for name in names if name.startswith(PROJECTOR_PREFIX[layout])]
     experts = _numbers(own, r"\.experts\.(\d+)\.")
-    return (projector_entries(experts, PROJECTOR_PREFIX[layout], "projector.") if own else []), experts
+    return (projector_entries(experts, PROJECTOR_PREFIX[layout], OURS_PROJECTOR) if own else []), experts
 
 
 def language_entries(config: PreTrainedConfig, extended: Collection[int]) -> list[Entry]:

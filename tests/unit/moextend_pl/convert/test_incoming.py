@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.published import SIZES, convert
+from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from moextend_pl.checkpoint import Manifest
+from moextend_pl.contracts import UserError
 from moextend_pl.convert.files import TensorFiles
 from moextend_pl.convert.incoming import language_config
 from moextend_pl.module import MoExtend
@@ -39,3 +42,51 @@ def test_language_model_of_a_config_of_transformers_v4_rotates_positions_as_publ
     logits = MoExtend.load(tmp_path / "run").language.model(ids).logits
     torch.testing.assert_close(logits, stock(ids).logits)
     assert language_config(TensorFiles(source).config()).torch_dtype == torch.float32
+
+
+FOREIGN_SHAPES = {
+    "model.vision_tower.vision_model.encoder.layers.1.experts.2.fc1.weight": "in one shape",
+    "model.vision_tower.vision_model.encoder.layers.1.layer_norm1.weight": "the shapes that config.json",
+    "model.vision_tower.vision_model.embeddings.patch_embedding.weight": "of a CLIP tower",
+    "model.mm_projector.gate.weight": "the shapes that config.json",
+    "model.layers.1.mlp.up_proj.weight": "the shapes that config.json",
+    "model.embed_tokens.weight": "the shapes that config.json",
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN_SHAPES)
+def test_tensor_of_another_shape_is_refused_before_anything_is_written(
+    published: Callable, key: str, tmp_path: Path
+) -> None:
+    source, _ = published("cumo mistral")
+    file = next(f for f in source.glob("*.safetensors") if key in load_file(f))
+    save_file({**load_file(file), key: torch.ones(5, 7)}, file)
+    with pytest.raises(UserError, match=FOREIGN_SHAPES[key]):
+        convert("cumo", source, tmp_path / "run", "--heads", "2")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["weight_scale.weight_scale.0.weight", "experts.4.w2.weight"])
+def test_new_expert_of_another_shape_is_refused(published: Callable, key: str, tmp_path: Path) -> None:
+    source, _ = published("moextend")
+    key = f"model.layers.1.block_sparse_moe.{key}"
+    file = next(f for f in source.glob("*.safetensors") if key in load_file(f))
+    save_file({**load_file(file), key: torch.ones(5, 7)}, file)
+    with pytest.raises(UserError, match="the shapes that config.json"):
+        convert("moextend", source, tmp_path / "run", "--heads", "2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_projector_that_does_not_fit_the_scales_is_refused(published: Callable, tmp_path: Path) -> None:
+    source, _ = published("cumo mistral")
+    data = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**data, "scales": [1, 2, 3]}))
+    with pytest.raises(UserError, match=r"mm_projector\.experts\.0\.0\.weight \(for"):
+        convert("cumo", source, tmp_path / "run", "--heads", "2")
+
+
+def test_report_is_written_last(published: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Manifest, "save", lambda manifest: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        convert("cumo", published("cumo mistral")[0], tmp_path / "run", "--heads", "2")
+    assert not (tmp_path / "run" / "conversion.json").exists()

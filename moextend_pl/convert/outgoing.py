@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -47,7 +46,7 @@ def convert_out(source: Path, target: Path, layout: str) -> dict[str, Any]:
         UserError: If the run holds what the layout has no place for.
     """
     manifest = read_manifest(source)
-    delta = load_file(source / DELTA_FILE)
+    delta = dict(TensorFiles(source / DELTA_FILE))
     encoder = _encoder(manifest, layout)
     tower = {} if encoder is None else whole_tower(encoder, delta)
     whole = "language" in manifest.model
@@ -107,7 +106,7 @@ def whole_tower(encoder: VisionEncoder, delta: Mapping[str, Tensor]) -> dict[str
         delta: Tensors that the run learned.
     """
     if encoder.path is not None:
-        stored = load_file(encoder.path / WEIGHTS_FILE)
+        stored = dict(TensorFiles(encoder.path / WEIGHTS_FILE))
     else:
         stored = make_tower(encoder.folder, with_weights=True).state_dict()
     learned = {name: tensor for name, tensor in delta.items() if name.startswith(OURS_TOWER)}

@@ -132,6 +132,19 @@ def test_full_target_is_refused(tmp_path: Path) -> None:
         convert("cumo", tmp_path, tmp_path / "run")
 
 
+@pytest.mark.parametrize("heads", ["0", "-2", "3"])
+def test_heads_that_cannot_be_are_refused(published: Callable, heads: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"Expected `--heads` .* got {heads}\."):
+        convert("cumo", published("cumo mistral")[0], tmp_path / "run", "--heads", heads)
+    assert not (tmp_path / "run").exists()
+
+
+def test_target_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="which is a file"):
+        convert("cumo", tmp_path, tmp_path / "run")
+
+
 def test_large_checkpoints_are_written_in_shards_that_transformers_reads(tmp_path: Path) -> None:
     tensors = language_tensors("mistral", tmp_path / "stock")
     write_shards(iter(tensors.items()), tmp_path / "out", shard_bytes=2000)

@@ -89,14 +89,18 @@ class TensorFiles(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._where)
 
+    @property
+    def folder(self) -> Path:
+        """Where the tensors lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def config(self) -> dict[str, Any]:
         """Returns the `config.json` beside the tensors, or nothing.
 
         Raises:
             UserError: If it is damaged.
         """
-        folder = self.path if self.path.is_dir() else self.path.parent
-        file = folder / "config.json"
+        file = self.folder / "config.json"
         if not file.is_file():
             return {}
         try:

@@ -11,20 +11,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from moextend_pl.checkpoint import DELTA_FILE, Manifest, file_sha256, versions, write_json
-from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UpcycleSpec
+from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UpcycleSpec, UserError
 from moextend_pl.convert.entries import check_names
 from moextend_pl.convert.files import TensorFiles, write_shards, write_tensors
-from moextend_pl.convert.published import OURS_TOWER, Parts, read_parts
+from moextend_pl.convert.published import OURS_TOWER, Parts, holds_language, read_parts
 from moextend_pl.convert.shapes import check_shapes, joined_shapes, tower_config
 from moextend_pl.encoder import CONFIG_FILE, WEIGHTS_FILE
 from moextend_pl.tower import PREPROCESSOR_FILE
 
 REPORT = "conversion.json"
 PUBLISHED_CONFIG = "published_config.json"
+KINDS = ("mistral", "mixtral")
 LAYER = {"cumo": -2, "moextend": -1}
 # Names that published files have for what transformers v5 calls otherwise; the configuration classes read them.
 LEGACY_NAMES = ("rope_theta", "rope_scaling", "torch_dtype")
@@ -37,19 +39,30 @@ TOKENIZER_FILES = (
 )
 
 
-def language_config(data: dict[str, Any]) -> PreTrainedConfig | None:
+def language_config(data: dict[str, Any]) -> PreTrainedConfig:
     """Returns the configuration of the language model alone, out of a published `config.json`.
 
     Args:
-        data: What the file holds; empty where there is none.
+        data: What the file holds.
+
+    Raises:
+        UserError: If it is of another model, or has values that cannot be.
     """
     kind = str(data.get("model_type", "")).removeprefix("llava_")
-    if kind not in ("mistral", "mixtral"):
-        return None
+    if kind not in KINDS:
+        names = [prefix + name for prefix in ("", "llava_") for name in KINDS]
+        raise UserError(
+            f"Expected `model_type` in config.json to be one of {names}, got {data.get('model_type')!r}. "
+            "Other language models have no published layout to read."
+        )
     # Not all of it: the class would read CuMo's `num_experts`, that of the tower, as its own.
     known = {*AutoConfig.for_model(kind).to_dict(), *LEGACY_NAMES}
     kept = {name: value for name, value in data.items() if name in known and name != "model_type"}
-    return AutoConfig.for_model(kind, **kept)
+    try:
+        return AutoConfig.for_model(kind, **kept)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"Expected the values of a {kind} in config.json, got: {reason}. Correct the file.") from error
 
 
 def convert_in(source: Path, target: Path, layout: str, heads: int | None = None) -> dict[str, Any]:
@@ -68,8 +81,9 @@ def convert_in(source: Path, target: Path, layout: str, heads: int | None = None
         UserError: If tensors are missing, unexpected or not as the layout has them.
     """
     tensors = TensorFiles(source)
-    data = tensors.config() if source.is_dir() else {}
-    config = language_config(data)
+    data = tensors.config()
+    # The file of one part may lie beside the config.json of a whole model.
+    config = language_config(data) if data and holds_language(tensors) else None
     parts = read_parts(tensors, config, layout)
     check_names((name for entry in parts.entries for name in entry.names), tensors, str(source))
     shapes = joined_shapes(tensors, parts.entries)
@@ -86,7 +100,7 @@ def convert_in(source: Path, target: Path, layout: str, heads: int | None = None
         spec = _upcycling(parts.projector_experts, data)
         model["projector"] = {"kind": "mlp2x_gelu", "merge": 1, "upcycle": spec}
     if config is not None:
-        _write_language(tensors, parts, source, target / "language", config)
+        _write_language(tensors, parts, tensors.folder, target / "language", config)
         write_json(target / PUBLISHED_CONFIG, data)
         model["language"] = {"base": "language", "dense": config.model_type == "mistral", "upcycle": None}
     _write_run(tensors, parts, target, model, plan)

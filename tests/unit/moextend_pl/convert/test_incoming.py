@@ -12,7 +12,7 @@ from helpers.published import SIZES, convert
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from moextend_pl.checkpoint import Manifest
+from moextend_pl.checkpoint import Manifest, read_manifest
 from moextend_pl.contracts import UserError
 from moextend_pl.convert.files import TensorFiles
 from moextend_pl.convert.incoming import language_config
@@ -90,3 +90,53 @@ def test_report_is_written_last(published: Callable, tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="disk full"):
         convert("cumo", published("cumo mistral")[0], tmp_path / "run", "--heads", "2")
     assert not (tmp_path / "run" / "conversion.json").exists()
+
+
+def one_file(source: Path, file: Path) -> Path:
+    """Moves the shards of a checkpoint into one file, with the configuration beside it."""
+    file.parent.mkdir()
+    save_file(dict(TensorFiles(source)), file)
+    (file.parent / "config.json").write_text((source / "config.json").read_text())
+    return file
+
+
+def test_file_of_a_whole_model_is_read_with_the_config_beside_it(published: Callable, tmp_path: Path) -> None:
+    file = one_file(published("cumo mistral")[0], tmp_path / "one" / "model.safetensors")
+    convert("cumo", file, tmp_path / "run", "--heads", "2")
+    assert MoExtend.load(tmp_path / "run").language.model.config.hidden_size == SIZES["hidden_size"]
+
+
+def test_file_of_a_part_beside_the_config_of_a_whole_model_is_read_with_its_scales(
+    published: Callable, tmp_path: Path
+) -> None:
+    source, tensors = published("cumo mistral")
+    file = source / "parts" / "clip.bin"
+    file.parent.mkdir()
+    torch.save({name: t for name, t in tensors.items() if "vision_tower" in name}, file)
+    (file.parent / "config.json").write_text(json.dumps({"model_type": "llava_mistral", "scales": [1, 2]}))
+    convert("cumo", file, tmp_path / "run", "--heads", "2")
+    manifest = read_manifest(tmp_path / "run")
+    assert set(manifest.model) == {"encoder"}
+    assert manifest.model["encoder"]["scales"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llava_phi"}, r"Expected `model_type` in config\.json .*'llava_mixtral'\], got 'llava_phi'"),
+        ({"hidden_size": "wide"}, r"Expected the values of a mistral in config\.json"),
+        (None, "Expected a config.json beside"),
+    ],
+)
+def test_config_of_no_known_language_model_is_refused(
+    published: Callable, change: dict | None, message: str, tmp_path: Path
+) -> None:
+    source, _ = published("cumo mistral")
+    data = json.loads((source / "config.json").read_text())
+    if change is None:
+        (source / "config.json").unlink()
+    else:
+        (source / "config.json").write_text(json.dumps({**data, **change}))
+    with pytest.raises(UserError, match=message) as caught:
+        convert("cumo", source, tmp_path / "run", "--heads", "2")
+    assert "\n" not in str(caught.value)

@@ -100,7 +100,7 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(quick: bool, batch: int, repeats: int, threads: int) -> dict[str, float | int | bool]:
+def measure(quick: bool, batch: int, rounds: int, threads: int) -> dict[str, float | int | bool]:
     """Checks that both ways agree, and times them in turns."""
     torch.set_num_threads(threads)
     sizes = SIZES["quick" if quick else "full"]
@@ -108,7 +108,7 @@ def measure(quick: bool, batch: int, repeats: int, threads: int) -> dict[str, fl
     pixels = torch.randn(batch, 3, sizes["img_size"], sizes["img_size"])
     difference = largest_difference(towers["grouped"], towers["looped"], pixels)
     times: dict[str, list[float]] = {name: [] for name in towers}
-    for _ in range(repeats):
+    for _ in range(rounds):
         for name, tower in towers.items():
             times[name].append(seconds(lambda tower=tower: step(tower, pixels)))
     ratios = [slow / fast for slow, fast in zip(times["looped"], times["grouped"], strict=True)]
@@ -126,17 +126,17 @@ def measure(quick: bool, batch: int, repeats: int, threads: int) -> dict[str, fl
 def main(argv: list[str]) -> int:
     """Prints the table, writes the JSON; exit code 1 if the two ways disagree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a smaller tower and three repeats")
+    parser.add_argument("--quick", action="store_true", help="a smaller tower and three rounds: does it work?")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--rounds", type=int, help="timed rounds; by default 20, with --quick 3")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/cumo.json"))
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/cumo.json"), help="file to write")
     options = parser.parse_args(argv)
-    result = measure(options.quick, options.batch, 3 if options.quick else options.repeats, options.threads)
+    result = measure(options.quick, options.batch, options.rounds or (3 if options.quick else 20), options.threads)
     for name, value in result.items():
         print(f"{name:<24}{value}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if result["same"] else 1
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from moextend_pl import tower as towers
 from moextend_pl.batch_norm import share_statistics
 from moextend_pl.captions import captions_of, contrast
 from moextend_pl.contracts import Batch, SampleSpec, UpcycleSpec, UserError
@@ -28,7 +29,6 @@ from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.multiscale import checked_scales, encode_scales
 from moextend_pl.optim import OptimSpec
 from moextend_pl.stage import StageModule, shapes_only
-from moextend_pl.tower import BlockReader, check_folder, image_statistics, load_tower, make_tower, vision_config
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "encoder.safetensors"
 TIMM = "timm/"
@@ -86,7 +86,7 @@ class VisionEncoder(StageModule):
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
         if not self.is_timm:
-            check_folder(self.folder)
+            towers.check_folder(self.folder)
         self.config["reference"] = reference or bool(self.config.get("reference"))
         self.config["scales"] = checked_scales(scales or self.config.get("scales") or [1])
         self.stored_upcycle = UpcycleSpec.from_dict(self.config.get("upcycle"))
@@ -128,7 +128,7 @@ class VisionEncoder(StageModule):
 
     def _make_tower(self) -> Any:
         if not self.is_timm:
-            return make_tower(self.folder, with_weights=self.path is None and not shapes_only())
+            return towers.make_tower(self.folder, with_weights=self.path is None and not shapes_only())
         return timm.create_model(
             str(self.config["name"]).removeprefix(TIMM),
             features_only=True,
@@ -158,9 +158,9 @@ class VisionEncoder(StageModule):
             upcycle(self.tower, self.stored_upcycle)
         self._reader = None
         if not self.is_timm:
-            self._reader = BlockReader(self.tower, int(self.config["layer"]), self.config["reference"])
+            self._reader = towers.BlockReader(self.tower, int(self.config["layer"]), self.config["reference"])
         if self.path is not None and not shapes_only():
-            load_tower(self.tower, self.path / WEIGHTS_FILE, self._reader)
+            towers.load_tower(self.tower, self.path / WEIGHTS_FILE, self._reader)
         self.watch.attach(self.tower)
 
     def upcycle(self) -> None:
@@ -212,7 +212,7 @@ class VisionEncoder(StageModule):
         Raises:
             UserError: If a transformers tower does not say.
         """
-        return {} if self.is_timm else image_statistics(self.folder, str(self.config["name"]))
+        return {} if self.is_timm else towers.image_statistics(self.folder, str(self.config["name"]))
 
     @cached_property
     def tokens_per_image(self) -> int:
@@ -225,7 +225,7 @@ class VisionEncoder(StageModule):
             with torch.device("meta"):
                 reduction = self._make_tower().feature_info.reduction()[-1]
             return int(self.config["image_size"]) // int(reduction)
-        return int(self.config["image_size"]) // int(vision_config(self.folder).patch_size)
+        return int(self.config["image_size"]) // int(towers.vision_config(self.folder).patch_size)
 
     def sample_spec(self) -> SampleSpec:
         """Returns what the tower asks of its data.
@@ -255,7 +255,7 @@ class VisionEncoder(StageModule):
         return grid_ICHW.flatten(2).transpose(1, 2)
 
     def _grid(self, pixels_I3HW: Tensor) -> Tensor:
-        pixels_I3HW = pixels_I3HW.to(next(self.tower.parameters()).dtype)
+        pixels_I3HW = towers.cast_for(self.tower, pixels_I3HW)
         if self._reader is None:
             return self.tower(pixels_I3HW)[-1]
         side = self._grid_side
@@ -269,7 +269,7 @@ class VisionEncoder(StageModule):
         spec = asdict(self.upcycle_spec) if self.upcycle_spec else None
         (path / CONFIG_FILE).write_text(json.dumps({**self.config, "upcycle": spec}, indent=2) + "\n")
         if not self.is_timm:
-            self.tower.config.save_pretrained(path)
+            towers.save_facts(self.tower, path, self.folder, str(self.config["name"]))
 
     def _contrast(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images_ID = F.normalize(self.image_head(self(batch["pixel_values"]).mean(dim=1)), dim=-1)

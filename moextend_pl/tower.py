@@ -6,6 +6,7 @@ Shapes: I images, N tokens of one image, D width.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,26 @@ def image_statistics(*folders: str) -> dict[str, tuple[float, float, float]]:
             f"Expected `image_mean` and `image_std` in {path}, got {error!r}. Take the file from where the tower's "
             "weights come from."
         ) from error
+
+
+def save_facts(tower: Any, path: Path, *folders: str) -> None:
+    """Writes the configuration of a transformers tower and the image statistics that it learned with, if it says.
+
+    Args:
+        tower: The tower.
+        path: Folder to write to.
+        folders: Where the statistics may lie, as for `image_statistics`.
+    """
+    tower.config.save_pretrained(path)
+    # A tower whose own folder does not say can still be saved; its data asks for the file when it is used.
+    with suppress(UserError):
+        (path / PREPROCESSOR_FILE).write_text(json.dumps(image_statistics(*folders), indent=2) + "\n")
+
+
+def cast_for(tower: nn.Module, pixels_I3HW: Tensor) -> Tensor:
+    """Returns images in the type of a tower's weights, to which nothing else brings them outside Lightning's loops."""
+    floating = (parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
+    return pixels_I3HW.to(next(floating, pixels_I3HW.dtype))
 
 
 def blocks_of(tower: nn.Module) -> nn.ModuleList:

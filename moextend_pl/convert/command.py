@@ -31,8 +31,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--back", action="store_true", help="from a run directory to the published layout")
     parser.add_argument("--heads", type=int, help="attention heads of the tower; by default one for 64 channels")
     arguments = parser.parse_args(argv)
-    if arguments.target.exists() and any(arguments.target.iterdir()):
-        raise UserError(f"Expected a new or empty folder for `--to`, got {arguments.target}, which has files.")
+    target, heads = arguments.target, arguments.heads
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        got = "which has files" if target.is_dir() else "which is a file"
+        raise UserError(f"Expected a new or empty folder for `--to`, got {target}, {got}. Name another one.")
+    if heads is not None and heads < 1:
+        raise UserError(f"Expected `--heads` of at least 1, got {heads}. Take the number from the tower's config.")
     if arguments.back:
         report = convert_out(arguments.source, arguments.target, arguments.layout)
     else:

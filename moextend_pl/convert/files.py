@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from moextend_pl.atomic import write_atomically, write_json
 from moextend_pl.contracts import UserError
 
 SHARD_BYTES = 4 * 2**30
+# What trainers leave beside the shards.
+NO_TENSORS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -25,7 +28,7 @@ class TensorFiles(Mapping[str, Tensor]):
         path: A `.safetensors` or `.bin` file, or a folder with shards of one kind.
 
     Raises:
-        UserError: If there is no such file, or a name stands in two files.
+        UserError: If there is no such file, one cannot be read, or a name stands in two files.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,17 +45,28 @@ class TensorFiles(Mapping[str, Tensor]):
     def _files(path: Path) -> list[Path]:
         if path.is_file():
             return [path]
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        files = sorted(path.glob("*.safetensors"))
+        files = files or sorted(file for file in path.glob("*.bin") if file.name not in NO_TENSORS)
         if not files:
-            raise UserError(f"Expected a checkpoint (.safetensors or .bin) at {path}, found none.")
+            raise UserError(f"Expected a checkpoint (.safetensors or .bin) at {path}, found none. Correct the path.")
         return files
 
     def _names(self, file: Path) -> list[str]:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as tensors:
-                return list(tensors.keys())
-        self._mapped[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return list(self._mapped[file])
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as tensors:
+                    return list(tensors.keys())
+            held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (SafetensorError, UnpicklingError, RuntimeError, ValueError, OSError, EOFError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"Expected tensors in {file} (.safetensors, or .bin as `torch.save` writes it), could not read it: "
+                f"{reason}. Download or copy it anew, or name another file."
+            ) from error
+        if not isinstance(held, dict) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
+            raise UserError(f"Expected tensors by name in {file}, got other objects. Move it out of the folder.")
+        self._mapped[file] = held
+        return list(held)
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._where[name]
@@ -61,17 +75,38 @@ class TensorFiles(Mapping[str, Tensor]):
         with safe_open(file, "pt") as tensors:
             return tensors.get_tensor(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor without reading it."""
+        file = self._where[name]
+        if file in self._mapped:
+            return tuple(self._mapped[file][name].shape)
+        with safe_open(file, "pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
     def __len__(self) -> int:
         return len(self._where)
 
+    @property
+    def folder(self) -> Path:
+        """Where the tensors lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def config(self) -> dict[str, Any]:
-        """Returns the `config.json` beside the tensors, or nothing."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        file = folder / "config.json"
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        """Returns the `config.json` beside the tensors, or nothing.
+
+        Raises:
+            UserError: If it is damaged.
+        """
+        file = self.folder / "config.json"
+        if not file.is_file():
+            return {}
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"Expected a JSON object in {file}, got: {error}. Download or copy it anew.") from error
 
 
 def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

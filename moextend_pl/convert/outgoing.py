@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from moextend_pl.atomic import write_json
 from moextend_pl.checkpoint import DELTA_FILE
-from moextend_pl.contracts import UserError
+from moextend_pl.contracts import UpcycleSpec, UserError
 from moextend_pl.convert.entries import Entry, check_names, clip_entries, projector_entries, same
 from moextend_pl.convert.files import TensorFiles, write_shards, write_tensors
-from moextend_pl.convert.incoming import PUBLISHED_CONFIG, REPORT
+from moextend_pl.convert.incoming import LAYER, PUBLISHED_CONFIG, REPORT
 from moextend_pl.convert.published import (
+    OURS_PROJECTOR,
     OURS_TOWER,
     PROJECTOR_PREFIX,
     TOWER_PREFIX,
     extension_entries,
     language_entries,
 )
-from moextend_pl.encoder import WEIGHTS_FILE
+from moextend_pl.convert.shapes import ACTIVATION
+from moextend_pl.encoder import WEIGHTS_FILE, VisionEncoder
 from moextend_pl.manifest import Manifest, read_manifest
+from moextend_pl.moe.dense_mlp import DenseMLP
+from moextend_pl.moe.upcycle import UpcycledMLP
+from moextend_pl.tower import make_tower, vision_config
 
 
 def convert_out(source: Path, target: Path, layout: str) -> dict[str, Any]:
-    """Writes a run in a published layout: a whole model, or `clip.bin` or `mm_projector.bin` of one part.
+    """Writes a run in a published layout: a whole model, or without a language model `clip.bin` and `mm_projector.bin`.
 
     Args:
         source: Run directory, converted or trained here.
@@ -43,64 +48,109 @@ def convert_out(source: Path, target: Path, layout: str) -> dict[str, Any]:
         UserError: If the run holds what the layout has no place for.
     """
     manifest = read_manifest(source)
-    delta = load_file(source / DELTA_FILE)
-    tower = _tower(manifest, delta)
+    delta = dict(TensorFiles(source / DELTA_FILE))
+    encoder = _encoder(manifest, layout)
+    tower = {} if encoder is None else whole_tower(encoder, delta)
     whole = "language" in manifest.model
-    entries = _tower_entries(tower, manifest, layout, whole)
-    experts = ((manifest.model.get("projector") or {}).get("upcycle") or {}).get("experts", 0)
+    files = {"clip.bin": [] if encoder is None else _tower_entries(tower, encoder, layout, whole)}
     if "projector" in manifest.model:
-        entries += projector_entries(experts, PROJECTOR_PREFIX[layout], "projector.")
-    language: list[Entry] = []
-    if whole:
-        config = AutoConfig.from_pretrained(manifest.folder("language"), local_files_only=True)
-        if len(manifest.plans) > 1:
-            raise UserError(
-                f"{source} was extended {len(manifest.plans)} times; the published layout has place for one."
-            )
-        grown = manifest.plans[0].layers if manifest.plans else ()
-        language = language_entries(config, [growth.layer for growth in grown])
-        for growth in grown:
-            entries += extension_entries(growth.layer, config.num_local_experts, len(growth.sources))
+        experts = (manifest.model["projector"].get("upcycle") or {}).get("experts", 0)
+        files["mm_projector.bin"] = projector_entries(experts, PROJECTOR_PREFIX[layout], OURS_PROJECTOR)
+    language, extension = _language(manifest) if whole else ([], [])
+    entries = [entry for part in (*files.values(), extension) for entry in part]
     have = {**tower, **{name: t for name, t in delta.items() if not name.startswith(OURS_TOWER)}}
     learned = {entry.ours for entry in language} & have.keys()
     check_names((entry.ours for entry in entries), have.keys() - learned, str(source))
+    config = _config(source, manifest, layout, encoder) if whole else {}
     target.mkdir(parents=True, exist_ok=True)
     if whole:
         write_shards(_whole_model(manifest, entries, language, have), target)
-        _copy_config(source, manifest, target)
-    else:
-        tensors = {name: t for entry in entries for name, t in entry.split(have[entry.ours]).items()}
-        write_tensors(tensors, target / ("clip.bin" if tower else "mm_projector.bin"))
+        write_json(target / "config.json", config)
+    for file, part in files.items() if not whole else []:
+        if part:
+            write_tensors(
+                {name: t for entry in part for name, t in entry.split(have[entry.ours]).items()}, target / file
+            )
     report = {"layout": layout, "from": source.name, "tensors": [entry.line() for entry in (*entries, *language)]}
     write_json(target / REPORT, report)
     return report
 
 
-def _tower(manifest: Manifest, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of the tower: those of its files, and what the run learned in their place."""
+def _encoder(manifest: Manifest, layout: str) -> VisionEncoder | None:
+    """Returns the tower of a run before it is built, None where it has none; refuses one of another layout."""
     if "encoder" not in manifest.model:
-        return {}
-    stored = load_file(manifest.folder("encoder") / WEIGHTS_FILE)
-    tensors = {OURS_TOWER + name: tensor for name, tensor in stored.items()}
-    learned = {name: tensor for name, tensor in delta.items() if name.startswith(OURS_TOWER)}
-    for name in learned:
-        block, found, _ = name.partition("mlp.experts.")
-        if found:  # the dense MLP whose place the experts took
-            tensors = {key: t for key, t in tensors.items() if not key.startswith(f"{block}mlp.fc")}
-    return {**tensors, **learned}
-
-
-def _tower_entries(tower: Mapping[str, Tensor], manifest: Manifest, layout: str, whole: bool) -> list[Entry]:
-    if not tower:
-        return []
-    experts = (manifest.model["encoder"].get("upcycle") or {}).get("experts", 0)
-    if experts and layout != "cumo":
+        return None
+    arguments = dict(manifest.model["encoder"])
+    arguments["path" if arguments.get("path") else "name"] = str(manifest.folder("encoder"))
+    encoder = VisionEncoder(**{**arguments, "upcycle": UpcycleSpec.from_dict(arguments.get("upcycle"))})
+    if encoder.upcycle_spec is not None and layout != "cumo":
         raise UserError(f"{manifest.run}: the tower is upcycled, for which the layout {layout} has no place. Use cumo.")
+    config = None if encoder.is_timm else vision_config(encoder.folder)
+    expected = ("clip_vision_model", ACTIVATION, LAYER[layout], 1)
+    model, activation = getattr(config, "model_type", "timm"), getattr(config, "hidden_act", None)
+    got = (model, activation, encoder.config["layer"], encoder.config["pool"])
+    if got != expected:
+        raise UserError(
+            f"{manifest.run}: expected a tower whose model, activation, `layer` and `pool` are {expected}, as the "
+            f"layout {layout} has it, got {got}; such a tower has no published form."
+        )
+    return encoder
+
+
+def whole_tower(encoder: VisionEncoder, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a tower: those of its files, and what a run learned in their place.
+
+    Blocks that were not upcycled, as those that nothing reads, become copies of their dense MLP where others were:
+    the published layout has experts in all. They compute what they did; their routers are as `upcycle` draws them.
+
+    Args:
+        encoder: The tower, not built.
+        delta: Tensors that the run learned.
+    """
+    if encoder.path is not None:
+        stored = dict(TensorFiles(encoder.path / WEIGHTS_FILE))
+    else:
+        stored = make_tower(encoder.folder, with_weights=True).state_dict()
+    learned = {name: tensor for name, tensor in delta.items() if name.startswith(OURS_TOWER)}
+    upcycled = {name.partition("mlp.experts.")[0] for name in learned if "mlp.experts." in name}
+    tensors = {OURS_TOWER + name: tensor for name, tensor in stored.items()}
+    # The dense MLPs whose place the experts took.
+    tensors = {name: t for name, t in tensors.items() if name.partition("mlp.fc")[0] not in upcycled} | learned
+    spec = encoder.upcycle_spec
+    for layer in range(vision_config(encoder.folder).num_hidden_layers if spec else 0):
+        mlp = f"{OURS_TOWER}encoder.layers.{layer}.mlp."
+        if spec is not None and f"{mlp}fc1.weight" in tensors:
+            dense = DenseMLP(_take_linear(tensors, f"{mlp}fc1."), _take_linear(tensors, f"{mlp}fc2."), nn.Identity())
+            copies = UpcycledMLP(dense, replace(spec, from_scratch=False), layer).state_dict()
+            tensors.update({mlp + name: tensor for name, tensor in copies.items()})
+    return tensors
+
+
+def _take_linear(tensors: dict[str, Tensor], prefix: str) -> nn.Linear:
+    weight, bias = tensors.pop(f"{prefix}weight"), tensors.pop(f"{prefix}bias")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    return linear
+
+
+def _tower_entries(tower: Mapping[str, Tensor], encoder: VisionEncoder, layout: str, whole: bool) -> list[Entry]:
+    experts = encoder.upcycle_spec.experts if encoder.upcycle_spec else 0
     prefix = TOWER_PREFIX[layout] if whole else "vision_model."
-    layers = len([name for name in tower if name.endswith("self_attn.q_proj.weight")])
-    entries = clip_entries(layers, experts, prefix, OURS_TOWER)
+    entries = clip_entries(vision_config(encoder.folder).num_hidden_layers, experts, prefix, OURS_TOWER)
     last = [name for name in tower if name.startswith(f"{OURS_TOWER}post_layernorm.")]
     return entries + [same(name, prefix + name.removeprefix(OURS_TOWER)) for name in last]
+
+
+def _language(manifest: Manifest) -> tuple[list[Entry], list[Entry]]:
+    """Returns the entries of the language model and of its extension."""
+    config = AutoConfig.from_pretrained(manifest.folder("language"), local_files_only=True)
+    if len(manifest.plans) > 1:
+        raise UserError(
+            f"{manifest.run} was extended {len(manifest.plans)} times; the published layout has place for one."
+        )
+    grown = manifest.plans[0].layers if manifest.plans else ()
+    added = [extension_entries(growth.layer, config.num_local_experts, len(growth.sources)) for growth in grown]
+    return language_entries(config, [growth.layer for growth in grown]), [entry for part in added for entry in part]
 
 
 def _whole_model(
@@ -117,7 +167,22 @@ def _whole_model(
             yield from ((name, files[name]) for name in entry.names)
 
 
-def _copy_config(source: Path, manifest: Manifest, target: Path) -> None:
+def _config(source: Path, manifest: Manifest, layout: str, encoder: VisionEncoder | None) -> dict[str, Any]:
+    """Returns the published `config.json`: as it was converted, or made from what the run says."""
     published = source / PUBLISHED_CONFIG
     file = published if published.is_file() else manifest.folder("language") / "config.json"
-    write_json(target / "config.json", json.loads(file.read_text(encoding="utf-8")))
+    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if published.is_file() or layout != "cumo":
+        return data
+    specs = [UpcycleSpec.from_dict(manifest.model.get(part, {}).get("upcycle")) for part in ("encoder", "projector")]
+    weights = {(spec.top_k, spec.balance, spec.z) for spec in specs if spec}
+    if len(weights) > 1:
+        raise UserError(
+            f"{source}: expected the same `top_k`, `balance` and `z` of tower and projector, got {sorted(weights)}; "
+            "the published layout has place for one of each."
+        )
+    names = ("num_selected", "balance_loss_coef", "router_z_loss_coef")
+    own = dict(zip(names, *weights, strict=True)) if weights else {}
+    own |= {"clip_smoe": specs[0] is not None, "mlp_smoe": specs[1] is not None}
+    own |= {"scales": encoder.config["scales"]} if encoder else {}
+    return {**data, **own, "model_type": f"llava_{data['model_type']}"}

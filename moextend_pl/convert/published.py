@@ -22,7 +22,7 @@ LAYOUTS = ("cumo", "moextend")
 TOWER_MARK = "embeddings.class_embedding"
 TOWER_PREFIX = {"cumo": "model.vision_tower.vision_model.", "moextend": "model.visual.vision_tower.vision_model."}
 PROJECTOR_PREFIX = {"cumo": "model.mm_projector.", "moextend": "model.visual.mm_projector."}
-OURS_TOWER, OURS_LANGUAGE = "encoder.tower.", "language.model."
+OURS_TOWER, OURS_PROJECTOR, OURS_LANGUAGE = "encoder.tower.", "projector.", "language.model."
 BLOCK = "block_sparse_moe."
 
 
@@ -82,7 +82,12 @@ def projector_part(names: Iterable[str], layout: str) -> tuple[list[Entry], int]
     """Reads which projector the names belong to; as `tower_part`."""
     own = [name for name in names if name.startswith(PROJECTOR_PREFIX[layout])]
     experts = _numbers(own, r"\.experts\.(\d+)\.")
-    return (projector_entries(experts, PROJECTOR_PREFIX[layout], "projector.") if own else []), experts
+    return (projector_entries(experts, PROJECTOR_PREFIX[layout], OURS_PROJECTOR) if own else []), experts
+
+
+def holds_language(names: Iterable[str]) -> bool:
+    """Tells whether names of a language model are among those of a checkpoint."""
+    return any(name.startswith(("model.embed_tokens.", "model.layers.", "lm_head.")) for name in names)
 
 
 def language_entries(config: PreTrainedConfig, extended: Collection[int]) -> list[Entry]:
@@ -162,8 +167,10 @@ def read_parts(tensors: Mapping[str, Tensor], config: PreTrainedConfig | None, l
         extension = [e for layer, new in sorted(extended.items()) for e in extension_entries(layer, base, new)]
     else:
         extension = []
-        if "model.embed_tokens.weight" in tensors:
-            raise UserError("Expected a config.json beside a checkpoint with a language model, found none.")
+        if holds_language(tensors):
+            raise UserError(
+                "Expected a config.json beside a checkpoint with a language model, found none. Download it too."
+            )
     if not (encoder or projector or language):
         raise UserError(f"Expected a checkpoint of the layout {layout}, recognised neither tower, projector nor model.")
     return Parts(encoder, projector, language, extension, extended, encoder_experts, projector_experts)

@@ -131,8 +131,9 @@ def _grouped_linear(
     x_SD: Tensor, weight_EID: Tensor, bias_EI: Tensor | None, offsets_E: Tensor, experts_S: Tensor
 ) -> Tensor:
     kind = x_SD.device.type
-    # torch's grouped product takes no part in autocast by itself.
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_EID.dtype
+    # torch's grouped product takes no part in autocast by itself; the meta device knows no autocast.
+    mixed = not x_SD.is_meta and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if mixed else weight_EID.dtype
     x_SD, weight_EID = x_SD.to(dtype), weight_EID.to(dtype)
     if x_SD.shape[-1] * x_SD.element_size() % ALIGNMENT or weight_EID.shape[1] * x_SD.element_size() % ALIGNMENT:
         y_SI = _looped_product(x_SD, weight_EID, offsets_E)

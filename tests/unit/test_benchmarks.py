@@ -79,3 +79,17 @@ def test_all_steps_start_from_the_same_loss_and_extension_executes_less(run: Any
 def test_scaling_has_a_section_for_every_quantity(run: Any) -> None:
     titles = " ".join(run("scaling")["sections"])
     assert all(word in titles for word in ("same top-k", "finer", "tokens", "layers", "added experts"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cumo", "data", "nf4", "packing"])
+def test_benchmark_works_on_small_sizes(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    command = [sys.executable, BENCHMARKS / f"{name}.py", "--quick", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert report
+    if name == "cumo":
+        assert report["same"]
+        assert report["looped_ms"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,28 @@ def test_tower_survives_save_pretrained(make: Callable, kind: str, tmp_path: Pat
     assert loaded.tokens_per_image == encoder.tokens_per_image
     loaded.configure_model()
     assert torch.equal(loaded.eval()(PIXELS), encoder.eval()(PIXELS))
+
+
+def test_saved_transformers_tower_says_how_pixels_are_normalised(tmp_path: Path) -> None:
+    save_clip(tmp_path / "hf")
+    statistics = {"image_mean": (0.1, 0.2, 0.3), "image_std": (0.4, 0.5, 0.6)}
+    (tmp_path / "hf" / PREPROCESSOR_FILE).write_text(json.dumps(statistics))
+    encoder = VisionEncoder(name=str(tmp_path / "hf"), image_size=SIDE)
+    encoder.configure_model()
+    encoder.save_pretrained(tmp_path / "saved")
+    (tmp_path / "hf" / PREPROCESSOR_FILE).unlink()
+    assert VisionEncoder(path=str(tmp_path / "saved")).image_statistics == statistics
+
+
+@pytest.mark.parametrize("kind", ["timm", "clip"])
+@torch.no_grad()
+def test_tower_in_bf16_takes_pixels_in_single_precision(make: Callable, kind: str) -> None:
+    encoder = make(kind)
+    encoder.configure_model()
+    expected = encoder.eval()(PIXELS)
+    features = encoder.to(torch.bfloat16)(PIXELS)
+    assert features.dtype == torch.bfloat16
+    torch.testing.assert_close(features.float(), expected, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("save", [save_clip, save_siglip], ids=["clip", "siglip"])

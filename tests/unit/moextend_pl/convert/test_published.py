@@ -8,120 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.published import LAYERS, SIDE, VISION, clip_tensors, convert, language_tensors, projector_tensors
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import CLIPVisionConfig, CLIPVisionModel, MistralForCausalLM, MixtralForCausalLM
 
-from moextend_pl import cli
 from moextend_pl.contracts import ExtensionPlan, UserError
 from moextend_pl.convert.files import TensorFiles, write_shards
 from moextend_pl.manifest import read_manifest
 from moextend_pl.module import MoExtend
-
-WIDTH, VISION, SIDE, LAYERS = 16, 8, 16, 3
-SIZES = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIZES |= {"num_key_value_heads": 2, "vocab_size": 30, "head_dim": 8}
-
-
-def random(draw: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=draw) * 0.3
-
-
-def clip_tensors(draw: torch.Generator, experts: int, prefix: str) -> dict[str, Tensor]:
-    """The names of section 3.7 written out, with random values."""
-    t = {
-        "embeddings.class_embedding": random(draw, VISION),
-        "embeddings.patch_embedding.weight": random(draw, VISION, 3, 4, 4),
-        "embeddings.position_embedding.weight": random(draw, 17, VISION),
-        "pre_layrnorm.weight": random(draw, VISION),
-        "pre_layrnorm.bias": random(draw, VISION),
-    }
-    for layer in range(LAYERS):
-        block = f"encoder.layers.{layer}."
-        for name in ("q", "k", "v", "out"):
-            t[f"{block}self_attn.{name}_proj.weight"] = random(draw, VISION, VISION)
-            t[f"{block}self_attn.{name}_proj.bias"] = random(draw, VISION)
-        for name in ("layer_norm1.weight", "layer_norm1.bias", "layer_norm2.weight", "layer_norm2.bias"):
-            t[block + name] = random(draw, VISION)
-        if experts:
-            t[f"{block}gate.weight"] = random(draw, experts, VISION)
-        for mlp in [f"experts.{e}." for e in range(experts)] or ["mlp."]:
-            t |= {f"{block}{mlp}fc1.weight": random(draw, 12, VISION), f"{block}{mlp}fc1.bias": random(draw, 12)}
-            t |= {f"{block}{mlp}fc2.weight": random(draw, VISION, 12), f"{block}{mlp}fc2.bias": random(draw, VISION)}
-    return {prefix + name: tensor for name, tensor in t.items()}
-
-
-def projector_tensors(draw: torch.Generator, experts: int, prefix: str, scales: int) -> dict[str, Tensor]:
-    t = {f"{prefix}gate.weight": random(draw, experts, VISION * scales)} if experts else {}
-    for mlp in [f"experts.{e}." for e in range(experts)] or [""]:
-        t |= {
-            f"{prefix}{mlp}0.weight": random(draw, WIDTH, VISION * scales),
-            f"{prefix}{mlp}0.bias": random(draw, WIDTH),
-        }
-        t |= {f"{prefix}{mlp}2.weight": random(draw, WIDTH, WIDTH), f"{prefix}{mlp}2.bias": random(draw, WIDTH)}
-    return t
-
-
-def language_tensors(kind: str, folder: Path) -> dict[str, Tensor]:
-    """A stock model as transformers writes it; for Mixtral that is the layout of one tensor for each expert."""
-    torch.manual_seed(1)
-    if kind == "mistral":
-        model = MistralForCausalLM(MistralConfig(**SIZES))
-    else:
-        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
-    model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
-
-
-def write_published(folder: Path, tensors: dict[str, Tensor], config: dict, suffix: str = ".safetensors") -> Path:
-    folder.mkdir()
-    names = list(tensors)
-    for number, part in enumerate((names[::2], names[1::2])):
-        chosen = {name: tensors[name].contiguous() for name in part}
-        file = folder / f"model-{number}{suffix}"
-        torch.save(chosen, file) if suffix == ".bin" else save_file(chosen, file)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture
-def published(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, Tensor]]]:
-    def make(name: str, suffix: str = ".safetensors") -> tuple[Path, dict[str, Tensor]]:
-        draw = torch.Generator().manual_seed(0)
-        kind = "mistral" if "mistral" in name else "mixtral"
-        experts = 0 if "dense" in name else 4
-        if name.startswith("cumo"):
-            tensors = clip_tensors(draw, experts, "model.vision_tower.vision_model.")
-            tensors |= projector_tensors(draw, experts, "model.mm_projector.", 2)
-            config = {"model_type": f"llava_{kind}", "scales": [1, 3], "balance_loss_coef": 0.1, "num_selected": 2}
-        else:
-            tensors = clip_tensors(draw, 0, "model.visual.vision_tower.vision_model.")
-            tensors |= projector_tensors(draw, 0, "model.visual.mm_projector.", 1)
-            config = {"model_type": "mixtral"}
-        stock = language_tensors(kind, tmp_path / "stock")
-        if name.startswith("moextend"):
-            block = "model.layers.1.block_sparse_moe."
-            stock[f"{block}gate_vision.weight"] = random(draw, 1, WIDTH)
-            stock[f"{block}weight_scale.weight_scale.0.weight"] = random(draw, 8, 5)
-            stock[f"{block}weight_scale.weight_scale.2.weight"] = random(draw, 5, 8)
-            for w, shape in (("w1", (24, WIDTH)), ("w2", (WIDTH, 24)), ("w3", (24, WIDTH))):
-                stock[f"{block}experts.4.{w}.weight"] = random(draw, *shape)
-        config = {**json.loads((tmp_path / "stock" / "config.json").read_text()), **config}
-        return write_published(tmp_path / "published", {**tensors, **stock}, config, suffix), {**tensors, **stock}
-
-    return make
-
-
-def convert(layout: str, source: Path, target: Path, *more: str) -> None:
-    assert cli.run(["convert", layout, "--from", str(source), "--to", str(target), *more]) == 0
-
 
 CASES = ["cumo mistral", "cumo mistral dense", "cumo mixtral", "moextend"]
 
@@ -235,6 +129,19 @@ def test_full_target_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()
     with pytest.raises(UserError, match="new or empty folder"):
+        convert("cumo", tmp_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("heads", ["0", "-2", "3"])
+def test_heads_that_cannot_be_are_refused(published: Callable, heads: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"Expected `--heads` .* got {heads}\."):
+        convert("cumo", published("cumo mistral")[0], tmp_path / "run", "--heads", heads)
+    assert not (tmp_path / "run").exists()
+
+
+def test_target_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="which is a file"):
         convert("cumo", tmp_path, tmp_path / "run")
 
 

@@ -277,3 +277,10 @@ def test_bf16_autocast_computes_experts_in_bf16(fixtures: Path) -> None:
         got = mlp(golden["x"].bfloat16())
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), mlp(golden["x"]), atol=5e-2, rtol=5e-2)
+
+
+def test_upcycled_mlp_computes_shapes_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        mlp = read_mlp(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)))
+        assert mlp is not None
+        assert UpcycledMLP(mlp, UpcycleSpec())(torch.empty(2, 5, 16)).shape == (2, 5, 16)

@@ -56,7 +56,7 @@ def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -
     if find_spec("bitsandbytes") is None:
         raise UserError(
             f"`quantize: {quantize}` needs the package bitsandbytes, which is not installed: "
-            'pip install "moextend_pl[quantize]", or remove `quantize`.'
+            'pip install "bitsandbytes>=0.50", or remove `quantize`.'
         )
 
 

@@ -373,5 +373,5 @@ def test_impossible_wishes_are_refused_before_anything_is_read(
         check_base(None, "nf4")
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     check_base(base, None)
-    with pytest.raises(UserError, match=r'pip install "moextend_pl\[quantize\]"'):
+    with pytest.raises(UserError, match=r'pip install "bitsandbytes>=0.50"'):
         check_base(base, "nf4")

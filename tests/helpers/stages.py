@@ -124,8 +124,15 @@ def start(config: Path, *more: str) -> subprocess.Popen[str]:
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "moextend_pl", "fit", "--config", str(config), *more]
     log = config.with_suffix(".log").open("a")
-    # A session of its own, so that the processes it starts can be ended with it.
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True)
+    # A session of its own, so that the processes it starts can be ended with it. Shells start what runs in the
+    # background deaf to SIGINT, and its children inherit that.
+    return subprocess.Popen(
+        command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True, preexec_fn=_hear_interrupts
+    )
+
+
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(config: Path, *more: str, timeout: float = 300) -> None:

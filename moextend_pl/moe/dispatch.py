@@ -78,7 +78,8 @@ def frozen_experts_forward(
 def takes(experts: Any) -> bool:
     """Returns whether the backward pass of an experts module is that of this file: set so, frozen, without biases."""
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    if implementation != FROZEN_EXPERTS or experts.has_bias or experts.has_post_expert_norm:
+    has_norm = getattr(experts, "has_post_expert_norm", False)  # unknown to transformers 5.17
+    if implementation != FROZEN_EXPERTS or experts.has_bias or has_norm:
         return False
     return not any(parameter.requires_grad for parameter in experts.parameters())
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from moextend_pl.atomic import write_json
 from moextend_pl.contracts import ExtensionPlan, UserError
 from moextend_pl.fingerprints import WRAPPED, tensor_sha256
+from moextend_pl.samples.templates import NAMED_TEMPLATES
 
 if TYPE_CHECKING:
     from moextend_pl.module import MoExtend
@@ -28,7 +29,7 @@ MANIFEST_FILE, MANIFEST_SCHEMA = "manifest.json", 2
 PACKAGES = ("torch", "lightning", "transformers", "timm", "safetensors")
 # Arguments of the model's parts that are folders; a manifest names them relative to its own.
 FOLDERS = {"encoder": ("path", "name"), "language": ("base",)}
-# Arguments of the language model that are places too, where they are given.
+# Arguments of the language model that are places too, where they are given; a template may also be one of ours by name.
 FILES = ("tokenizer", "chat_template")
 
 
@@ -71,10 +72,8 @@ class Manifest:
                     f"{self.run} holds no {part}; it can be the start of a stage, but not a model by itself."
                 )
             arguments[part][_folder_name(arguments[part], part)] = str(self.folder(part))
-        for name in FILES:
-            place = os.path.normpath(self.run / str(arguments["language"].get(name)))
-            if Path(place).exists():
-                arguments["language"][name] = place
+        for name in _places(arguments["language"]):
+            arguments["language"][name] = os.path.normpath(self.run / arguments["language"][name])
         return arguments
 
     @property
@@ -161,11 +160,13 @@ def relative_arguments(arguments: dict[str, dict[str, Any]], run: Path) -> dict[
     for part in FOLDERS:
         name = _folder_name(told[part], part)
         told[part][name] = os.path.relpath(told[part][name], run)
-    for name in FILES:
-        place = told["language"][name]
-        if place is not None and Path(place).exists():
-            told["language"][name] = os.path.relpath(place, run)
+    for name in _places(told["language"]):
+        told["language"][name] = os.path.relpath(told["language"][name], run)
     return told
+
+
+def _places(language: Mapping[str, Any]) -> list[str]:
+    return [name for name in FILES if language.get(name) not in (None, *NAMED_TEMPLATES)]
 
 
 def versions() -> dict[str, str]:

@@ -108,6 +108,15 @@ def test_tokenizer_of_its_own_and_template_file_are_found_again(tiny_world: Tiny
         assert Path(str(language.chat_template)) == tmp_path / "template.jinja"
 
 
+def test_a_template_by_name_is_no_place_even_beside_a_folder_of_that_name(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inst").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = stage(tiny_world, tmp_path / "run", ("projector",), chat_template="inst")
+    assert MoExtend.load(run).language.chat_template == "inst"
+
+
 def test_the_same_growth_with_another_option_is_told_to_be_a_second_extension(
     tiny_world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

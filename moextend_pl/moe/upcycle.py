@@ -135,7 +135,10 @@ def _grouped_linear(
     mixed = not x_SD.is_meta and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if mixed else weight_EID.dtype
     x_SD, weight_EID = x_SD.to(dtype), weight_EID.to(dtype)
-    if x_SD.shape[-1] * x_SD.element_size() % ALIGNMENT or weight_EID.shape[1] * x_SD.element_size() % ALIGNMENT:
+    if x_SD.is_meta:
+        # One expert's product has the shape of all: torch 2.11 groups no fp32 there.
+        y_SI = x_SD @ weight_EID[0].T
+    elif x_SD.shape[-1] * x_SD.element_size() % ALIGNMENT or weight_EID.shape[1] * x_SD.element_size() % ALIGNMENT:
         y_SI = _looped_product(x_SD, weight_EID, offsets_E)
     else:
         y_SI = F.grouped_mm(x_SD, weight_EID.transpose(-2, -1), offs=offsets_E)

@@ -107,7 +107,8 @@ def test_stripped_model_is_as_before_and_can_grow_again() -> None:
     assert not unchanged(model, before)
     strip(model)
     assert unchanged(model, before)
-    assert not any(block.experts._is_expert_parallel for block in find_blocks(model))
+    # The experts of transformers 5.17 do not have the flag before they are wrapped.
+    assert not any(getattr(block.experts, "_is_expert_parallel", False) for block in find_blocks(model))
     strip(model)
     grow(model, make_plan([1]), Reach())
     assert isinstance(find_blocks(model)[1].router, ExtendedRouter)

@@ -13,7 +13,7 @@ from helpers.tiny_world import TinyWorld, build_tiny_world, make_plan, tiny_mixt
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moextend_pl import cli
@@ -66,6 +66,15 @@ class Step:
     run: RunShape
 
 
+def predicted_positions(model: MoExtend, batch: Batch) -> int:
+    """Counts the positions that the head is applied to; with transformers 5.17 whole columns of the batch."""
+    positions: list[int] = []
+    head = model.language.model.get_output_embeddings()
+    with torch.no_grad(), head.register_forward_hook(lambda _, __, y: positions.append(y[..., 0].numel())):
+        model(batch)
+    return positions[0]
+
+
 def make_step(world: TinyWorld, parts: list[str], dtype: torch.dtype, **options: Any) -> Step:
     plan = make_plan((2, 3), init="copy", routing="open") if "new_experts" in parts else None
     model = world.model(plan, parts, **options).to(dtype)
@@ -95,7 +104,7 @@ def make_step(world: TinyWorld, parts: list[str], dtype: torch.dtype, **options:
         compute_bytes=dtype.itemsize,
         nf4=options.get("quantize") == "nf4",
         new_share=float((torch.cat(grown) >= experts).float().mean()) if grown else None,
-        learned=int((batch["labels"][:, 1:] >= 0).sum()) / sequences,
+        learned=predicted_positions(model, batch) / sequences,
         on_cpu=True,
     )
     return Step(model, batch, read_shape(unbuilt.to(dtype), dtype.itemsize), run)
@@ -163,17 +172,30 @@ def grouped_flops(left: Tensor, right: Tensor, offs: Tensor, *_: object, **__: o
 grouped_flops._get_raw = True  # type: ignore[attr-defined] # hands over tensors where others get shapes
 
 
+def counter() -> FlopCounterMode:
+    aten = torch.ops.aten
+    # The counter of torch 2.11 has no entry for attention on a CPU; its formula is the same everywhere.
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped_flops, **attention})
+
+
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_predicted_operations_are_those_that_torch_counts(world: TinyWorld, parts: list[str]) -> None:
     step = make_step(world, parts, torch.float32)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops}) as counter:
+    with counter() as counted:
         loss = step.model(step.batch).loss
-        forward = counter.get_total_flops()
+        forward = counted.get_total_flops()
         loss.backward()
     predicted = operations(step.shape, step.run)
     # The extension of two layers counts with the mean of their shares.
-    tolerance = 0.01 if "new_experts" in parts else 1e-9
-    assert predicted.total == pytest.approx(counter.get_total_flops(), rel=tolerance)
+    # Rotary positions are a small product in transformers 5.17.
+    tolerance = 0.01 if "new_experts" in parts else 1e-6
+    assert predicted.total == pytest.approx(counted.get_total_flops(), rel=tolerance)
     if "encoder" not in parts:
         assert predicted.forward + predicted.tower == pytest.approx(forward, rel=tolerance)
 
@@ -202,6 +224,6 @@ def test_prediction_holds_for_the_families_of_the_recipes(family: str, tmp_path:
     step = make_step(world, PARTS["extension"], torch.bfloat16)
     _, activations = saved_bytes(step.model, step.batch)
     assert memory(step.shape, step.run).activations == pytest.approx(activations, rel=0.04)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops}) as counter:
+    with counter() as counted:
         step.model(step.batch).loss.backward()
-    assert operations(step.shape, step.run).total == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert operations(step.shape, step.run).total == pytest.approx(counted.get_total_flops(), rel=0.02)

@@ -5,18 +5,20 @@ What is learned follows from the chat template, see `templates.answer_spans`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 
 from moextend_pl.contracts import IGNORE_INDEX, Sample, SampleSpec, UserError
+from moextend_pl.samples.control_tokens import Disguise, control_strings
 from moextend_pl.samples.templates import answer_spans
 from moextend_pl.samples.turns import IMAGE_MARK, Turn
 
-CACHED_TEXTS = 4096
+CACHED_TEXTS, CACHED_CHARACTERS = 4096, 512
+"""Short texts repeat; long ones do not, and remembering them would fill the memory of every worker."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class Rendered:
     Attributes:
         text: What the chat template made of it; images still stand as `<image>`.
         answers: (start, end) of each learned span, in characters.
+        breaks: Places that no token may lie across.
     """
 
     text: str
     answers: tuple[tuple[int, int], ...]
+    breaks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,15 +157,18 @@ class ConversationEncoder:
         Raises:
             UserError: If the template is not usable: it refuses, drops images, or changes what stands before answers.
         """
-        text, answers = answer_spans(self.spec.tokenizer, turns)
+        disguise = Disguise(turns, self._controls)
+        text, answers = answer_spans(self.spec.tokenizer, disguise.turns)
+        text, breaks, moved = disguise.reveal(text)
         if text.count(IMAGE_MARK) != sum(turn.human.count(IMAGE_MARK) for turn in turns):
             raise UserError(f"Expected a chat template that keeps every `{IMAGE_MARK}` of the text, got: {text!r}.")
-        return Rendered(text, tuple(answers))
+        return Rendered(text, tuple((moved(start), moved(end)) for start, end in answers), breaks)
 
     def _forget(self) -> None:
         """Sets up the caches, which are not pickled; sets of short questions repeat the same texts."""
-        self._encode = lru_cache(maxsize=CACHED_TEXTS)(self._encode_uncached)
-        self._encode_prompt = lru_cache(maxsize=CACHED_TEXTS)(self._encode_prompt_uncached)
+        self._controls = control_strings(self.spec.tokenizer)
+        self._encode = _remembering(self._encode_uncached)
+        self._encode_prompt = _remembering(self._encode_prompt_uncached)
 
     def _encode_uncached(self, turns: tuple[Turn, ...]) -> Encoded:
         return self._expand(self.render(turns))
@@ -169,7 +176,7 @@ class ConversationEncoder:
     def _encode_prompt_uncached(self, turns: tuple[Turn, ...]) -> Encoded:
         rendered = self.render(turns)
         prompt = rendered.text[: rendered.answers[-1][0]]
-        encoded = self._expand(Rendered(prompt, rendered.answers[:-1]), truncate=False)
+        encoded = self._expand(replace(rendered, text=prompt, answers=rendered.answers[:-1]), truncate=False)
         return Encoded(encoded.ids, torch.full_like(encoded.ids, IGNORE_INDEX), encoded.images, supervised=False)
 
     def _expand(self, rendered: Rendered, truncate: bool = True) -> Encoded:
@@ -186,7 +193,8 @@ class ConversationEncoder:
                 ids += [self.spec.image_token_id] * self.spec.tokens_per_image
                 labels += [IGNORE_INDEX] * self.spec.tokens_per_image
                 images += 1
-            piece_ids, learned = self._tokenise(piece, [(a - start, b - start) for a, b in rendered.answers])
+            answers = [(first - start, last - start) for first, last in rendered.answers]
+            piece_ids, learned = self._tokenise(piece, answers, [place - start for place in rendered.breaks])
             ids += piece_ids
             labels += [token if learn else IGNORE_INDEX for token, learn in zip(piece_ids, learned, strict=True)]
             start += len(piece) + len(IMAGE_MARK)
@@ -195,16 +203,17 @@ class ConversationEncoder:
         supervised = any(label != IGNORE_INDEX for label in labels[:limit])
         return Encoded(torch.tensor(ids[:limit]), torch.tensor(labels[:limit]), images, supervised)
 
-    def _tokenise(self, piece: str, answers: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    def _tokenise(self, piece: str, answers: list[tuple[int, int]], breaks: list[int]) -> tuple[list[int], list[bool]]:
         """Returns ids of a text, and which of them lie inside an answer.
 
         The text is tokenised as a whole, as it was when the language model was trained. Only where a
-        token would lie across the border of an answer, or a tokenizer cannot tell where its tokens lie,
-        each side of the border is tokenised alone, which is what generation does.
+        token would lie across the border of an answer or another break, or a tokenizer cannot tell where its
+        tokens lie, each side of the border is tokenised alone, which is what generation does.
         """
         if not piece:
             return [], []
-        borders = [border for pair in answers for border in pair if 0 < border < len(piece)]
+        places = {*breaks, *(border for pair in answers for border in pair)}
+        borders = sorted(place for place in places if 0 < place < len(piece))
 
         def inside(place: int) -> bool:
             return any(start <= place < end for start, end in answers)
@@ -245,6 +254,16 @@ class ConversationEncoder:
             prompt=prompt,
             answer=answer,
         )
+
+
+def _remembering(encode: Callable[[tuple[Turn, ...]], Encoded]) -> Callable[[tuple[Turn, ...]], Encoded]:
+    cached = lru_cache(maxsize=CACHED_TEXTS)(encode)
+
+    def remembered(turns: tuple[Turn, ...]) -> Encoded:
+        characters = sum(len(turn.system) + len(turn.human) + len(turn.gpt) for turn in turns)
+        return (cached if characters <= CACHED_CHARACTERS else encode)(turns)
+
+    return remembered
 
 
 def _stack(pixels: list[torch.Tensor], side: int) -> torch.Tensor:

@@ -215,6 +215,10 @@ class MoELanguageModel(AnswerMixin, StageModule):
         for _, reach in self.extensions:
             reach.set(None)
 
+    def teardown(self, stage: str) -> None:
+        """Closes what the last batch opened: the transformers model may be called by itself next."""
+        self.close_reach()
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeds ids; image placeholders, which lie outside the vocabulary, become the embedding of id 0."""
         return self.model.get_input_embeddings()(input_ids.masked_fill(input_ids == self.image_token_id, 0))

@@ -252,6 +252,10 @@ class MoExtend(AnswerMixin, StageModule):
             output = output.plus(name, losses, spec)
         return output
 
+    def teardown(self, stage: str) -> None:
+        """Ends a fit, validate or test run."""
+        self.language.teardown(stage)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Learns to predict the supervised tokens."""
         output = self(batch)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.tiny_world import QUESTION, TinyWorld, make_plan, perturb, picture
 from PIL import Image
 
+from callbacks.expert_extension import ExpertExtension
+from callbacks.train_only import TrainOnly
 from moextend_pl.answers import exact_match
 from moextend_pl.samples.prompt import prompt_batch
 
@@ -27,6 +31,21 @@ def test_projected_features_stand_on_the_placeholders_of_their_image(tiny_world:
     torch.testing.assert_close(embedded[2][is_image[2]], features[1])
     table = model.language.model.get_input_embeddings().weight
     assert torch.equal(embedded[~is_image], table[batch["input_ids"][~is_image]])
+
+
+@pytest.mark.parametrize("end", ["fit", "validate"])
+def test_after_a_run_the_language_model_by_itself_is_the_base(
+    end: str, tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    make_plan(init="copy").save(tmp_path / "plan.yaml")
+    model, data = tiny_world.unbuilt(), tiny_world.datamodule("vqa", batch_size=2)
+    trainer = make_trainer(TrainOnly(list(PARTS)), ExpertExtension(plan=str(tmp_path / "plan.yaml")), steps=1)
+    trainer.fit(model, data)
+    if end == "validate":
+        trainer.validate(model, data)
+    ids = tiny_world.batch(model, "tt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model.eval().language.model(ids).logits, tiny_world.stock()(ids).logits)
 
 
 def test_text_only_batch_gives_every_learning_parameter_a_zero_gradient(tiny_world: TinyWorld) -> None:

@@ -33,6 +33,7 @@ from moextend_pl import MoExtend, cli
 from moextend_pl.atomic import write_json
 from moextend_pl.contracts import ExtensionPlan
 
+ROOT = Path(__file__).parents[1]
 TASKS = ("shape", "colour")
 ROUTINGS = ("masked", "open")
 
@@ -51,15 +52,15 @@ def pictures_with(task: str, pictures: list[Picture]) -> Iterator[Picture]:
             yield dataclasses.replace(picture, questions=questions)
 
 
-def build_sets(out: Path) -> None:
-    """Writes `data/<task>/<split>` unless they are there."""
+def build_sets(out: Path, limit: int | None = None) -> None:
+    """Writes `data/<task>/<split>` unless they are there, of the first `limit` pictures of each split."""
     package = importlib.import_module("easy_vqa")
     for split in SPLITS:
         for task in TASKS:
             folder = out / "data" / task / split
             if not (folder / "index.json").is_file():
                 folder.mkdir(parents=True, exist_ok=True)
-                write_shards(vqa_entries(pictures_with(task, pictures_of(package, split))), folder, 1000)
+                write_shards(vqa_entries(pictures_with(task, pictures_of(package, split)[:limit])), folder, 1000)
 
 
 def extend(base: Path, out: Path, task: str, start: Path, steps: int) -> Path:
@@ -77,7 +78,7 @@ def extend(base: Path, out: Path, task: str, start: Path, steps: int) -> Path:
         "StageReceipt": {"outputs": ["delta.safetensors", "manifest.json", "frozen.json"]},
     }
     stage: dict[str, Any] = {
-        "base": str((Path("configs") / "easy_vqa" / "vqa.yaml").resolve()),
+        "base": str(ROOT / "configs" / "easy_vqa" / "vqa.yaml"),
         "trainer": {
             "default_root_dir": str(run),
             "max_steps": steps,
@@ -139,9 +140,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=Path("runs/quickstart"), help="a finished quickstart")
     parser.add_argument("--out", type=Path, default=Path("runs/second_task"))
     parser.add_argument("--steps", type=int, default=900, help="steps of each extension")
+    parser.add_argument("--pictures", type=int, help="pictures of each split; all by default")
     options = parser.parse_args(argv)
     base, out = options.base.resolve(), options.out.resolve()
-    build_sets(out)
+    build_sets(out, options.pictures)
     run_a = extend(base, out, TASKS[0], base / "1_align", options.steps)
     run_b = extend(base, out, TASKS[1], run_a, options.steps)
     first, second = MoExtend.load(run_a), MoExtend.load(run_b)

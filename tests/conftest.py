@@ -23,3 +23,13 @@ def fixtures() -> Path:
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     """A language model, a vision tower and shards, read-only."""
     return build_tiny_world(tmp_path_factory.mktemp("tiny_world"))
+
+
+@pytest.fixture(scope="session")
+def quickstart() -> Path:
+    """Folder of a finished `make quickstart`; `MOEXTEND_RUN` names another one."""
+    root = Path(__file__).parents[1]
+    run = root / os.environ.get("MOEXTEND_RUN", "runs/quickstart")
+    if not (run / "report.json").is_file():
+        pytest.skip(f"needs the results of `make quickstart` in {run}; MOEXTEND_RUN names another folder")
+    return run

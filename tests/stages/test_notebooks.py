@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import nbformat
@@ -19,10 +18,8 @@ def test_there_are_notebooks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("quickstart")
 def test_notebook_runs(path: Path) -> None:
-    run = ROOT / os.environ.get("MOEXTEND_RUN", "runs/quickstart")
-    if not (run / "report.json").is_file():
-        pytest.skip(f"needs the results of `make quickstart` in {run}; MOEXTEND_RUN names another folder")
     notebook = nbformat.read(path, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit notebooks without outputs"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()

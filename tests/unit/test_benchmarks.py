@@ -93,3 +93,15 @@ def test_benchmark_works_on_small_sizes(name: str, tmp_path: Path) -> None:
     if name == "cumo":
         assert report["same"]
         assert report["looped_ms"] > 0
+
+
+@pytest.mark.slow
+def test_the_second_task_leaves_the_first_as_it_was(quickstart: Path, tmp_path: Path) -> None:
+    options = ["--base", quickstart, "--out", tmp_path, "--steps", "5", "--pictures", "20"]
+    command = [sys.executable, BENCHMARKS / "second_task.py", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "second_task.json").read_text())
+    assert report["shape_outputs_identical"]
+    assert report["backward_transfer"]["masked"] == 0
+    assert "then for colours" in done.stdout

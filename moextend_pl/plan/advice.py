@@ -47,6 +47,9 @@ def remedies(shape: ModelShape, run: RunShape, gpu: Gpu) -> list[Remedy]:
     options = [_first(shape, gpu, batches[1:]) or _first(shape, gpu, _shorter(shape, batches[-1]))]
     if not run.nf4 and any(part.quantisable for part in shape.parts):
         options.append(_first(shape, gpu, [replace(batch, nf4=True) for batch in batches], "`quantize: nf4`"))
+    if not run.recompute and shape.layers:
+        again = [replace(batch, recompute=True) for batch in batches]
+        options.append(_first(shape, gpu, again, "`activation_checkpointing: true`"))
     options.append(_sharded(shape, batches, gpu))
     return [option for option in options if option is not None]
 

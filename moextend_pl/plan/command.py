@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from moextend_pl.contracts import UserError
 
 if TYPE_CHECKING:
+    from moextend_pl.plan.facts import ModelShape
     from moextend_pl.plan.report import Report
-    from moextend_pl.stage import StageModule
+    from moextend_pl.plan.stage_model import StageModel
 
 SCHEMA = 1
 # Public trainings of mixture-of-experts models report 24 to 28 % of the peak (MoE-LLaVA, NeMo AutoModel).
@@ -22,10 +23,8 @@ DESCRIPTION = """\
 Prints what a stage needs and costs. Takes --config and the other options of `fit`, reads no weights and no data:
 what is not there yet is replaced by model/config.json, tower/config.json and extension_plan.yaml beside the stage file.
 """
+MIXED = "a tower or projector that learns is counted in fp32: under autocast it keeps less"
 POSITIVE = ("gpu_tflops", "gpu_memory", "gpus", "price", "mfu", "tokens_per_second", "length", "mean_length")
-
-
-RECOMPUTED = "activation checkpointing is not counted: activations are less than stated, operations up to a third more"
 
 
 def options_parser() -> argparse.ArgumentParser:
@@ -76,19 +75,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def counted_language(module: StageModule) -> StageModule:
-    """Returns the language model of a stage, or the stage itself if it has none.
+def uncounted(stage: StageModel, shape: ModelShape) -> list[str]:
+    """Says in one sentence each what a stage does that the arithmetic leaves out.
 
-    Raises:
-        UserError: If the arithmetic does not cover it.
+    Args:
+        stage: The stage.
+        shape: Its model.
     """
-    language: StageModule = getattr(module, "language", module)
-    if getattr(language, "dense", False) or getattr(language, "upcycle_spec", None) is not None:
-        raise UserError(
-            "`plan` counts language models that have experts of their own; this stage has a dense or an upcycled one, "
-            "of which it cannot say anything yet."
-        )
-    return language
+    learning = [part for part in (shape.tower, shape.projector) if part is not None and part.learns]
+    return [MIXED] if learning and stage.is_mixed else []
 
 
 def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Report:
@@ -104,6 +99,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
     from moextend_pl.module import ENCODE_TOGETHER
     from moextend_pl.plan import advice, cost
     from moextend_pl.plan.gpus import choose_gpu
+    from moextend_pl.plan.operations import operations
     from moextend_pl.plan.report import Report
     from moextend_pl.plan.run_shape import Wishes, measured_time, run_shape, run_time
     from moextend_pl.plan.shapes import read_shape
@@ -111,8 +107,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
 
     gpu = choose_gpu(options.gpu, options.gpu_tflops, options.gpu_memory)
     stage = read_stage(stage_options)
-    language = counted_language(stage.module)
-    recomputes = getattr(language, "activation_checkpointing", False)
+    language = getattr(stage.module, "language", stage.module)
     shape = read_shape(stage.module, stage.compute_dtype.itemsize)
     run = run_shape(
         stage.config,
@@ -122,6 +117,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
         compute_bytes=stage.compute_dtype.itemsize,
         cast_copies=stage.is_mixed,
         nf4=getattr(language, "quantize", None) == "nf4",
+        recompute=getattr(language, "activation_checkpointing", False),
     )
     time = None
     if options.tokens_per_second:
@@ -130,11 +126,11 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
         time = run_time(shape, run, options.mfu * gpu.flops, options.price)
     return Report(
         stage=f"{stage.precision}, {run.gpus} x {gpu.name if gpu else 'GPU'}",
-        notes=(*stage.notes, *([RECOMPUTED] if recomputes else [])),
+        notes=(*stage.notes, *uncounted(stage, shape)),
         shape=shape,
         run=run,
         memory=cost.memory(shape, run),
-        operations=cost.operations(shape, run),
+        operations=operations(shape, run),
         checkpoint_bytes=cost.checkpoint_bytes(shape),
         gpu=gpu,
         time=time,

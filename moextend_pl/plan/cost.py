@@ -1,4 +1,4 @@
-"""The arithmetic of memory, operations, hours and money of one stage; plain numbers in, plain numbers out.
+"""The arithmetic of memory of one stage; plain numbers in, plain numbers out.
 
 What is assumed: experts run as `moextend` or as transformers' `grouped_mm`, attention as a fused kernel that keeps
 queries, keys, values and its output; tokens spread evenly over the experts of a layer; every sequence has the full
@@ -11,15 +11,12 @@ Symbols as in `plan.facts`; S padded length, T tokens of one rank's batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Norm, Part, Stack
 
 FP32, INT64 = 4, 8
-# A fused backward pass of attention computes the scores once more: five products for the two of the forward pass.
-ATTENTION_BACKWARD = 2.5
 # Half a byte and a 32-bit scale for each 64 values, as bitsandbytes stores them without double quantisation.
 NF4_BYTES = 0.5 + FP32 / 64
 NO_GRAPH, EXPERTS_ONLY, WHOLE = range(3)
@@ -44,6 +41,7 @@ class RunShape:
         new_share: Share of selections of an extended layer that go to new experts; None for an even spread.
         learned: Learned tokens of a sequence; None for all of its text.
         on_cpu: Whether old experts leave out the selections of new ones, for which a GPU would have to wait.
+        recompute: Whether decoder layers keep their input only and are computed again in the backward pass.
     """
 
     gpus: int
@@ -60,6 +58,7 @@ class RunShape:
     new_share: float | None = None
     learned: float | None = None
     on_cpu: bool = False
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,28 +91,6 @@ class Memory:
     def total(self) -> float:
         """All of it."""
         return self.kept + self.activations + self.temporaries
-
-
-@dataclass(frozen=True)
-class Operations:
-    """Operations of one micro-batch of one rank; a multiplication and an addition are two.
-
-    Attributes:
-        forward: Of the forward pass.
-        inputs: Of the backward pass towards inputs (dX).
-        weights: Of the backward pass towards weights that learn (dW).
-        tower: Of the vision tower, both passes.
-    """
-
-    forward: float
-    inputs: float
-    weights: float
-    tower: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.forward + self.inputs + self.weights + self.tower
 
 
 def graph_states(shape: ModelShape) -> list[int]:
@@ -207,7 +184,13 @@ def learned_tokens(shape: ModelShape, run: RunShape) -> float:
 def activation_bytes(shape: ModelShape, run: RunShape) -> float:
     """Returns what one rank keeps for the backward pass of a micro-batch."""
     states = graph_states(shape)
-    token = sum(saved_by_layer(layer, run, state) for layer, state in zip(shape.layers, states, strict=True))
+    layers = [saved_by_layer(layer, run, state) for layer, state in zip(shape.layers, states, strict=True)]
+    token = sum(layers)
+    if run.recompute:
+        # Under autocast the values between layers stay in fp32. One layer at a time is there as a whole.
+        size = FP32 if run.cast_copies else run.compute_bytes
+        kept = [layer for layer, state in zip(shape.layers, states, strict=True) if state != NO_GRAPH]
+        token = sum(layer.width for layer in kept) * size + max(layers, default=0.0)
     if shape.final_norm is not None:
         token += saved_by_norms([shape.final_norm], run.compute_bytes)
     token += shape.embeddings_learn * INT64
@@ -217,13 +200,16 @@ def activation_bytes(shape: ModelShape, run: RunShape) -> float:
         head = FP32 * vocabulary + shape.head.learns * shape.head.inputs * run.compute_bytes + INT64
         sequence += head * learned_tokens(shape, run)
     sequence += run.images * sum(n.saved for n in (shape.tower, shape.projector) if n is not None)
-    copies = run.compute_bytes * _matrix_weights(shape, states) if run.cast_copies else 0
+    copies = run.compute_bytes * _copied_weights(shape, states, run.recompute) if run.cast_copies else 0
     return sequence * run.micro_batch + copies
 
 
-def _matrix_weights(shape: ModelShape, states: list[int]) -> int:
-    pairs = zip(shape.layers, states, strict=True)
-    return sum(m.weights for layer, state in pairs if state == WHOLE for m in layer.mixer)
+def _copied_weights(shape: ModelShape, states: list[int], recompute: bool) -> int:
+    """Returns how many weights autocast keeps a copy of; frozen ones of one layer at a time if that is recomputed."""
+    whole = [layer for layer, state in zip(shape.layers, states, strict=True) if state == WHOLE]
+    learning = sum(m.weights for layer in whole for m in layer.mixer if m.learns)
+    frozen = [sum(m.weights for m in layer.mixer if not m.learns) for layer in whole]
+    return learning + (max(frozen, default=0) if recompute else sum(frozen))
 
 
 def memory(shape: ModelShape, run: RunShape) -> Memory:
@@ -254,40 +240,3 @@ def optimizer_bytes(part: Part) -> float:
 def checkpoint_bytes(shape: ModelShape) -> float:
     """Returns the size of a checkpoint: what learns and both moments of it."""
     return sum(part.learning_bytes + optimizer_bytes(part) for part in shape.parts)
-
-
-def layer_operations(layer: Layer, run: RunShape, state: int) -> tuple[float, float, float]:
-    """Returns forward, dX and dW operations of a layer for a token; attention counts as if it were not causal."""
-    attention = 2 * run.mean_length * (layer.scores + layer.values)
-    forward = attention + 2 * sum(m.weights for m in (*layer.mixer, *layer.mlp))
-    inputs = ATTENTION_BACKWARD * attention + 2 * sum(m.weights for m in (*layer.mixer, *layer.mlp))
-    weights = 2.0 * sum(m.weights for m in (*layer.mixer, *layer.mlp) if m.learns)
-    partial = 0.0
-    for stack in layer.stacks:
-        rows = computed_rows(stack, layer, run)
-        forward += 2 * rows * stack.weights
-        inputs += 2 * rows * stack.weights
-        weights += 2 * rows * stack.weights * stack.learns
-        # Where the input needs no gradient, experts that learn still hand it through their last matrix.
-        partial += 2 * rows * stack.width * stack.inner * stack.learns
-    return forward, {NO_GRAPH: 0.0, EXPERTS_ONLY: partial, WHOLE: inputs}[state], weights
-
-
-def operations(shape: ModelShape, run: RunShape) -> Operations:
-    """Returns the operations of one micro-batch of one rank, of its mean length."""
-    states = graph_states(shape)
-    layers = [layer_operations(layer, run, state) for layer, state in zip(shape.layers, states, strict=True)]
-    forward, inputs, weights = (sum(values) * run.mean_length for values in zip(*layers)) if layers else (0.0, 0.0, 0.0)
-    if shape.head is not None:
-        head = 2 * shape.head.weights * learned_tokens(shape, run) * run.mean_length / run.length
-        forward, inputs, weights = forward + head, inputs + head, weights + head * shape.head.learns
-    forward, inputs, weights = (value * run.micro_batch for value in (forward, inputs, weights))
-    images = run.images * run.micro_batch
-    tower = 0.0
-    if shape.tower is not None:
-        together = 1 if shape.tower.learns else run.encoded_together
-        tower = (math.ceil(images / together) * together) * (shape.tower.forward + shape.tower.backward)
-    if shape.projector is not None:
-        forward += images * shape.projector.forward
-        weights += images * shape.projector.backward
-    return Operations(forward, inputs, weights, tower)

@@ -93,6 +93,7 @@ class Layer:
     """One decoder layer.
 
     Attributes:
+        width: D.
         mixer: Matrices before the experts: those of attention, or all of a layer without experts.
         mlp: Matrices beside the experts: router and shared experts.
         inner: Values of a token between the matrices of dense and shared MLPs.
@@ -107,6 +108,7 @@ class Layer:
         router_learns: Whether rows of the router or a calibration learn.
     """
 
+    width: int
     mixer: tuple[Matrix, ...]
     mlp: tuple[Matrix, ...]
     inner: int

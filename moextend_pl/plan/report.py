@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moextend_pl.plan.cost import NF4_BYTES, Memory, Operations, RunShape
+from moextend_pl.plan.cost import NF4_BYTES, Memory, RunShape
 from moextend_pl.plan.facts import ModelShape
 from moextend_pl.plan.gpus import Gpu
+from moextend_pl.plan.operations import Operations
 from moextend_pl.plan.run_shape import Time
 
 NAME, NUMBER = 30, 17
@@ -118,6 +119,7 @@ def operations_text(executed: Operations, run: RunShape) -> str:
     tokens = run.micro_batch * run.mean_length
     kinds = {
         "forward": executed.forward,
+        **({"forward, computed again": executed.again} if executed.again else {}),
         "backward to inputs": executed.inputs,
         "backward to weights that learn": executed.weights,
         "vision tower": executed.tower,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moextend_pl.contracts import UserError
-from moextend_pl.plan.cost import RunShape, operations
+from moextend_pl.plan.cost import RunShape
 from moextend_pl.plan.facts import ModelShape
+from moextend_pl.plan.operations import operations
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
         raise UserError(f"Expected `trainer.max_steps` > 0, got {steps}. Set it in the stage file.")
     ranks = configured_gpus(trainer)
     gpus, accumulate = wishes.gpus or ranks, int(trainer.get("accumulate_grad_batches") or 1)
-    if batch % ranks or (accumulate * ranks) % gpus:
+    if batch % ranks or (accumulate * batch) % gpus:
         raise UserError(
             f"Batches of {batch} sequences on {ranks} GPUs, {accumulate} of them a step, cannot be shared by "
             f"{gpus} GPUs. Change `data.batch_size` or `trainer.accumulate_grad_batches`."
@@ -83,10 +84,13 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
             f"Expected sequences longer than the {shape.tokens_per_image} tokens of an image, got {length}. Change "
             "`data.max_length` or `--length`."
         )
+    # More GPUs take fewer micro-batches each, and smaller ones only where there are not enough for all.
+    share = accumulate * batch // gpus
+    micro_batch = next(size for size in range(batch // ranks, 0, -1) if share % size == 0)
     return RunShape(
         gpus=gpus,
-        micro_batch=batch // ranks,
-        accumulate=accumulate * ranks // gpus,
+        micro_batch=micro_batch,
+        accumulate=share // micro_batch,
         steps=steps,
         length=length,
         mean_length=wishes.mean_length or float(length),

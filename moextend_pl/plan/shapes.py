@@ -18,7 +18,7 @@ from moextend_pl.contracts import UserError
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
-from moextend_pl.moe.blocks import MoEBlock, find_blocks
+from moextend_pl.moe.blocks import MoEBlock, list_blocks
 from moextend_pl.moe.dispatch import takes
 from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Network, Norm, Part, Stack
 from moextend_pl.stage import StageModule
@@ -96,9 +96,13 @@ def _quantisable(model: nn.Module) -> Iterator[torch.Tensor]:
             yield from (p for p in module.parameters(recurse=False) if p.dim() == 3)
 
 
-def _decoder(model: nn.Module) -> list[nn.Module]:
+def _decoder(model: Any) -> list[nn.Module]:
     """Returns the decoder layers, those without experts included."""
-    names = find_blocks(model)[0].path.split(".")
+    blocks = list_blocks(model)
+    if not blocks:
+        count = model.config.get_text_config().num_hidden_layers
+        return next(list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    names = blocks[0].path.split(".")
     place = max(n for n, name in enumerate(names) if name.isdigit())
     return list(model.get_submodule(".".join(names[:place])).children())
 
@@ -117,13 +121,14 @@ def _final_norm(model: nn.Module) -> Norm | None:
 
 def _layers(language: MoELanguageModel, compute_bytes: int) -> tuple[Layer, ...]:
     model = language.model
-    blocks = {block.layer: block for block in find_blocks(model)}
+    blocks = {block.layer: block for block in list_blocks(model)}
+    top_k = _top_k(language)
     config = model.config.get_text_config()
     layers = _decoder(model)
-    return tuple(_layer(layer, blocks.get(n), config, compute_bytes) for n, layer in enumerate(layers))
+    return tuple(_layer(layer, blocks.get(n), top_k, config, compute_bytes) for n, layer in enumerate(layers))
 
 
-def _layer(layer: nn.Module, block: MoEBlock | None, config: Any, compute_bytes: int) -> Layer:
+def _layer(layer: nn.Module, block: MoEBlock | None, top_k: int, config: Any, compute_bytes: int) -> Layer:
     inside = {id(module) for module in block.module.modules()} if block is not None else set()
     linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
     mixer = tuple(_mixer_matrix(name, m) for name, m in linears.items() if id(m) not in inside)
@@ -132,6 +137,7 @@ def _layer(layer: nn.Module, block: MoEBlock | None, config: Any, compute_bytes:
     heads = int(config.num_attention_heads)
     head = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     common: dict[str, Any] = {
+        "width": int(config.hidden_size),
         "mixer": mixer,
         "inner": sum(m.in_features if m.out_features == config.hidden_size else m.out_features for m in mlps),
         "norms": tuple(_norms(layer, heads * head, int(config.num_key_value_heads) * head)),
@@ -150,7 +156,7 @@ def _layer(layer: nn.Module, block: MoEBlock | None, config: Any, compute_bytes:
             *_router_matrices(rows),
         ),
         stacks=tuple(_stacks(block.experts, width, compute_bytes)),
-        top_k=_top_k(config),
+        top_k=top_k,
         routed=routed,
         correction=sum(len(p) for p in calibrations if p.shape[-1] == routed),
         router_learns=_learns(block.router),
@@ -158,7 +164,10 @@ def _layer(layer: nn.Module, block: MoEBlock | None, config: Any, compute_bytes:
     )
 
 
-def _top_k(config: Any) -> int:
+def _top_k(language: MoELanguageModel) -> int:
+    if language.dense or language.upcycle_spec is not None:
+        return language.upcycle_spec.top_k if language.upcycle_spec is not None else 0
+    config = language.model.config.get_text_config()
     for name in TOP_K_NAMES:
         if isinstance(getattr(config, name, None), int):
             return int(getattr(config, name))

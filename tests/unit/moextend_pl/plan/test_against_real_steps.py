@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.real_steps import counter, make_step, saved_bytes, size
 from helpers.stages import write_stage
 from helpers.tiny_world import TinyWorld, build_tiny_world, make_plan, tiny_mixtral, tiny_tokenizer
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moextend_pl import cli
 from moextend_pl.checkpoint import DELTA_FILE
-from moextend_pl.contracts import Batch, TrainPlan
-from moextend_pl.module import ENCODE_TOGETHER, MoExtend
 from moextend_pl.optim import OptimSpec, build_optimizer
-from moextend_pl.plan.cost import RunShape, checkpoint_bytes, memory, operations
-from moextend_pl.plan.facts import ModelShape
+from moextend_pl.plan.cost import checkpoint_bytes, memory
+from moextend_pl.plan.operations import operations
 from moextend_pl.plan.shapes import read_shape
 from moextend_pl.plan.stage_model import read_stage
 
@@ -56,80 +51,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return world
 
 
-@dataclass(frozen=True)
-class Step:
-    """A real step beside its prediction."""
-
-    model: MoExtend
-    batch: Batch
-    shape: ModelShape
-    run: RunShape
-
-
-def predicted_positions(model: MoExtend, batch: Batch) -> int:
-    """Counts the positions that the head is applied to; with transformers 5.17 whole columns of the batch."""
-    positions: list[int] = []
-    head = model.language.model.get_output_embeddings()
-    with torch.no_grad(), head.register_forward_hook(lambda _, __, y: positions.append(y[..., 0].numel())):
-        model(batch)
-    return positions[0]
-
-
-def make_step(world: TinyWorld, parts: list[str], dtype: torch.dtype, **options: Any) -> Step:
-    plan = make_plan((2, 3), init="copy", routing="open") if "new_experts" in parts else None
-    model = world.model(plan, parts, **options).to(dtype)
-    model.train()
-    model.encoder.eval()
-    model.cache_features = False
-    batch = world.batch(model, "iiittiii" * 2)
-    batch["pixel_values"] = batch["pixel_values"].to(dtype)
-    unbuilt = world.unbuilt(**options)
-    unbuilt.extension_plan, unbuilt.train_plan = plan, TrainPlan(tuple(parts))
-    with torch.device("meta"):
-        unbuilt.configure_model()
-    sequences, length = batch["input_ids"].shape
-    with torch.no_grad(), model.language.watch.recording() as records:
-        model.language(batch, model.embed(batch))
-    experts = min(record.num_experts for record in records)
-    grown = [record.indices for record in records if record.num_experts > experts]
-    run = RunShape(
-        gpus=1,
-        micro_batch=sequences,
-        accumulate=1,
-        steps=1,
-        length=length,
-        mean_length=length,
-        images=len(batch["image_keys"]) / sequences,
-        encoded_together=ENCODE_TOGETHER,
-        compute_bytes=dtype.itemsize,
-        nf4=options.get("quantize") == "nf4",
-        new_share=float((torch.cat(grown) >= experts).float().mean()) if grown else None,
-        learned=predicted_positions(model, batch) / sequences,
-        on_cpu=True,
-    )
-    return Step(model, batch, read_shape(unbuilt.to(dtype), dtype.itemsize), run)
-
-
-def size(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def saved_bytes(model: MoExtend, batch: Batch) -> tuple[Tensor, int]:
-    """Returns the loss and the bytes of the storages that its graph keeps and that are no parameters."""
-    own = {StorageWeakRef(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
-    kept: dict[StorageWeakRef, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = StorageWeakRef(tensor.untyped_storage())
-        if storage not in own:
-            kept[storage] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(batch).loss
-    return loss, sum(kept.values())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_predicted_memory_is_that_of_a_real_step(world: TinyWorld, parts: list[str], dtype: torch.dtype) -> None:
@@ -155,33 +76,12 @@ def test_predicted_memory_is_that_of_a_real_step(world: TinyWorld, parts: list[s
 
 def test_predicted_memory_of_a_base_in_four_bits_is_that_of_a_real_one(world: TinyWorld) -> None:
     pytest.importorskip("bitsandbytes")
-    step = make_step(world, PARTS["extension"], torch.float32, quantize="nf4")
+    step = make_step(world, PARTS["extension"], torch.float32, lambda: world.unbuilt(quantize="nf4"))
     predicted = memory(step.shape, step.run)
     assert predicted.weights == size([*step.model.parameters(), *step.model.buffers()])
     assert predicted.weights < 0.5 * memory(step.shape, replace(step.run, nf4=False)).weights
     _, activations = saved_bytes(step.model, step.batch)
     assert predicted.activations == pytest.approx(activations, rel=0.04)
-
-
-def grouped_flops(left: Tensor, right: Tensor, offs: Tensor, *_: object, **__: object) -> int:
-    """Counts a grouped product, which torch's counter does not know: rows past the last group are not computed."""
-    rows, inner = int(offs[-1]), right.shape[1] if right.dim() == 3 else left.shape[0]
-    return 2 * rows * inner * right.shape[-1]
-
-
-grouped_flops._get_raw = True  # type: ignore[attr-defined] # hands over tensors where others get shapes
-
-
-def counter() -> FlopCounterMode:
-    aten = torch.ops.aten
-    # The counter of torch 2.11 has no entry for attention on a CPU; its formula is the same everywhere.
-    attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-        ),
-    }
-    return FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped_flops, **attention})
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)

@@ -38,8 +38,14 @@ class OptimSpec:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise UserError(f"Expected `optim.lr` > 0, got {self.lr}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"Expected `optim.weight_decay` >= 0, got {self.weight_decay}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"Expected `optim.betas` in [0, 1), got {list(self.betas)}.")
+        if not 0 <= self.final_fraction <= 1:
+            raise UserError(f"Expected `optim.final_fraction` in [0, 1], got {self.final_fraction}.")
         if self.schedule not in SCHEDULES:
             raise UserError(f"Expected `optim.schedule` in {list(SCHEDULES)}, got {self.schedule!r}.")
         if not 0 <= self.warmup_fraction <= 1:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from moextend_pl.contracts import UserError
+from moextend_pl.model_folder import read_config
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
@@ -26,7 +27,7 @@ def vision_config(folder: str) -> PreTrainedConfig:
     Args:
         folder: Folder with a `config.json`.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(folder)
     return getattr(config, "vision_config", config)
 
 
@@ -53,9 +54,7 @@ def make_tower(folder: str, with_weights: bool) -> Any:
     if with_weights:
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
         return vision_half(AutoModel.from_pretrained(folder, **options))
-    return vision_half(
-        AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=torch.float32)
-    )
+    return vision_half(AutoModel.from_config(read_config(folder), dtype=torch.float32))
 
 
 def vision_half(model: Any) -> Any:

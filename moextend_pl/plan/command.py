@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moextend_pl.contracts import UserError
 
@@ -23,9 +24,11 @@ Prints what a stage needs and costs. Takes --config and the other options of `fi
 what is not there yet is replaced by model/config.json, tower/config.json and extension_plan.yaml beside the stage file.
 """
 POSITIVE = ("gpu_tflops", "gpu_memory", "gpus", "price", "mfu", "tokens_per_second", "length", "mean_length")
-
-
+REPLICATED = ("auto", "ddp", "singledevice", "single_device")
 RECOMPUTED = "activation checkpointing is not counted: activations are less than stated, operations up to a third more"
+PACKED = "packing is not counted: a row is planned as one conversation with one image"
+SHARDED = "`trainer.strategy` {} is not counted: each GPU is planned to hold everything, as with DDP"
+QUANTISED = "{} is quantised already: weights are planned as its unquantised model's"
 
 
 def options_parser() -> argparse.ArgumentParser:
@@ -64,8 +67,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{error}.") from error
     for name in POSITIVE:
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"Expected `--{name.replace('_', '-')}` > 0, got {value:g}.")
+    if options.mfu > 1:
+        raise UserError(f"Expected `--mfu` in (0, 1], the share of the card's speed, got {options.mfu:g}.")
+    if options.json is not None and options.json.is_dir():
+        raise UserError(f"Expected a file for `--json`, got the folder {options.json}. Name a file in it.")
     report = make_report(options, rest)
     sys.stdout.write(report.text() + "\n")
     if options.json:
@@ -91,6 +98,27 @@ def counted_language(module: StageModule) -> StageModule:
     return language
 
 
+def uncounted(config: dict[str, Any], language: StageModule) -> list[str]:
+    """Says in one sentence each what a stage does that the arithmetic leaves out.
+
+    Args:
+        config: A stage's parsed config.
+        language: Its language model, or the stage itself.
+    """
+    from moextend_pl.model_folder import is_quantised
+
+    notes = [RECOMPUTED] if getattr(language, "activation_checkpointing", False) else []
+    if ((config.get("data") or {}).get("init_args") or {}).get("packing"):
+        notes.append(PACKED)
+    strategy = config["trainer"].get("strategy") or "auto"
+    name = str(strategy.get("class_path") if isinstance(strategy, dict) else strategy).rpartition(".")[2]
+    if not name.lower().startswith(REPLICATED):
+        notes.append(SHARDED.format(name))
+    if is_quantised(getattr(language, "base", None)):
+        notes.append(QUANTISED.format(language.base))
+    return notes
+
+
 def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Report:
     """Builds the stage on the meta device and does the arithmetic.
 
@@ -112,7 +140,6 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
     gpu = choose_gpu(options.gpu, options.gpu_tflops, options.gpu_memory)
     stage = read_stage(stage_options)
     language = counted_language(stage.module)
-    recomputes = getattr(language, "activation_checkpointing", False)
     shape = read_shape(stage.module, stage.compute_dtype.itemsize)
     run = run_shape(
         stage.config,
@@ -130,7 +157,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
         time = run_time(shape, run, options.mfu * gpu.flops, options.price)
     return Report(
         stage=f"{stage.precision}, {run.gpus} x {gpu.name if gpu else 'GPU'}",
-        notes=(*stage.notes, *([RECOMPUTED] if recomputes else [])),
+        notes=(*stage.notes, *uncounted(stage.config, language)),
         shape=shape,
         run=run,
         memory=cost.memory(shape, run),

@@ -66,7 +66,8 @@ def _learns(module: nn.Module) -> bool:
 
 
 def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
-    found = {id(p) for p in _quantisable(model)} if model is not None else set()
+    is_packed = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    found = {id(p) for p in _quantisable(model)} if model is not None and not is_packed else set()
     parts = []
     for name, parameters in module.parts().items():
         matrices = found if name == "language" else set()

@@ -134,7 +134,7 @@ def test_weights_that_are_there_win_over_the_files_beside_the_stage(
         (["--price", "nan"], "Expected `--price` > 0, got nan."),
         (["--tokens-per-second", "inf"], "Expected `--tokens-per-second` > 0, got inf."),
         (["--mfu", "30"], "Expected `--mfu` in (0, 1], the share of the card's speed, got 30."),
-        (["--mean-length", "4096"], "Expected `--mean-length` within the 2048 tokens of a sequence, got 4096."),
+        (["--mean-length", "4096"], "Expected `--mean-length` within the 2048 tokens of a padded sequence, got 4096."),
         (["--json", "configs"], "Expected a file for `--json`, got the folder configs."),
         (["--gpus", "3"], "cannot be shared by 3 GPUs"),
         (["--length", "500"], "Expected sequences longer than the 576 tokens of an image, got 500."),

@@ -29,6 +29,7 @@ from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.multiscale import checked_scales, encode_scales
 from moextend_pl.optim import OptimSpec
 from moextend_pl.stage import StageModule, shapes_only
+from moextend_pl.tower_grid import patches_side, pooled_side, timm_side
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "encoder.safetensors"
 TIMM = "timm/"
@@ -217,15 +218,15 @@ class VisionEncoder(StageModule):
     @cached_property
     def tokens_per_image(self) -> int:
         """P, tokens of one image after pooling; needs no built tower."""
-        return (self._grid_side // int(self.config["pool"])) ** 2
+        return pooled_side(self._grid_side, int(self.config["pool"])) ** 2
 
     @cached_property
     def _grid_side(self) -> int:
-        if self.is_timm:
-            with torch.device("meta"):
-                reduction = self._make_tower().feature_info.reduction()[-1]
-            return int(self.config["image_size"]) // int(reduction)
-        return int(self.config["image_size"]) // int(towers.vision_config(self.folder).patch_size)
+        side = int(self.config["image_size"])
+        if not self.is_timm:
+            return patches_side(self.folder, side)
+        with torch.device("meta"):
+            return timm_side(self._make_tower().eval(), str(self.config["name"]), side)
 
     def sample_spec(self) -> SampleSpec:
         """Returns what the tower asks of its data.

@@ -19,6 +19,7 @@ from moextend_pl.contracts import UserError
 from moextend_pl.model_folder import read_config
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+MASK_TOKEN = "mask_token"
 
 
 def vision_config(folder: str) -> PreTrainedConfig:
@@ -159,11 +160,13 @@ class BlockReader:
         return output
 
     def unread_parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters that no feature depends on: all that the tower lists behind the block read."""
-        parameters = list(self.tower.parameters())
+        """Returns the parameters that no feature depends on: all behind the block read, and what masks patches."""
+        named = list(self.tower.named_parameters())
         last = {id(parameter) for parameter in self._last_read.parameters()}
-        places = [place for place, parameter in enumerate(parameters) if id(parameter) in last]
-        return parameters[max(places) + 1 :]
+        end = max(place for place, (_, parameter) in enumerate(named) if id(parameter) in last) + 1
+        # DINO's tower has a token that stands for masked patches, which only its own training has.
+        masks = [parameter for name, parameter in named[:end] if name.rpartition(".")[2] == MASK_TOKEN]
+        return [*masks, *(parameter for _, parameter in named[end:])]
 
     def optional_names(self) -> set[str]:
         """Returns the names of unread parameters outside the blocks, which some published files leave out."""

@@ -138,6 +138,7 @@ def test_weights_that_are_there_win_over_the_files_beside_the_stage(
         (["--json", "configs"], "Expected a file for `--json`, got the folder configs."),
         (["--gpus", "3"], "cannot be shared by 3 GPUs"),
         (["--length", "500"], "Expected sequences longer than the 576 tokens of an image, got 500."),
+        (["--model.encoder.image_size", "224"], "Expected `encoder.image_size` 336,"),
         (["--data.max_length", "null"], "Expected `data.max_length` or `--length`"),
         (["--trainer.max_steps", "-1"], "Expected `trainer.max_steps` > 0, got -1."),
         (["--gpuz", "h200"], "there is no option '--gpuz'"),

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moextend_pl import tower as towers
 from moextend_pl.batch_norm import share_statistics
@@ -28,6 +27,7 @@ from moextend_pl.moe.upcycle import agreed_spec, upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.multiscale import checked_scales, encode_scales
 from moextend_pl.optim import OptimSpec
+from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.stage import StageModule, shapes_only
 from moextend_pl.tower_grid import patches_side, pooled_side, timm_side
 
@@ -143,7 +143,7 @@ class VisionEncoder(StageModule):
         self.upcycle()
         if self.tokenizer_path is not None:
             share_statistics(self.tower)
-            words = len(self._tokenizer())
+            words = len(load_tokenizer(self.tokenizer_path))
             self.image_head = nn.Linear(self.channels, self.embedding_dim)
             self.caption_head = nn.EmbeddingBag(words, self.embedding_dim, mode="mean")
             self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -185,9 +185,6 @@ class VisionEncoder(StageModule):
         if self.stored_upcycle is not None:
             return []
         return [parameter for _, mlp in upcycled_mlps(self.tower) for parameter in mlp.parameters()]
-
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Returns `encoder`, `encoder_unread`, on which no feature depends, and `heads` of a tower trained alone."""
@@ -232,11 +229,11 @@ class VisionEncoder(StageModule):
         """Returns what the tower asks of its data.
 
         Raises:
-            UserError: If no tokenizer is set; MoExtend brings its own.
+            UserError: If no tokenizer is set, or its folder holds none; MoExtend brings its own.
         """
         if self.tokenizer_path is None:
             raise UserError("Expected `tokenizer` to train the vision encoder alone, got none. Name its folder.")
-        tokenizer = self._tokenizer()
+        tokenizer = load_tokenizer(self.tokenizer_path)
         side = int(self.config["image_size"])
         obstacle = "the contrastive loss compares each image with the text of its row"
         return SampleSpec(tokenizer, len(tokenizer), self.tokens_per_image, side, packing_obstacle=obstacle)

@@ -79,6 +79,11 @@ def test_forward_returns_as_many_tokens_and_channels_as_stated(make: Callable, k
     assert stated > 1
 
 
+def test_missing_tokenizer_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="Expected a tokenizer folder at nowhere, found none"):
+        VisionEncoder(**timm_options(tokenizer="nowhere")).sample_spec()
+
+
 @pytest.mark.parametrize("side", [60, 64, 100])
 @torch.no_grad()
 def test_side_that_does_not_divide_is_rounded_as_the_layers_round(side: int) -> None:

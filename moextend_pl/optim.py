@@ -77,6 +77,19 @@ def learning_rate_factor(step: int, total_steps: int, spec: OptimSpec) -> float:
     return spec.final_fraction + (1 - spec.final_fraction) * left
 
 
+def check_steps(total_steps: int) -> None:
+    """Refuses a run without an end.
+
+    Args:
+        total_steps: `trainer.max_steps`.
+
+    Raises:
+        UserError: If it is not set.
+    """
+    if total_steps <= 0:
+        raise UserError(f"Expected `trainer.max_steps` > 0, got {total_steps}. Set it in the stage file.")
+
+
 def check_learnable(frozen: Collection[str], plan: TrainPlan | None) -> None:
     """Refuses a plan that asks a part to learn that cannot, before any weight is read.
 
@@ -150,8 +163,7 @@ def build_optimizer(
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     if not learning:
         raise UserError("Expected at least one part that learns, got none. List parts in `TrainOnly.parts`.")
-    if total_steps <= 0:
-        raise UserError(f"Expected `trainer.max_steps` > 0, got {total_steps}. Set it in the stage file.")
+    check_steps(total_steps)
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in learning):
         master = MasterAdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
         return master, LambdaLR(master, lambda step: learning_rate_factor(step, total_steps, spec))

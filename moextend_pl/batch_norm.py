@@ -26,10 +26,9 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
         assert running_mean is not None and running_var is not None and batches is not None  # noqa: PT018
         momentum = 0.1 if self.momentum is None else self.momentum
-        moments_2C = torch.stack([x_BCHW.mean((0, 2, 3)), x_BCHW.square().mean((0, 2, 3))])
-        # The mean over ranks has to let gradients through: every rank's loss depends on every rank's images.
-        mean_C, square_C = all_reduce(moments_2C) / dist.get_world_size()
-        var_C = square_C - mean_C.square()
+        mean_C = _mean_over_ranks(x_BCHW.mean((0, 2, 3)))
+        # Around the mean, in a pass of its own: the difference of two large squares would lose the variance.
+        var_C = _mean_over_ranks((x_BCHW - mean_C[:, None, None]).square().mean((0, 2, 3)))
         with torch.no_grad():
             count = x_BCHW.numel() / x_BCHW.shape[1] * dist.get_world_size()
             running_mean.lerp_(mean_C, momentum)
@@ -37,7 +36,13 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             batches += 1
         # By hand: torch's function lets no gradient through to statistics that it is given.
         scale_C = self.weight * (var_C + self.eps).rsqrt()
-        return x_BCHW * scale_C[:, None, None] + (self.bias - mean_C * scale_C)[:, None, None]
+        return (x_BCHW - mean_C[:, None, None]) * scale_C[:, None, None] + self.bias[:, None, None]
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    # It has to let gradients through: every rank's loss depends on every rank's images.
+    mean: Tensor = all_reduce(value) / dist.get_world_size()
+    return mean
 
 
 def share_statistics(module: nn.Module) -> None:

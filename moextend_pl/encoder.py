@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moextend_pl import tower as towers
 from moextend_pl.batch_norm import share_statistics
@@ -28,7 +27,9 @@ from moextend_pl.moe.upcycle import agreed_spec, upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.multiscale import checked_scales, encode_scales
 from moextend_pl.optim import OptimSpec
+from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.stage import StageModule, shapes_only
+from moextend_pl.tower_grid import patches_side, pooled_side, timm_side
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "encoder.safetensors"
 TIMM = "timm/"
@@ -142,7 +143,7 @@ class VisionEncoder(StageModule):
         self.upcycle()
         if self.tokenizer_path is not None:
             share_statistics(self.tower)
-            words = len(self._tokenizer())
+            words = len(load_tokenizer(self.tokenizer_path))
             self.image_head = nn.Linear(self.channels, self.embedding_dim)
             self.caption_head = nn.EmbeddingBag(words, self.embedding_dim, mode="mean")
             self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -185,9 +186,6 @@ class VisionEncoder(StageModule):
             return []
         return [parameter for _, mlp in upcycled_mlps(self.tower) for parameter in mlp.parameters()]
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
-
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Returns `encoder`, `encoder_unread`, on which no feature depends, and `heads` of a tower trained alone."""
         unread = self._reader.unread_parameters() if self._reader else []
@@ -217,25 +215,25 @@ class VisionEncoder(StageModule):
     @cached_property
     def tokens_per_image(self) -> int:
         """P, tokens of one image after pooling; needs no built tower."""
-        return (self._grid_side // int(self.config["pool"])) ** 2
+        return pooled_side(self._grid_side, int(self.config["pool"])) ** 2
 
     @cached_property
     def _grid_side(self) -> int:
-        if self.is_timm:
-            with torch.device("meta"):
-                reduction = self._make_tower().feature_info.reduction()[-1]
-            return int(self.config["image_size"]) // int(reduction)
-        return int(self.config["image_size"]) // int(towers.vision_config(self.folder).patch_size)
+        side = int(self.config["image_size"])
+        if not self.is_timm:
+            return patches_side(self.folder, side)
+        with torch.device("meta"):
+            return timm_side(self._make_tower().eval(), str(self.config["name"]), side)
 
     def sample_spec(self) -> SampleSpec:
         """Returns what the tower asks of its data.
 
         Raises:
-            UserError: If no tokenizer is set; MoExtend brings its own.
+            UserError: If no tokenizer is set, or its folder holds none; MoExtend brings its own.
         """
         if self.tokenizer_path is None:
             raise UserError("Expected `tokenizer` to train the vision encoder alone, got none. Name its folder.")
-        tokenizer = self._tokenizer()
+        tokenizer = load_tokenizer(self.tokenizer_path)
         side = int(self.config["image_size"])
         obstacle = "the contrastive loss compares each image with the text of its row"
         return SampleSpec(tokenizer, len(tokenizer), self.tokens_per_image, side, packing_obstacle=obstacle)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moextend_pl.activations import checkpoint_activations
 from moextend_pl.answers import AnswerMixin
@@ -21,6 +21,7 @@ from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec
 from moextend_pl.half_precision import Place, apply_but_for, exact_places
 from moextend_pl.language_losses import LanguageOutput, RouterWeights, counted_tokens, language_losses
 from moextend_pl.losses import learned_tokens
+from moextend_pl.model_folder import read_config
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks, list_blocks
 from moextend_pl.moe.growth import grow, new_parameters, router_parameters
@@ -100,7 +101,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
     def model_config(self) -> PreTrainedConfig:
         """Returns the transformers configuration, read or made from `config`; needs no built network."""
         if self.base is not None:
-            return AutoConfig.from_pretrained(self.base, local_files_only=True)
+            return read_config(self.base)
         return new_config(self.config, self.tokenizer)
 
     @property

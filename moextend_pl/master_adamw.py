@@ -93,7 +93,10 @@ class MasterAdamW(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, and keeps it in fp32: torch would round it to the type of the parameters.
+        """Loads a state in fp32, on the devices of the parameters.
+
+        torch would round it to the type of the parameters, and leave the counters of steps on the CPU, where a file is
+        read to; the fused update reads them on the device.
 
         Args:
             state_dict: As returned by `state_dict`.
@@ -102,5 +105,5 @@ class MasterAdamW(Optimizer):
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
-            for name in STATE if number in state_dict["state"] else ():
+            for name in (*STATE, "step") if number in state_dict["state"] else ():
                 self.state[parameter][name] = state_dict["state"][number][name].to(parameter.device).clone()

@@ -189,8 +189,7 @@ class MoExtend(AnswerMixin, StageModule):
         Returns:
             (I, P, C) features.
         """
-        frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
-        if not frozen or self.encoder.watch.listening:
+        if self.encoder.watch.listening or any(parameter.requires_grad for parameter in self.encoder.parameters()):
             return self.encoder(pixels_I3HW)
         known = self.features.known(image_keys)
         missing = [n for n, key in enumerate(image_keys) if key not in known]
@@ -209,6 +208,13 @@ class MoExtend(AnswerMixin, StageModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoExtend:
         self.features.clear()  # of another device or type
         super()._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> MoExtend:
+        """Changes the mode of all but a frozen tower, whose statistics of images are frozen too."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            self.encoder.eval()
         return self
 
     def embed(self, batch: Batch) -> Tensor:

@@ -38,8 +38,14 @@ class OptimSpec:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise UserError(f"Expected `optim.lr` > 0, got {self.lr}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"Expected `optim.weight_decay` >= 0, got {self.weight_decay}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"Expected `optim.betas` in [0, 1), got {list(self.betas)}.")
+        if not 0 <= self.final_fraction <= 1:
+            raise UserError(f"Expected `optim.final_fraction` in [0, 1], got {self.final_fraction}.")
         if self.schedule not in SCHEDULES:
             raise UserError(f"Expected `optim.schedule` in {list(SCHEDULES)}, got {self.schedule!r}.")
         if not 0 <= self.warmup_fraction <= 1:
@@ -69,6 +75,19 @@ def learning_rate_factor(step: int, total_steps: int, spec: OptimSpec) -> float:
     progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if spec.schedule == "cosine" else 1 - progress
     return spec.final_fraction + (1 - spec.final_fraction) * left
+
+
+def check_steps(total_steps: int) -> None:
+    """Refuses a run without an end.
+
+    Args:
+        total_steps: `trainer.max_steps`.
+
+    Raises:
+        UserError: If it is not set.
+    """
+    if total_steps <= 0:
+        raise UserError(f"Expected `trainer.max_steps` > 0, got {total_steps}. Set it in the stage file.")
 
 
 def check_learnable(frozen: Collection[str], plan: TrainPlan | None) -> None:
@@ -144,8 +163,7 @@ def build_optimizer(
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     if not learning:
         raise UserError("Expected at least one part that learns, got none. List parts in `TrainOnly.parts`.")
-    if total_steps <= 0:
-        raise UserError(f"Expected `trainer.max_steps` > 0, got {total_steps}. Set it in the stage file.")
+    check_steps(total_steps)
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in learning):
         master = MasterAdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
         return master, LambdaLR(master, lambda step: learning_rate_factor(step, total_steps, spec))

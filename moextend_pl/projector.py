@@ -48,7 +48,7 @@ class Projector(StageModule):
         optim: Optimizer, where the projector is trained alone.
 
     Raises:
-        UserError: If `kind` is not known, or is to be upcycled and is no MLP of two layers.
+        UserError: If `kind` is not known, or is to be upcycled and is no MLP of two layers, or `merge` is below 1.
     """
 
     layers: nn.Sequential | UpcycledMLP
@@ -69,6 +69,8 @@ class Projector(StageModule):
         self.depth = int(match[1] or 1)
         if upcycle is not None and (self.depth != 2 or upcycle.layers not in (None, (0,))):
             raise UserError(f"Expected `projector.upcycle` of the one MLP of kind mlp2x_gelu, got kind {kind!r}.")
+        if merge < 1:
+            raise UserError(f"Expected `projector.merge` of at least 1, got {merge}.")
         self.kind, self.merge, self.upcycle_spec = kind, merge, upcycle
         self.watch = RouterWatch()
         self.in_features, self.out_features = in_features, out_features

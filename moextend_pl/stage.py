@@ -12,7 +12,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from moextend_pl.contracts import ExtensionPlan, SampleSpec, TrainPlan, UserError
-from moextend_pl.optim import OptimSpec, apply_train_plan, build_optimizer, check_learnable, check_partition
+from moextend_pl.optim import (
+    OptimSpec,
+    apply_train_plan,
+    build_optimizer,
+    check_learnable,
+    check_partition,
+    check_steps,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +64,15 @@ class StageModule(LightningModule):
     @abstractmethod
     def sample_spec(self) -> SampleSpec:
         """Returns what the module asks of its data; needs no built networks."""
+
+    def setup(self, stage: str) -> None:
+        """Refuses a run without an end, on which the schedule rests, before any weight is read.
+
+        Raises:
+            UserError: If `trainer.max_steps` is not set.
+        """
+        if stage == "fit":
+            check_steps(self.trainer.max_steps)
 
     def configure_model(self) -> None:
         """Builds, grows and freezes, once."""

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from moextend_pl.contracts import UserError
+from moextend_pl.model_folder import read_config
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+MASK_TOKEN = "mask_token"
 
 
 def vision_config(folder: str) -> PreTrainedConfig:
@@ -26,7 +28,7 @@ def vision_config(folder: str) -> PreTrainedConfig:
     Args:
         folder: Folder with a `config.json`.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(folder)
     return getattr(config, "vision_config", config)
 
 
@@ -53,9 +55,7 @@ def make_tower(folder: str, with_weights: bool) -> Any:
     if with_weights:
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
         return vision_half(AutoModel.from_pretrained(folder, **options))
-    return vision_half(
-        AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=torch.float32)
-    )
+    return vision_half(AutoModel.from_config(read_config(folder), dtype=torch.float32))
 
 
 def vision_half(model: Any) -> Any:
@@ -160,11 +160,13 @@ class BlockReader:
         return output
 
     def unread_parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters that no feature depends on: all that the tower lists behind the block read."""
-        parameters = list(self.tower.parameters())
+        """Returns the parameters that no feature depends on: all behind the block read, and what masks patches."""
+        named = list(self.tower.named_parameters())
         last = {id(parameter) for parameter in self._last_read.parameters()}
-        places = [place for place, parameter in enumerate(parameters) if id(parameter) in last]
-        return parameters[max(places) + 1 :]
+        end = max(place for place, (_, parameter) in enumerate(named) if id(parameter) in last) + 1
+        # DINO's tower has a token that stands for masked patches, which only its own training has.
+        masks = [parameter for name, parameter in named[:end] if name.rpartition(".")[2] == MASK_TOKEN]
+        return [*masks, *(parameter for _, parameter in named[end:])]
 
     def optional_names(self) -> set[str]:
         """Returns the names of unread parameters outside the blocks, which some published files leave out."""

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moextend_pl.contracts import UserError
+from moextend_pl.model_folder import is_quantised, read_config
 from moextend_pl.moe.blocks import EXPERTS, find_blocks
 from moextend_pl.moe.nf4 import BLOCK, QUANT_TYPE, NF4Weight, pack
 
@@ -37,11 +38,13 @@ def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -
         upcycled: Whether its MLPs become experts.
 
     Raises:
-        UserError: If the folder holds no model, the kind is unknown, bitsandbytes is not installed, there is no
-            base to quantise, or its MLPs become experts.
+        UserError: If the folder holds no model or a damaged configuration, the kind is unknown, bitsandbytes is not
+            installed, there is no base to quantise, it is quantised already, or its MLPs become experts.
     """
     if base is not None and not (Path(base) / "config.json").is_file():
         raise UserError(f"Expected a transformers model in {base}, found no config.json. Run the stage that makes it.")
+    if base is not None:
+        read_config(base)
     if quantize is None:
         return
     if base is None:
@@ -57,6 +60,11 @@ def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -
         raise UserError(
             f"`quantize: {quantize}` needs the package bitsandbytes, which is not installed: "
             'pip install "bitsandbytes>=0.50", or remove `quantize`.'
+        )
+    if is_quantised(base):
+        raise UserError(
+            f"{base} is quantised already (its config.json has `quantization_config`); expected 16- or 32-bit weights "
+            "for `quantize`. Name an unquantised base."
         )
 
 
@@ -194,16 +202,11 @@ def load_base(base: str, quantize: str | None = None, dense: bool = False) -> Pr
         The model; what is not packed is of the default type, which the precision of the run sets.
 
     Raises:
-        UserError: If the files to be packed are quantised already, or a weight does not pack.
+        UserError: If a weight does not pack.
     """
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.get_default_dtype()}
     if quantize is None:
         return AutoModelForCausalLM.from_pretrained(base, **options)
-    if getattr(AutoConfig.from_pretrained(base, local_files_only=True), "quantization_config", None) is not None:
-        raise UserError(
-            f"{base} is quantised already (its config.json has `quantization_config`); expected 16- or 32-bit weights "
-            "for `quantize`. Name an unquantised base."
-        )
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4Config(dense), **options)
     check_packed(model, dense)
     return model

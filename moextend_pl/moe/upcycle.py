@@ -212,7 +212,7 @@ def upcycle(model: nn.Module, spec: UpcycleSpec) -> None:
             "has them; take one of these, or remove `upcycle`."
         )
     chosen = range(len(found)) if spec.layers is None else spec.layers
-    if any(not 0 <= index < len(found) for index in chosen):
+    if not chosen or any(not 0 <= index < len(found) for index in chosen):
         raise UserError(f"Expected `layers` of `upcycle` in 0..{len(found) - 1}, got {list(chosen)}.")
     for index, (path, mlp) in enumerate(found.items()):
         if index in chosen:

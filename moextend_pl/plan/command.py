@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +26,10 @@ what is not there yet is replaced by model/config.json, tower/config.json and ex
 """
 MIXED = "a tower or projector that learns is counted in fp32: under autocast it keeps less"
 POSITIVE = ("gpu_tflops", "gpu_memory", "gpus", "price", "mfu", "tokens_per_second", "length", "mean_length")
+REPLICATED = ("auto", "ddp", "singledevice", "single_device")
+PACKED = "packing is not counted: a row is planned as one conversation with one image"
+SHARDED = "`trainer.strategy` {} is not counted: each GPU is planned to hold everything, as with DDP"
+QUANTISED = "{} is quantised already: weights are planned as its unquantised model's"
 
 
 def options_parser() -> argparse.ArgumentParser:
@@ -63,8 +68,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{error}.") from error
     for name in POSITIVE:
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"Expected `--{name.replace('_', '-')}` > 0, got {value:g}.")
+    if options.mfu > 1:
+        raise UserError(f"Expected `--mfu` in (0, 1], the share of the card's speed, got {options.mfu:g}.")
+    if options.json is not None and options.json.is_dir():
+        raise UserError(f"Expected a file for `--json`, got the folder {options.json}. Name a file in it.")
     report = make_report(options, rest)
     sys.stdout.write(report.text() + "\n")
     if options.json:
@@ -82,8 +91,18 @@ def uncounted(stage: StageModel, shape: ModelShape) -> list[str]:
         stage: The stage.
         shape: Its model.
     """
+    from moextend_pl.model_folder import is_quantised
+
     learning = [part for part in (shape.tower, shape.projector) if part is not None and part.learns]
-    return [MIXED] if learning and stage.is_mixed else []
+    notes = [MIXED] if learning and stage.is_mixed else []
+    if ((stage.config.get("data") or {}).get("init_args") or {}).get("packing"):
+        notes.append(PACKED)
+    strategy = stage.config["trainer"].get("strategy") or "auto"
+    name = str(strategy.get("class_path") if isinstance(strategy, dict) else strategy).rpartition(".")[2]
+    if not name.lower().startswith(REPLICATED):
+        notes.append(SHARDED.format(name))
+    base = getattr(getattr(stage.module, "language", stage.module), "base", None)
+    return [*notes, QUANTISED.format(base)] if is_quantised(base) else notes
 
 
 def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Report:

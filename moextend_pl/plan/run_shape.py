@@ -44,6 +44,8 @@ class Time:
 def configured_gpus(trainer: dict[str, Any]) -> int:
     """Returns the number of processes that a trainer's settings start; one where they leave it open."""
     devices, nodes = trainer.get("devices"), int(trainer.get("num_nodes") or 1)
+    if isinstance(devices, str) and "," in devices:  # numbers of cards, as Lightning reads them
+        devices = [number for number in devices.split(",") if number.strip()]
     if isinstance(devices, list):
         return max(len(devices), 1) * nodes
     count = int(str(devices)) if str(devices).isdigit() else 1
@@ -71,6 +73,11 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
         raise UserError(f"Expected `data.max_length` or `--length`, tokens of a padded sequence, got {length!r}.")
     if steps < 1:
         raise UserError(f"Expected `trainer.max_steps` > 0, got {steps}. Set it in the stage file.")
+    mean_length = wishes.mean_length or float(length)
+    if mean_length > length:
+        raise UserError(
+            f"Expected `--mean-length` within the {length} tokens of a padded sequence, got {mean_length:g}."
+        )
     ranks = configured_gpus(trainer)
     gpus, accumulate = wishes.gpus or ranks, int(trainer.get("accumulate_grad_batches") or 1)
     if batch % ranks or (accumulate * batch) % gpus:
@@ -93,7 +100,7 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
         accumulate=share // micro_batch,
         steps=steps,
         length=length,
-        mean_length=wishes.mean_length or float(length),
+        mean_length=mean_length,
         images=images,
         **more,
     )

@@ -40,6 +40,7 @@ def read_shape(module: StageModule, compute_bytes: int) -> ModelShape:
     encoder = getattr(module, "encoder", module if isinstance(module, VisionEncoder) else None)
     layers = _layers(language, compute_bytes) if language is not None else ()
     model: Any = getattr(language, "model", None)
+    tokens = _tokens_per_image(module)  # first: it says in words what a forward pass would only stumble over
     tower, features = _tower(encoder) if encoder is not None else (None, None)
     whole = module if isinstance(module, MoExtend) else None
     delta = delta_tensors(whole).values() if whole is not None else module.parameters()
@@ -52,7 +53,7 @@ def read_shape(module: StageModule, compute_bytes: int) -> ModelShape:
         embeddings_learn=model is not None and _learns(model.get_input_embeddings()),
         tower=tower,
         projector=_projector(whole, features) if whole is not None and features is not None else None,
-        tokens_per_image=_tokens_per_image(module),
+        tokens_per_image=tokens,
         delta_bytes=sum(map(_bytes, delta)),
     )
 
@@ -66,7 +67,8 @@ def _learns(module: nn.Module) -> bool:
 
 
 def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
-    found = {id(p) for p in _quantisable(model)} if model is not None else set()
+    is_packed = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    found = {id(p) for p in _quantisable(model)} if model is not None and not is_packed else set()
     parts = []
     for name, parameters in module.parts().items():
         matrices = found if name == "language" else set()

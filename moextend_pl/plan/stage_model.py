@@ -23,6 +23,8 @@ COMMAND = "fit"
 CONFIG = "config.json"
 # Argument of the model that names a folder of weights -> folder beside the stage file with its config.json.
 STAND_INS = {"init_args.base": "model", "init_args.name": "tower"}
+# Lightning's short names of precisions.
+PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -147,7 +149,8 @@ def read_stage(argv: Sequence[str]) -> StageModel:
     if not isinstance(module, StageModule):
         raise UserError(f"`plan` knows the costs of this project's models, got {type(module).__name__}.")
     trainer = reader.plain["trainer"]
-    stage = StageModel(module, reader.plain, str(trainer.get("precision") or "32-true"), tuple(reader.notes))
+    precision = str(trainer.get("precision") or "32-true")
+    stage = StageModel(module, reader.plain, PRECISIONS.get(precision, precision), tuple(reader.notes))
     if stage.precision.partition("-")[0] not in DTYPES:
         raise UserError(f"`plan` does not know `trainer.precision` {stage.precision}; choose for example bf16-true.")
     for callback in reader.declaring:

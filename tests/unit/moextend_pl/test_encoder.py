@@ -16,6 +16,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     SiglipConfig,
     SiglipModel,
     SiglipVisionConfig,
@@ -75,6 +77,55 @@ def test_forward_returns_as_many_tokens_and_channels_as_stated(make: Callable, k
     features = encoder.eval()(PIXELS)
     assert features.shape == (3, stated, encoder.channels)
     assert stated > 1
+
+
+def test_missing_tokenizer_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="Expected a tokenizer folder at nowhere, found none"):
+        VisionEncoder(**timm_options(tokenizer="nowhere")).sample_spec()
+
+
+@pytest.mark.parametrize("side", [60, 64, 100])
+@torch.no_grad()
+def test_side_that_does_not_divide_is_rounded_as_the_layers_round(side: int) -> None:
+    encoder = VisionEncoder(**timm_options(image_size=side))
+    stated = encoder.tokens_per_image
+    encoder.configure_model()
+    assert encoder.eval()(torch.zeros(1, 3, side, side)).shape[1] == stated
+
+
+@pytest.mark.parametrize("save", [save_clip, save_siglip], ids=["clip", "siglip"])
+def test_tower_of_another_image_size_is_refused_before_it_is_built(save: Callable, tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not to be read")
+    with pytest.raises(UserError, match=rf"`encoder.image_size` {SIDE}, .* got {2 * SIDE}"):
+        _ = VisionEncoder(name=str(tmp_path), image_size=2 * SIDE).tokens_per_image
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool": 0}, r"`encoder.pool` in 1\.\.4, .* got 0"),
+        ({"pool": 5}, r"`encoder.pool` in 1\.\.4, .* got 5"),
+        ({"name": "timm/test_vit", "layer": -2, "image_size": 100}, "does not take images of .* 100: Input height"),
+        ({"name": "timm/swin_tiny_patch4_window7_224", "image_size": 224}, r"square grid .* got \(14, 14, 384\)"),
+    ],
+)
+def test_impossible_grid_is_refused_before_the_tower_is_built(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _ = VisionEncoder(**timm_options(**changes)).tokens_per_image
+
+
+def test_dino_tower_takes_other_sizes_and_its_mask_token_is_not_read(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 2}
+    Dinov2Model(Dinov2Config(**sizes, image_size=SIDE, patch_size=8)).save_pretrained(tmp_path)
+    encoder = VisionEncoder(name=str(tmp_path), image_size=SIDE + 16)
+    assert encoder.tokens_per_image == (SIDE // 8 + 2) ** 2
+    encoder.configure_model()
+    encoder(torch.randn(2, 3, SIDE + 16, SIDE + 16)).sum().backward()
+    # A rank that waits for a gradient which never comes would wait for ever.
+    parts = encoder.parts()
+    assert [p.grad is None for p in parts["encoder"]] == [False] * len(parts["encoder"])
+    assert encoder.tower.embeddings.mask_token.shape in {p.shape for p in parts["encoder_unread"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -65,6 +65,19 @@ def test_continued_state_gives_the_same_numbers() -> None:
     assert torch.equal(whole.detach(), cut.detach())
 
 
+def test_state_read_to_the_cpu_goes_on_where_the_parameters_are() -> None:
+    here = weight()
+    first = MasterAdamW([here], **OPTIONS)
+    take(first, here, gradients(2, (6, 5)))
+    # The meta device stands for a GPU: the fused update cannot read a counter that stayed on the CPU.
+    there = nn.Parameter(weight().to("meta"))
+    second = MasterAdamW([there], **OPTIONS)
+    second.load_state_dict(first.state_dict())
+    assert {name: value.device.type for name, value in second.state[there].items()} == dict.fromkeys(
+        ("step", "master", "exp_avg", "exp_avg_sq"), "meta"
+    )
+
+
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, AdamW), (torch.bfloat16, MasterAdamW)])
 def test_stage_takes_the_optimizer_that_its_precision_needs(dtype: torch.dtype, kind: type) -> None:
     parameter = nn.Parameter(torch.ones(3, dtype=dtype))

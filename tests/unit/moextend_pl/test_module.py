@@ -120,6 +120,19 @@ def test_second_picture_is_not_answered_by_the_first_ones_features(tiny_world: T
             torch.testing.assert_close(got, model.encoder(batch["pixel_values"]))
 
 
+@torch.no_grad()
+def test_training_mode_leaves_a_frozen_tower_its_statistics_and_its_features(tiny_world: TinyWorld) -> None:
+    model = tiny_world.model(parts=["projector"])
+    batch = tiny_world.batch(model, "ii")
+    expected = model.encoder(batch["pixel_values"])
+    statistics = {name: buffer.clone() for name, buffer in model.encoder.named_buffers()}
+    assert statistics  # else nothing could have changed
+    model.train()
+    assert model.projector.training
+    assert torch.equal(model.encoder(batch["pixel_values"]), expected)
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.encoder.named_buffers())
+
+
 def test_sample_spec_is_known_before_anything_is_built(tiny_world: TinyWorld) -> None:
     model = tiny_world.unbuilt()
     spec = model.sample_spec()

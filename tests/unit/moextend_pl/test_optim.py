@@ -47,6 +47,11 @@ def test_run_of_one_step_and_of_nothing_but_warm_up_have_a_rate() -> None:
     [
         ({"lr": 0.0}, "`optim.lr` > 0, got 0.0"),
         ({"lr": float("nan")}, "`optim.lr` > 0"),
+        ({"lr": float("inf")}, "`optim.lr` > 0"),
+        ({"weight_decay": -0.1}, "`optim.weight_decay` >= 0, got -0.1"),
+        ({"weight_decay": float("nan")}, "`optim.weight_decay` >= 0"),
+        ({"betas": (0.9, 1.0)}, r"`optim.betas` in \[0, 1\), got \[0.9, 1.0\]"),
+        ({"final_fraction": -0.5}, r"`optim.final_fraction` in \[0, 1\], got -0.5"),
         ({"schedule": "cos"}, "got 'cos'"),
         ({"warmup_fraction": 1.5}, r"in \[0, 1\], got 1.5"),
     ],

@@ -102,3 +102,8 @@ def test_projector_alone_learns_pairs_of_tensors() -> None:
     batch = {"features": torch.randn(2, 4, 2), "targets": torch.randn(2, 4, 3)}
     loss = projector.training_step(batch, 0)
     torch.testing.assert_close(loss, (projector(batch["features"]) - batch["targets"]).square().mean())
+
+
+def test_squares_without_a_token_are_refused() -> None:
+    with pytest.raises(UserError, match=r"`projector.merge` of at least 1, got 0"):
+        Projector("linear", merge=0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.tiny_world import TinyWorld, make_plan
+from lightning.pytorch import Trainer
 
 from moextend_pl.contracts import TrainPlan, UserError
 
@@ -31,6 +34,14 @@ def test_fresh_weights_depend_on_the_seed_alone(tiny_world: TinyWorld) -> None:
         states.append(model.projector.layers[0].weight)
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
+
+
+def test_run_without_an_end_is_refused_before_anything_is_read(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    model = tiny_world.unbuilt()
+    trainer = Trainer(max_epochs=-1, accelerator="cpu", logger=False, default_root_dir=tmp_path, barebones=True)
+    with pytest.raises(UserError, match=r"`trainer.max_steps` > 0, got -1"):
+        trainer.fit(model, datamodule=tiny_world.datamodule())
+    assert list(model.language.parameters()) == []
 
 
 def test_frozen_parameters_get_no_gradient_and_learning_ones_do(tiny_world: TinyWorld) -> None:

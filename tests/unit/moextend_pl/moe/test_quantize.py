@@ -358,7 +358,24 @@ def test_base_that_is_quantised_already_is_refused(folder: Callable[[str], Path]
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
     with pytest.raises(UserError, match="is quantised already"):
-        load(path)
+        check_base(str(path), "nf4")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not a valid JSON file"),
+        ('{"hidden_size": 8}', "model_type"),
+        ('{"model_type": "of_next_year"}', "of_next_year"),
+        ('{"model_type": "mixtral", "num_hidden_layers": "two"}', "num_hidden_layers"),
+    ],
+)
+def test_configuration_that_cannot_be_read_is_one_sentence(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json is no configuration that .* can read") as mistake:
+        check_base(str(tmp_path), None)
+    assert reason in str(mistake.value)
+    assert "\n" not in str(mistake.value)
 
 
 def test_impossible_wishes_are_refused_before_anything_is_read(

@@ -199,6 +199,8 @@ def test_models_without_mlps_and_layers_that_do_not_exist_are_refused() -> None:
         upcycle(convolutions, UpcycleSpec())
     with pytest.raises(UserError, match=r"`layers` of `upcycle` in 0..2, got \[3\]"):
         upcycle(make("clip"), UpcycleSpec(layers=(3,)))
+    with pytest.raises(UserError, match=r"`layers` of `upcycle` in 0..2, got \[\]"):
+        upcycle(make("clip"), UpcycleSpec(layers=()))
 
 
 @pytest.mark.parametrize(

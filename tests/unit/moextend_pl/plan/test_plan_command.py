@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from moextend_pl import cli
-from moextend_pl.plan.command import MIXED
+from moextend_pl.plan.command import MIXED, PACKED
 
 ROOT = Path(__file__).parents[4]
 EXTEND = "configs/olmoe_1b_7b/3_extend.yaml"
@@ -92,6 +92,17 @@ def test_options_of_fit_change_the_plan(tmp_path: Path) -> None:
     assert mixed["memory"]["weights"] == thirtytwo["memory"]["weights"]
 
 
+@pytest.mark.parametrize(("short", "long"), [("bf16", "bf16-mixed"), ("16", "16-mixed"), ("32", "32-true")])
+def test_short_names_of_precisions_are_lightning_s(short: str, long: str, tmp_path: Path) -> None:
+    brief, full = (plan(tmp_path, "--trainer.precision", name) for name in (short, long))
+    assert brief["memory"] == full["memory"]
+
+
+@pytest.mark.parametrize(("devices", "gpus"), [("0,1", 2), ("[0, 1]", 2), ("2", 2), ("3,", 1), ("auto", 1)])
+def test_devices_are_counted_as_lightning_reads_them(devices: str, gpus: int, tmp_path: Path) -> None:
+    assert plan(tmp_path, f"--trainer.devices={devices}", "--data.batch_size=4")["run"]["gpus"] == gpus
+
+
 def test_time_uses_the_mean_length_and_memory_the_longest(tmp_path: Path) -> None:
     padded, packed = plan(tmp_path, "--gpu", "h200"), plan(tmp_path, "--gpu", "h200", "--mean-length", "1024")
     assert packed["memory"] == padded["memory"]
@@ -118,8 +129,14 @@ def test_weights_that_are_there_win_over_the_files_beside_the_stage(
         (["--gpu", "h300"], "Expected `--gpu` among b200, h200,"),
         (["--gpu-tflops", "fast"], "argument --gpu-tflops: invalid float value: 'fast'."),
         (["--gpus", "0"], "Expected `--gpus` > 0, got 0."),
+        (["--price", "nan"], "Expected `--price` > 0, got nan."),
+        (["--tokens-per-second", "inf"], "Expected `--tokens-per-second` > 0, got inf."),
+        (["--mfu", "30"], "Expected `--mfu` in (0, 1], the share of the card's speed, got 30."),
+        (["--mean-length", "4096"], "Expected `--mean-length` within the 2048 tokens of a padded sequence, got 4096."),
+        (["--json", "configs"], "Expected a file for `--json`, got the folder configs."),
         (["--gpus", "3"], "cannot be shared by 3 GPUs"),
         (["--length", "500"], "Expected sequences longer than the 576 tokens of an image, got 500."),
+        (["--model.encoder.image_size", "224"], "Expected `encoder.image_size` 336,"),
         (["--data.max_length", "null"], "Expected `data.max_length` or `--length`"),
         (["--trainer.max_steps", "-1"], "Expected `trainer.max_steps` > 0, got -1."),
         (["--gpuz", "h200"], "there is no option '--gpuz'"),
@@ -163,6 +180,24 @@ def test_stage_of_the_language_model_alone_is_planned(tmp_path: Path) -> None:
     parameters = sum(part["learning"] for part in data["shape"]["parts"])
     assert parameters == 6_919_161_856
     assert data["memory"]["gradients"] == 2 * parameters
+
+
+def test_what_the_arithmetic_leaves_out_is_said(tmp_path: Path) -> None:
+    plain = plan(tmp_path)["notes"]
+    assert plan(tmp_path, "--trainer.strategy=ddp")["notes"] == plain
+    assert plan(tmp_path, "--data.packing=true")["notes"] == [*plain, PACKED]
+    assert "`trainer.strategy` fsdp is not counted" in plan(tmp_path, "--trainer.strategy=fsdp")["notes"][-1]
+
+
+def test_base_that_is_quantised_already_is_said_and_not_quantised_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock = json.loads((ROOT / "configs/olmoe_1b_7b/model/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stock, "quantization_config": {"quant_method": "gptq"}}))
+    option = f"--model.language.base={tmp_path}"
+    assert f"{tmp_path} is quantised already" in plan(tmp_path, option, "--gpu", "rtx4090")["notes"][-1]
+    assert "nf4" not in capsys.readouterr().out
+    assert "is quantised already" in error_of(capsys, "--config", EXTEND, option, "--model.language.quantize=nf4")
 
 
 def test_activation_checkpointing_trades_activations_for_operations(

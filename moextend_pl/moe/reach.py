@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moextend_pl.packing import has_image
+from moextend_pl.packing import tokens_beside
 
 
 def reachable(
@@ -31,7 +31,7 @@ def reachable(
     """
     if routing == "open":
         return is_image_BS.new_ones(len(is_image_BS))
-    mask = is_image_BS if routing == "masked_tokens" else has_image(is_image_BS, documents_BS)
+    mask = is_image_BS if routing == "masked_tokens" else tokens_beside(is_image_BS, documents_BS)
     if not task:
         return mask
     if not tasks:

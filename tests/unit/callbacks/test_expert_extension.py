@@ -111,6 +111,22 @@ def test_measuring_usage_changes_neither_modes_nor_weights_nor_statistics(
     assert all(torch.equal(first["all"][layer], second["all"][layer]) for layer in range(3))
 
 
+def test_usage_of_all_ranks_together_is_that_of_one(
+    tiny_world: TinyWorld, make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, trainer = tiny_world.model(), make_trainer()
+    # 21 samples in batches of 4: nothing of the last one is left for the second rank but a filler.
+    trainer.datamodule = tiny_world.datamodule("vqa", val_samples=21, spec=model.sample_spec())
+    one = measure_usage(trainer, model)
+    ranks = []
+    for rank in range(2):
+        monkeypatch.setattr(trainer.datamodule, "_ranks", lambda rank=rank: (rank, 2))
+        ranks.append(measure_usage(trainer, model))
+    for kind, layers in one.items():
+        for layer, counts in layers.items():
+            assert torch.equal(counts, ranks[0][kind][layer] + ranks[1][kind][layer])
+
+
 def test_resumed_probe_keeps_what_was_measured_before_the_first_step(
     tiny_world: TinyWorld, make_trainer: Callable
 ) -> None:

@@ -10,7 +10,7 @@ from helpers.tiny_world import EXPERTS, TinyWorld, make_plan, perturb
 from torch.nn import functional as F
 
 from moextend_pl import base_model
-from moextend_pl.contracts import UserError
+from moextend_pl.contracts import IGNORE_INDEX, UserError
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.losses import balance_loss
 from moextend_pl.moe import dispatch
@@ -181,6 +181,19 @@ def test_balance_of_text_only_batch_leaves_grown_layers_out(tiny_world: TinyWorl
         model.language(batch, model.embed(batch))
     expected = balance_loss([records[1]], [batch["attention_mask"].reshape(-1).bool()]) / 3
     torch.testing.assert_close(model(batch).balance, expected)
+
+
+@pytest.mark.parametrize("kinds", ["it", "tt"])
+def test_fillers_weigh_nothing_in_any_loss(tiny_world: TinyWorld, kinds: str) -> None:
+    model = tiny_world.model(make_plan(routing="open"), balance_weight=0.1, z_weight=0.1)
+    alone, filled = (tiny_world.batch(model, kinds) for _ in range(2))
+    for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORE_INDEX)):
+        filled[name] = F.pad(filled[name], (0, 0, 0, 2), value=value)
+    filled["attention_mask"][2:, 0] = 1
+    expected, got = model(alone), model(filled)
+    torch.testing.assert_close(got.balance, expected.balance)
+    torch.testing.assert_close(got.router["z"], expected.router["z"])
+    torch.testing.assert_close(got.loss, expected.loss)
 
 
 def test_image_token_lies_outside_the_vocabulary_and_is_never_embedded(tiny_world: TinyWorld) -> None:

@@ -95,8 +95,8 @@ class ExpertExtension(Callback):
             raise UserError(f"Expected `new_experts` >= 1, got {new_experts}.")
         if plan is not None and (new_experts, source) != (1, "after"):
             raise UserError(
-                f"`new_experts` and `source` of ExpertExtension belong to a probe run; {plan} names a source expert for "
-                "each new one. Edit its `sources`, or leave the two options out."
+                f"`new_experts` and `source` of ExpertExtension belong to a probe run; {plan} names a source expert "
+                "for each new one. Edit its `sources`, or leave the two options out."
             )
         self.rule, self.new_experts, self.source = rule, new_experts, source
         options = {"init": init, "routing": routing, "calibration": calibration, "seed": seed, "task": task}

@@ -56,7 +56,7 @@ def check_task(plans: Sequence[ExtensionPlan], task: str, has_image: bool) -> No
     """
     known = sorted({plan.task for plan in plans if plan.routing != "open"} - {""})
     needed = has_image and bool(plans) and all(plan.task and plan.routing != "open" for plan in plans)
-    if task not in known if task else needed:
+    if (known and task not in known) if task else needed:
         raise UserError(f"Expected `task` to be one of {known}, for which the model was extended, got {task!r}.")
 
 

@@ -15,6 +15,7 @@ from moextend_pl.contracts import Batch, ExtensionPlan, TrainPlan, UserError
 from moextend_pl.generate import main as ask
 from moextend_pl.manifest import read_manifest
 from moextend_pl.module import MoExtend
+from moextend_pl.moe.extended_router import ExtendedRouter
 
 PARTS = ("new_experts", "new_routers", "calibration")
 PLAN_A = make_plan(task="shape")
@@ -96,6 +97,25 @@ def test_the_command_line_names_the_task(
     assert ask([*asked, "--task", "shape"]) == 0
     with Image.open(tmp_path / "picture.png") as picture:
         assert capsys.readouterr().out.strip() == MoExtend.load(run_a).generate(picture, QUESTION, "shape")
+
+
+def test_balance_of_the_second_task_knows_nothing_of_the_experts_of_the_first(
+    tiny_world: TinyWorld, run_a: Path
+) -> None:
+    second = extended(tiny_world, run_a, PLAN_B)
+    learn(second)
+    learning = second.parts()["new_routers"]
+    batch = batch_of(tiny_world, second, "colour")
+
+    def balance_and_gradients() -> list[Tensor]:
+        balance = second(batch).balance
+        return [balance.detach(), *torch.autograd.grad(balance, learning)]
+
+    before = balance_and_gradients()
+    routers = [module for module in second.modules() if isinstance(module, ExtendedRouter)]
+    perturb([router.weight for router in routers if not router.weight.requires_grad], size=5.0)
+    for got, expected in zip(balance_and_gradients(), before, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_only_the_second_extension_learns_and_the_first_is_frozen(tiny_world: TinyWorld, run_a: Path) -> None:

@@ -261,7 +261,7 @@ class MoExtend(AnswerMixin, StageModule):
         """Learns to predict the supervised tokens."""
         output = self(batch)
         self.log_dict(output.metrics(), prog_bar=True, sync_dist=True)
-        return output.loss
+        return self.by_tokens(output.loss, batch["labels"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs loss and accuracy of the supervised tokens."""

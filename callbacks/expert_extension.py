@@ -109,13 +109,19 @@ class ExpertExtension(Callback):
         """Declares the plan of an extend run.
 
         Raises:
-            UserError: If a probe is to be run on a model that sees no pictures, or no token would ever reach the new
-                experts of the plan.
+            UserError: If a probe is to be run on a model that sees no pictures or without a validation set, or no
+                token would ever reach the new experts of the plan.
         """
         if self.rule is not None and not isinstance(pl_module, MoExtend):
             raise UserError(
                 f"Expected a model of class moextend_pl.MoExtend for `ExpertExtension.rule`, got "
                 f"{type(pl_module).__name__}: a probe asks which experts pictures choose. Give a `plan` instead."
+            )
+        data = getattr(trainer, "datamodule", None)
+        if self.rule is not None and stage == "fit" and not getattr(data, "val", data):
+            raise UserError(
+                "Expected a validation set for `ExpertExtension.rule`, which counts the experts that its tokens "
+                "choose, got none. Set `data.val`."
             )
         if self.plan is not None:
             if self.plan.routing != "open" and not isinstance(pl_module, MoExtend):
@@ -124,7 +130,7 @@ class ExpertExtension(Callback):
                     f"{self.plan.routing!r}: no token would reach the new experts."
                 )
             if stage == "fit":
-                check_task_is_taught(self.plan, getattr(trainer, "datamodule", None))
+                check_task_is_taught(self.plan, data)
             pl_module.extension_plan = self.plan
 
     def state_dict(self) -> dict[str, Any]:

@@ -214,6 +214,16 @@ def test_a_probe_that_cannot_end_in_a_plan_is_refused_before_its_first_step(
     assert trainer.global_step == 0
 
 
+def test_a_probe_without_a_validation_set_is_refused_before_the_model_is_built(
+    tiny_world: TinyWorld, make_trainer: Callable
+) -> None:
+    model = tiny_world.unbuilt()
+    trainer = make_trainer(TrainOnly(["routers"]), ExpertExtension(rule=AllLayers()), steps=1)
+    with pytest.raises(UserError, match="Expected a validation set for `ExpertExtension.rule`.*Set `data.val`"):
+        trainer.fit(model, tiny_world.datamodule("vqa", val=None))
+    assert not hasattr(model.language, "model")
+
+
 def test_source_experts_may_be_those_used_before() -> None:
     counts = {"before": torch.tensor([9, 1, 0, 0]), "after": torch.tensor([0, 1, 9, 0])}
     usage = {moment: {"all": {0: value}} for moment, value in counts.items()}

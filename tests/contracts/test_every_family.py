@@ -345,7 +345,7 @@ def test_readme_states_the_measured_facts_of_the_family(family: str) -> None:
     assert stated or family not in NAMED
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "jamba", "gpt_oss", "phimoe"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "flex_olmo", "qwen3_moe", "gpt_oss", "phimoe"])
 def test_facts_of_a_router_that_selects_all_experts_are_those_of_one_that_selects_some(family: str) -> None:
     some, every = tiny_model(family), tiny_model(family, num_experts_per_tok=EXPERTS)
     facts = [read_facts(find_blocks(model)[0].router, EXPERTS) for model in (some, every)]

@@ -194,11 +194,18 @@ def load_base(base: str, quantize: str | None = None, dense: bool = False) -> Pr
         The model; what is not packed is of the default type, which the precision of the run sets.
 
     Raises:
-        UserError: If the files to be packed are quantised already, or a weight does not pack.
+        UserError: If the files lack weights, or those to be packed are quantised already or do not pack.
     """
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.get_default_dtype()}
     if quantize is None:
-        return AutoModelForCausalLM.from_pretrained(base, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
+        whole: PreTrainedModel = loaded[0]
+        if missing := loaded[1]["missing_keys"]:
+            raise UserError(
+                f"The files in {base} lack {len(missing)} weights of its {type(whole).__name__}, for example "
+                f"{min(missing)}, which would be random. Name the folder of a whole model."
+            )
+        return whole
     if getattr(AutoConfig.from_pretrained(base, local_files_only=True), "quantization_config", None) is not None:
         raise UserError(
             f"{base} is quantised already (its config.json has `quantization_config`); expected 16- or 32-bit weights "

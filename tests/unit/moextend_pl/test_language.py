@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.tiny_world import EXPERTS, TinyWorld, make_plan, perturb
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from moextend_pl import base_model
@@ -264,6 +266,17 @@ def test_an_answer_leaves_no_mask_behind_for_other_passes(tiny_world: TinyWorld)
     inputs = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
     with torch.no_grad():
         assert torch.equal(world.language.model(**inputs).logits, tiny_world.stock()(**inputs).logits)
+
+
+def test_a_base_whose_files_lack_weights_is_refused(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    shutil.copytree(tiny_world.base, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    model = MoELanguageModel(base=str(tmp_path / "base"))
+    with pytest.raises(UserError, match=r"lack 1 weights of its MixtralForCausalLM, for example .*1.self_attn.q_proj"):
+        model.configure_model()
 
 
 def test_recordings_may_nest(tiny_world: TinyWorld) -> None:

@@ -20,6 +20,29 @@ from moextend_pl.plots import plot_scores, plot_usage
 log = logging.getLogger(__name__)
 
 
+def check_task_is_taught(plan: ExtensionPlan, data: Any) -> None:
+    """Refuses a plan whose new experts no sample would ever reach.
+
+    Args:
+        plan: With or without a task.
+        data: The data module, whose `train` names folders or sets with a `task`; any other is not asked.
+
+    Raises:
+        UserError: If none of the sets is of the plan's task.
+    """
+    train = getattr(data, "train", None)
+    sets = train if isinstance(train, list) else [train]
+    if not plan.task or plan.routing == "open" or not all(isinstance(one, str) or hasattr(one, "task") for one in sets):
+        return
+    tasks = sorted({getattr(one, "task", "") for one in sets})
+    if plan.task not in tasks:
+        raise UserError(
+            f"The extension plan keeps its new experts for the task {plan.task!r}, got training data of the tasks "
+            f"{tasks}: no sample would reach them. Name it in `data.train`, for example "
+            f"`{{path: FOLDER, task: {plan.task}}}`."
+        )
+
+
 class ExpertExtension(Callback):
     """With `rule` it picks, with `plan` it grows.
 
@@ -70,6 +93,11 @@ class ExpertExtension(Callback):
             raise UserError(f"Expected `source` of ExpertExtension to be after or before, got {source!r}.")
         if new_experts < 1:
             raise UserError(f"Expected `new_experts` >= 1, got {new_experts}.")
+        if plan is not None and (new_experts, source) != (1, "after"):
+            raise UserError(
+                f"`new_experts` and `source` of ExpertExtension belong to a probe run; {plan} names a source expert "
+                "for each new one. Edit its `sources`, or leave the two options out."
+            )
         self.rule, self.new_experts, self.source = rule, new_experts, source
         options = {"init": init, "routing": routing, "calibration": calibration, "seed": seed, "task": task}
         self.options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -81,14 +109,28 @@ class ExpertExtension(Callback):
         """Declares the plan of an extend run.
 
         Raises:
-            UserError: If a probe is to be run on a model that sees no pictures.
+            UserError: If a probe is to be run on a model that sees no pictures or without a validation set, or no
+                token would ever reach the new experts of the plan.
         """
         if self.rule is not None and not isinstance(pl_module, MoExtend):
             raise UserError(
                 f"Expected a model of class moextend_pl.MoExtend for `ExpertExtension.rule`, got "
                 f"{type(pl_module).__name__}: a probe asks which experts pictures choose. Give a `plan` instead."
             )
+        data = getattr(trainer, "datamodule", None)
+        if self.rule is not None and stage == "fit" and not getattr(data, "val", data):
+            raise UserError(
+                "Expected a validation set for `ExpertExtension.rule`, which counts the experts that its tokens "
+                "choose, got none. Set `data.val`."
+            )
         if self.plan is not None:
+            if self.plan.routing != "open" and not isinstance(pl_module, MoExtend):
+                raise UserError(
+                    f"Expected `routing: open` for {type(pl_module).__name__}, which sees no pictures, got "
+                    f"{self.plan.routing!r}: no token would reach the new experts."
+                )
+            if stage == "fit":
+                check_task_is_taught(self.plan, data)
             pl_module.extension_plan = self.plan
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,9 +142,19 @@ class ExpertExtension(Callback):
         self._routers, self._before = list(state_dict["routers"]), dict(state_dict["before"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
-        """Warns where a further extension would not leave the earlier ones as they were."""
+        """Tries the rule, and warns where a further extension would not leave the earlier ones as they were.
+
+        Raises:
+            UserError: If the rule names layers, or a number of new experts, that the model does not have.
+        """
         if not isinstance(pl_module, MoExtend):
             return
+        if self.rule is not None:
+            # What it will be asked at the end of the probe, which is too late to learn of a mistake.
+            even = {
+                "all": {layer: torch.ones(n, dtype=torch.long) for layer, n in pl_module.language.num_experts.items()}
+            }
+            self.choose(even, even)
         learns = any(parameter.requires_grad for parameter in pl_module.projector.parameters())
         if len(pl_module.plans) > 1 and learns:
             log.warning(

@@ -20,10 +20,22 @@ from moextend_pl.module import MoExtend
 
 log = logging.getLogger(__name__)
 RECEIPT = "stage.json"
+_NOT_TRANSFORMERS = (
+    "SavePretrained cannot write an {} language model: transformers would read the folder with random weights. Train "
+    "it as part of a moextend_pl.MoExtend with SaveDelta, or leave out `{}`."
+)
 
 
 class SaveDelta(Callback):
     """Writes the new weights and the manifest when training ends."""
+
+    def setup(self, trainer: Trainer, pl_module: MoExtend, stage: str) -> None:
+        """Refuses a part that is trained alone, before it is built."""
+        if not isinstance(pl_module, MoExtend):
+            raise UserError(
+                f"SaveDelta writes what a moextend_pl.MoExtend has learned, got {type(pl_module).__name__}. Use "
+                "SavePretrained."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Writes `delta.safetensors`, then `manifest.json`."""
@@ -45,6 +57,15 @@ class SavePretrained(Callback):
         """Refuses a model that cannot be written, before it is built."""
         if getattr(pl_module, "quantize", None) is not None:
             raise UserError("SavePretrained cannot write a 4-bit model. Remove `quantize`, or use SaveDelta.")
+        if not hasattr(pl_module, "save_pretrained"):
+            raise UserError(f"SavePretrained writes a tower or a language model, got {type(pl_module).__name__}.")
+        if isinstance(pl_module, MoELanguageModel) and pl_module.upcycle_spec is not None:
+            raise UserError(_NOT_TRANSFORMERS.format("upcycled", "language.upcycle"))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: VisionEncoder | MoELanguageModel) -> None:
+        """Refuses an extended language model, before its first step."""
+        if isinstance(pl_module, MoELanguageModel) and pl_module.extensions:
+            raise UserError(_NOT_TRANSFORMERS.format("extended", "ExpertExtension.plan"))
 
     def on_train_end(self, trainer: Trainer, pl_module: VisionEncoder | MoELanguageModel) -> None:
         """Writes the folder."""

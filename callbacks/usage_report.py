@@ -13,6 +13,7 @@ from moextend_pl.atomic import write_json
 from moextend_pl.contracts import run_directory
 from moextend_pl.module import MoExtend
 from moextend_pl.moe.usage import ExpertUsage
+from moextend_pl.packing import sample_tokens
 from moextend_pl.plots import plot_usage
 
 USAGE_FILE = "usage.json"
@@ -46,7 +47,7 @@ def measure_parts(trainer: Trainer, module: MoExtend) -> dict[str, Counts]:
             records = {name: stack.enter_context(parts[name].watch.recording()) for name in experts}
             module.language(batch, module.embed(batch), batch["labels"] >= 0)
         is_image_T = (batch["input_ids"] == module.language.image_token_id).reshape(-1)
-        is_real_T = batch["attention_mask"].reshape(-1).bool()
+        is_real_T = sample_tokens(batch).reshape(-1)
         for name, found in records.items():
             if name == "language":
                 usage[name].update(found, is_image_T, is_real_T)

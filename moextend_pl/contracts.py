@@ -167,13 +167,14 @@ class ExtensionPlan:
     report: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("init", self.init, INITS),
-            ("routing", self.routing, ROUTINGS),
-            ("calibration", self.calibration, CALIBRATIONS),
-        ):
-            if value not in allowed:
+        for name, allowed in (("init", INITS), ("routing", ROUTINGS), ("calibration", CALIBRATIONS)):
+            if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"Expected `{name}` of the extension plan in {list(allowed)}, got {value!r}.")
+        if type(self.task) is not str:  # a number in YAML would be the task of no sample
+            raise UserError(f"Expected text as `task` of the extension plan, got {self.task!r}. Put it in quotes.")
+        numbers = [self.seed, *(n for growth in self.layers for n in (growth.layer, *growth.sources))]
+        if wrong := [n for n in numbers if type(n) is not int]:
+            raise UserError(f"Expected `seed`, layers and sources of the extension plan as whole numbers, got {wrong}.")
         indices = [growth.layer for growth in self.layers]
         if indices != sorted(set(indices)):
             raise UserError(f"Expected every layer of the extension plan once and in rising order, got {indices}.")
@@ -214,10 +215,7 @@ class ExtensionPlan:
             raise UserError(f"{origin}: expected `schema: {PLAN_SCHEMA}`, got {got!r}. Write the plan anew.")
         body = {key: value for key, value in data.items() if key != "schema"}
         try:
-            layers = tuple(
-                LayerGrowth(layer=int(item["layer"]), sources=tuple(int(s) for s in item["sources"]))
-                for item in body.pop("layers")
-            )
+            layers = tuple(LayerGrowth(**{**item, "sources": tuple(item["sources"])}) for item in body.pop("layers"))
             return cls(layers=layers, **body)
         except (KeyError, TypeError) as error:
             raise UserError(f"{origin}: not a valid extension plan ({error}).") from error
@@ -236,8 +234,8 @@ class ExtensionPlan:
         if not path.is_file():
             raise UserError(f"Expected an extension plan at {path}, found no file. Run the probe stage first.")
         try:
-            data = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not valid YAML ({error}).") from error
         return cls.from_dict(data, origin=str(path))
 

@@ -41,16 +41,18 @@ def main(argv: Sequence[str]) -> int:
         Exit code 0.
 
     Raises:
-        UserError: If the run or the picture cannot be read.
+        UserError: If the run or the picture cannot be read, or the model was extended for other tasks.
     """
     parser = argparse.ArgumentParser(prog="python -m moextend_pl generate", description="Asks a trained model.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory with manifest.json and delta")
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--image", type=Path, help="picture to ask about; left out for a question about text alone")
+    parser.add_argument("--task", default="", help="task of the question, where the model was extended for several")
     options = parser.parse_args(argv)
     picture = open_picture(options.image) if options.image else None
     # Imported when the arguments are known to be right: it takes seconds.
     from moextend_pl.module import MoExtend
 
-    sys.stdout.write(MoExtend.load(options.checkpoint).generate(picture, options.prompt) + "\n")
+    answer = MoExtend.load(options.checkpoint).generate(picture, options.prompt, options.task)
+    sys.stdout.write(answer + "\n")
     return 0

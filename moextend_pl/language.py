@@ -30,7 +30,7 @@ from moextend_pl.moe.reach import Reach, reachable
 from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.optim import OptimSpec
-from moextend_pl.packing import attention_inputs, packing_obstacle
+from moextend_pl.packing import attention_inputs, packing_obstacle, sample_tokens
 from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.stage import StageModule, shapes_only
 
@@ -253,7 +253,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         learned_BS = labels_BS != IGNORE_INDEX
         with self.watch.recording() as records:
             logits_AV = self(batch, embeddings, learned_BS)
-        masks = counted_tokens(self.model, records, batch["attention_mask"].reshape(-1).bool())
+        masks = counted_tokens(self.model, records, sample_tokens(batch).reshape(-1))
         weights = RouterWeights(self.balance_weight, self.z_weight, self.balance_choices).replaced_by(self.upcycle_spec)
         weights = weights if balanced else RouterWeights()
         return language_losses(logits_AV, labels_BS[learned_BS], records, masks, weights)
@@ -262,7 +262,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Learns to predict the supervised tokens."""
         output = self.losses(batch)
         self.log_dict(output.metrics(), prog_bar=True, sync_dist=True)
-        return output.loss
+        return self.by_tokens(output.loss, batch["labels"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs loss and accuracy of the supervised tokens."""

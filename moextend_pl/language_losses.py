@@ -83,7 +83,7 @@ def counted_tokens(model: nn.Module, records: Sequence[RouterRecord], real_T: Te
     Args:
         model: The language model.
         records: What its routers did.
-        real_T: False on padding.
+        real_T: False on padding and fillers.
     """
     routers = {block.layer: block.router for block in list_blocks(model)}
     # A token that may not reach new experts says nothing about how they are used.

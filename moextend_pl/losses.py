@@ -81,7 +81,7 @@ def balance_loss(
 
     For one layer: E * sum_k sum_e f_ke P_e, with f_ke the share of tokens whose k-th choice is e, and
     P_e the mean probability of e (MoExtend, section 2; the form of Switch Transformer). It is K when
-    routing is uniform.
+    routing is uniform over all experts.
 
     Args:
         records: One for each layer, with logits before softmax.

@@ -28,6 +28,7 @@ from moextend_pl.language import MoELanguageModel
 from moextend_pl.language_losses import LanguageOutput
 from moextend_pl.losses import image_router_losses, learned_tokens
 from moextend_pl.manifest import Manifest, read_manifest
+from moextend_pl.moe.reach import check_task
 from moextend_pl.moe.touch import touch
 from moextend_pl.moe.upcycle import agreed_spec
 from moextend_pl.optim import OptimSpec
@@ -266,7 +267,7 @@ class MoExtend(AnswerMixin, StageModule):
         """Learns to predict the supervised tokens."""
         output = self(batch)
         self.log_dict(output.metrics(), prog_bar=True, sync_dist=True)
-        return output.loss
+        return self.by_tokens(output.loss, batch["labels"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs loss and accuracy of the supervised tokens."""
@@ -290,10 +291,14 @@ class MoExtend(AnswerMixin, StageModule):
         Returns:
             The answer.
 
+        Raises:
+            UserError: If the model was extended for other tasks.
+
         Example:
             >>> model.generate(Image.open("shape.png"), "what color is the shape?")  # doctest: +SKIP
             'blue'
         """
+        check_task(self.plans, task, image is not None)
         self.eval()
         batch = prompt_batch(self.sample_spec(), image, question, self.device)
         batch["tasks"] = [task]

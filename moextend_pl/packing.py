@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from moextend_pl.contracts import Batch
+from moextend_pl.contracts import IGNORE_INDEX, Batch
 
 ISOLATING_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 """Kinds of layers that read other tokens through a mask only, which can be cut at the borders of documents."""
@@ -56,23 +56,39 @@ def attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     return {"attention_mask": masks, "position_ids": positions_BS}
 
 
-def has_image(is_image_BS: Tensor, documents_BS: Tensor | None) -> Tensor:
-    """Tells which tokens belong to a text with an image.
+def tokens_beside(marked_BS: Tensor, documents_BS: Tensor | None) -> Tensor:
+    """Tells which tokens belong to a text with a marked token, such as an image placeholder.
 
     Args:
-        is_image_BS: True on image placeholders.
+        marked_BS: True on marked tokens.
         documents_BS: Number of each token's document; None where a row is one document.
 
     Returns:
         (B,) booleans by row, or (B, S) by token where rows are packed; False on padding.
     """
     if documents_BS is None:
-        return is_image_BS.any(dim=1)
-    owners = documents_BS.masked_fill(~is_image_BS, 0).flatten()
-    has_image_N = torch.zeros(documents_BS.numel() + 1, dtype=torch.bool, device=documents_BS.device)
-    has_image_N[owners] = True
-    has_image_N[0] = False
-    return has_image_N[documents_BS]
+        return marked_BS.any(dim=1)
+    owners = documents_BS.masked_fill(~marked_BS, 0).flatten()
+    is_marked_N = torch.zeros(documents_BS.numel() + 1, dtype=torch.bool, device=documents_BS.device)
+    is_marked_N[owners] = True
+    is_marked_N[0] = False
+    return is_marked_N[documents_BS]
+
+
+def sample_tokens(batch: Batch) -> Tensor:
+    """Tells which tokens belong to samples: neither padding nor what stands for a missing or damaged sample.
+
+    Such a filler is one token of which nothing is learned; it must not count where tokens are counted.
+
+    Args:
+        batch: With labels; every sample has something to learn.
+
+    Returns:
+        (B, S) booleans.
+    """
+    learned_BS = batch["labels"] != IGNORE_INDEX
+    beside = tokens_beside(learned_BS, batch.get("documents"))
+    return batch["attention_mask"].bool() & (beside if beside.dim() == 2 else beside.unsqueeze(1))
 
 
 def packing_obstacle(config: PreTrainedConfig) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from moextend_pl.contracts import ExtensionPlan, SampleSpec, TrainPlan, UserError
+from moextend_pl.losses import learned_tokens
 from moextend_pl.optim import (
     OptimSpec,
     apply_train_plan,
@@ -48,6 +50,7 @@ class StageModule(LightningModule):
         self.strict_loading = False
         self.init_seed = 0
         self._built = False
+        self._tokens = 0
 
     @abstractmethod
     def build(self) -> None:
@@ -93,6 +96,40 @@ class StageModule(LightningModule):
         fused = "mixed" not in str(self.trainer.precision)
         optimizer, scheduler = build_optimizer(self.parameters(), self.optim, self.trainer.max_steps, fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def by_tokens(self, loss: Tensor, labels_BS: Tensor) -> Tensor:
+        """Weighs a batch by its learned tokens where a step is accumulated over several batches.
+
+        A mean of their means would give a token of a batch with few of them more weight, and the loss of a step
+        would depend on how its samples are cut into batches.
+
+        Args:
+            loss: Mean over the learned tokens of the batch on all ranks.
+            labels_BS: Its labels.
+
+        Returns:
+            What a training step returns; `on_before_optimizer_step` divides the gradients again.
+        """
+        if self._trainer is None or self.trainer.accumulate_grad_batches == 1:
+            return loss
+        tokens = learned_tokens(labels_BS)
+        self._tokens += tokens
+        return loss * tokens
+
+    def on_train_start(self) -> None:
+        """Forgets the batches of a step that an earlier run did not finish."""
+        self._tokens = 0
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divides accumulated gradients by the tokens of all batches of the step; before they are clipped."""
+        if not self._tokens:
+            return
+        # Lightning has divided each loss by the number of batches.
+        factor = self.trainer.accumulate_grad_batches / self._tokens
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        self._tokens = 0
 
     def checkpoint_names(self) -> set[str]:
         """Returns the names of the tensors that a checkpoint holds: all but the frozen parameters."""

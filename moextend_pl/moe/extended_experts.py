@@ -53,6 +53,9 @@ def sprout(experts: nn.Module, sources: Sequence[int]) -> Any:
     """
     root: Any = experts.root if isinstance(experts, ExtendedExperts) else experts
     new: Any = copy.copy(root)
+    for name, hooks in vars(root).items():
+        if "_hooks" in name:  # a hook that the old experts get later is none of the new ones'
+            setattr(new, name, copy.copy(hooks))
     new._parameters = {name: nn.Parameter(rows) for name, rows in expert_rows(experts, sources).items()}
     new._buffers = dict(root._buffers)
     new._modules = {name: copy.deepcopy(child) for name, child in root.named_children() if name not in new._parameters}

@@ -134,7 +134,8 @@ class ExtendedRouter(nn.Module):
 
         Returns:
             In the family's order: logits before score and calibration, (T, M), or those of the wrapped router if
-            no token may reach new experts; routing weights (T, K); expert indices (T, K), where E and above are
+            no token may reach new experts, minus infinity where one of several extensions is closed to a token;
+            routing weights (T, K); expert indices (T, K), where E and above are
             new experts.
         """
         output = self.base(hidden_states, *extra)
@@ -145,6 +146,9 @@ class ExtendedRouter(nn.Module):
         logits_TM = self.logits(hidden_states)
         chosen = self.select(logits_TM, weights_TK.shape[-1], extra)
         new_weights_TK = weigh(chosen.gates_TM.gather(1, chosen.indices_TK), self.facts.scoring)
+        if isinstance(self.base, ExtendedRouter):
+            # An expert that a token cannot choose has no share of its probabilities, which the balance loss is about.
+            logits_TM = logits_TM.masked_fill(self.closed(logits_TM), float("-inf"))
         open_T1 = self.reach.tokens(len(logits_TM)).unsqueeze(-1)
         weights_TK = torch.where(open_T1, new_weights_TK.to(weights_TK.dtype), weights_TK)
         return self._ordered(logits_TM, weights_TK, torch.where(open_T1, chosen.indices_TK, indices_TK))

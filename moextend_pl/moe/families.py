@@ -157,7 +157,10 @@ def _run(router: nn.Module, x_TD: Tensor, argument: Tensor | None) -> Any:
 
 def _try(router: nn.Module, num_experts: int, name: str) -> _Trial:
     generator = torch.Generator().manual_seed(0)
-    twin = _twin(router, generator)
+    twin: Any = _twin(router, generator)
+    if getattr(twin, "top_k", None) == num_experts:
+        # Selecting all would show neither what selects nor, of a softmax, whether the weights are normalised.
+        twin.top_k = max(num_experts // 2, 1)
     width = tensor_named(router, name).shape[1]
     # Wide enough that top scores differ, and not so wide that a softmax saturates.
     x_TD = torch.randn(PROBE_TOKENS, width, generator=generator, dtype=torch.float32)

@@ -202,11 +202,18 @@ def load_base(base: str, quantize: str | None = None, dense: bool = False) -> Pr
         The model; what is not packed is of the default type, which the precision of the run sets.
 
     Raises:
-        UserError: If a weight does not pack.
+        UserError: If the files lack weights, or a weight does not pack.
     """
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.get_default_dtype()}
     if quantize is None:
-        return AutoModelForCausalLM.from_pretrained(base, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
+        whole: PreTrainedModel = loaded[0]
+        if missing := loaded[1]["missing_keys"]:
+            raise UserError(
+                f"The files in {base} lack {len(missing)} weights of its {type(whole).__name__}, for example "
+                f"{min(missing)}, which would be random. Name the folder of a whole model."
+            )
+        return whole
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4Config(dense), **options)
     check_packed(model, dense)
     return model

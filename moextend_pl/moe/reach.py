@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moextend_pl.packing import has_image
+from moextend_pl.contracts import ExtensionPlan, UserError
+from moextend_pl.packing import tokens_beside
 
 
 def reachable(
@@ -31,7 +32,7 @@ def reachable(
     """
     if routing == "open":
         return is_image_BS.new_ones(len(is_image_BS))
-    mask = is_image_BS if routing == "masked_tokens" else has_image(is_image_BS, documents_BS)
+    mask = is_image_BS if routing == "masked_tokens" else tokens_beside(is_image_BS, documents_BS)
     if not task:
         return mask
     if not tasks:
@@ -40,6 +41,23 @@ def reachable(
     if documents_BS is not None:
         return mask & F.pad(of_task_N, (1, 0))[documents_BS]
     return mask & (of_task_N if mask.dim() == 1 else of_task_N.unsqueeze(1))
+
+
+def check_task(plans: Sequence[ExtensionPlan], task: str, has_image: bool) -> None:
+    """Refuses a task under whose name a question would silently be answered by the base alone.
+
+    Args:
+        plans: Extension plans of the model.
+        task: Name of the question's task, or empty.
+        has_image: Whether a picture is asked about; without one no new expert is reached anyway.
+
+    Raises:
+        UserError: If the model was extended for no such task, or for tasks only and none is named.
+    """
+    known = sorted({plan.task for plan in plans if plan.routing != "open"} - {""})
+    needed = has_image and bool(plans) and all(plan.task and plan.routing != "open" for plan in plans)
+    if (known and task not in known) if task else needed:
+        raise UserError(f"Expected `task` to be one of {known}, for which the model was extended, got {task!r}.")
 
 
 class Reach:

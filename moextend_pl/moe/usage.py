@@ -89,7 +89,7 @@ class ExpertUsage(Metric):
         Args:
             records: One for each mixture-of-experts layer.
             is_image_T: True on image placeholders.
-            is_real_T: False on padding, which is not counted.
+            is_real_T: False on padding and fillers, which are not counted.
         """
         masks = {"image": is_image_T & is_real_T, "text": ~is_image_T & is_real_T}
         for record in records:

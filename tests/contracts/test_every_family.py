@@ -345,6 +345,13 @@ def test_readme_states_the_measured_facts_of_the_family(family: str) -> None:
     assert stated or family not in NAMED
 
 
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "flex_olmo", "qwen3_moe", "gpt_oss", "phimoe"])
+def test_facts_of_a_router_that_selects_all_experts_are_those_of_one_that_selects_some(family: str) -> None:
+    some, every = tiny_model(family), tiny_model(family, num_experts_per_tok=EXPERTS)
+    facts = [read_facts(find_blocks(model)[0].router, EXPERTS) for model in (some, every)]
+    assert facts[0] == facts[1]
+
+
 def test_layers_selected_in_groups_refuse_a_copy_that_competes_with_all() -> None:
     with pytest.raises(UserError, match="init: preserving"):
         extended(tiny_model("deepseek_v3"), init="copy")

@@ -16,12 +16,13 @@ from callbacks.expert_extension import ExpertExtension
 from callbacks.frozen_guard import FrozenGuard
 from callbacks.train_only import TrainOnly
 from callbacks.usage_report import UsageReport, measure_usage
+from datamodules.mixture import ShardSet
 from moextend_pl.contracts import ExtensionPlan, UserError
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.growth import router_parameters
-from moextend_pl.moe.selection import AllLayers, ShiftRule
+from moextend_pl.moe.selection import AllLayers, ExplicitLayers, ShiftRule
 
 
 def as_counts(usage: dict, moment: str, kind: str) -> dict[int, Tensor]:
@@ -111,6 +112,22 @@ def test_measuring_usage_changes_neither_modes_nor_weights_nor_statistics(
     assert all(torch.equal(first["all"][layer], second["all"][layer]) for layer in range(3))
 
 
+def test_usage_of_all_ranks_together_is_that_of_one(
+    tiny_world: TinyWorld, make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, trainer = tiny_world.model(), make_trainer()
+    # 21 samples in batches of 4: nothing of the last one is left for the second rank but a filler.
+    trainer.datamodule = tiny_world.datamodule("vqa", val_samples=21, spec=model.sample_spec())
+    one = measure_usage(trainer, model)
+    ranks = []
+    for rank in range(2):
+        monkeypatch.setattr(trainer.datamodule, "_ranks", lambda rank=rank: (rank, 2))
+        ranks.append(measure_usage(trainer, model))
+    for kind, layers in one.items():
+        for layer, counts in layers.items():
+            assert torch.equal(counts, ranks[0][kind][layer] + ranks[1][kind][layer])
+
+
 def test_resumed_probe_keeps_what_was_measured_before_the_first_step(
     tiny_world: TinyWorld, make_trainer: Callable
 ) -> None:
@@ -155,11 +172,56 @@ def test_extend_run_grows_exactly_the_plan(tiny_world: TinyWorld, make_trainer: 
         ({"rule": AllLayers(), "source": "during"}, "after or before, got 'during'"),
         ({"rule": AllLayers(), "new_experts": 0}, "`new_experts` >= 1, got 0"),
         ({"plan": "nowhere.yaml"}, "found no file. Run the probe stage first"),
+        ({"plan": "nowhere.yaml", "new_experts": 2}, "belong to a probe run"),
+        ({"plan": "nowhere.yaml", "source": "before"}, "belong to a probe run"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         ExpertExtension(**arguments)
+
+
+@pytest.mark.parametrize(("routing", "train", "fits"), [
+    ("masked", "", False),
+    ("masked", "colours", False),
+    ("masked_tokens", "", False),
+    ("open", "", True),
+    ("masked", "colour", True),
+])  # fmt: skip
+def test_a_plan_of_a_task_that_no_training_data_are_of_is_refused_before_the_model_is_built(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path, routing: str, train: str, fits: bool
+) -> None:
+    make_plan([1], task="colour", routing=routing).save(tmp_path / "plan.yaml")
+    extension, model = ExpertExtension(plan=str(tmp_path / "plan.yaml")), tiny_world.unbuilt()
+    data = tiny_world.datamodule(None)
+    data.train = [tiny_world.data("text"), ShardSet(tiny_world.data("vqa"), task=train)]
+    trainer = make_trainer(TrainOnly(["new_experts"]), extension, steps=1, limit_val_batches=0)
+    if fits:
+        trainer.fit(model, data)
+        return
+    with pytest.raises(UserError, match=f"task 'colour', got training data of the tasks .*{train}'.*: no sample"):
+        trainer.fit(model, data)
+    assert not hasattr(model.language, "model")
+
+
+@pytest.mark.parametrize("probe", [{"rule": ExplicitLayers([1, 9])}, {"rule": AllLayers(), "new_experts": EXPERTS + 1}])
+def test_a_probe_that_cannot_end_in_a_plan_is_refused_before_its_first_step(
+    tiny_world: TinyWorld, make_trainer: Callable, probe: dict
+) -> None:
+    trainer = make_trainer(TrainOnly(["routers"]), ExpertExtension(**probe))
+    with pytest.raises(UserError, match="Expected (layers among|at most)"):
+        trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule("vqa"))
+    assert trainer.global_step == 0
+
+
+def test_a_probe_without_a_validation_set_is_refused_before_the_model_is_built(
+    tiny_world: TinyWorld, make_trainer: Callable
+) -> None:
+    model = tiny_world.unbuilt()
+    trainer = make_trainer(TrainOnly(["routers"]), ExpertExtension(rule=AllLayers()), steps=1)
+    with pytest.raises(UserError, match="Expected a validation set for `ExpertExtension.rule`.*Set `data.val`"):
+        trainer.fit(model, tiny_world.datamodule("vqa", val=None))
+    assert not hasattr(model.language, "model")
 
 
 def test_source_experts_may_be_those_used_before() -> None:
@@ -177,6 +239,9 @@ def test_a_language_model_alone_is_extended_by_a_plan_and_not_probed(
     data = tiny_world.datamodule("text", val=tiny_world.data("text", "test"))
     model = MoELanguageModel(base=str(tiny_world.base))
     extension = ExpertExtension(plan=str(tmp_path / "plan.yaml"))
+    masked = ExpertExtension(plan=str(tmp_path / "plan.yaml"), routing="masked")
+    with pytest.raises(UserError, match="`routing: open` for MoELanguageModel, which sees no pictures, got 'masked'"):
+        make_trainer(TrainOnly(["new_experts"]), masked, steps=1).fit(model, data)
     make_trainer(TrainOnly(["new_experts"]), extension, steps=1).fit(model, data)
     assert model.num_experts == {0: 4, 1: 5, 2: 4}
     probe = make_trainer(TrainOnly(["routers"]), ExpertExtension(rule=AllLayers()), steps=1)

@@ -17,7 +17,7 @@ from callbacks.checkpoints import StageCheckpoint
 from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt, WritePredictions
 from callbacks.train_only import TrainOnly
 from moextend_pl.answers import exact_match
-from moextend_pl.contracts import TrainPlan
+from moextend_pl.contracts import TrainPlan, UpcycleSpec, UserError
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
@@ -134,6 +134,31 @@ def test_trained_language_model_is_saved_where_transformers_finds_it(
     loaded = TinyWorld(tmp_path / "run").stock()
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.model.parameters(), strict=True))
     assert not torch.equal(loaded.lm_head.weight, tiny_world.stock().lm_head.weight)
+
+
+def test_a_language_model_that_transformers_could_not_read_again_is_refused_before_its_first_step(
+    tiny_world: TinyWorld, make_trainer: Callable
+) -> None:
+    trainer, data = make_trainer(SavePretrained("base")), tiny_world.datamodule("text", val=None)
+    upcycled = MoELanguageModel(base=str(tiny_world.dense), upcycle=UpcycleSpec())
+    with pytest.raises(UserError, match=r"cannot write an upcycled language model.*leave out `language.upcycle`"):
+        trainer.fit(upcycled, data)
+    assert not hasattr(upcycled, "model")
+    extended = MoELanguageModel(base=str(tiny_world.base))
+    extended.extension_plan = make_plan(routing="open")
+    with pytest.raises(UserError, match=r"cannot write an extended language model.*leave out `ExpertExtension.plan`"):
+        trainer.fit(extended, data)
+    assert trainer.global_step == 0
+
+
+def test_what_is_saved_fits_the_callback_that_saves_it(tiny_world: TinyWorld, make_trainer: Callable) -> None:
+    language, whole = MoELanguageModel(base=str(tiny_world.base)), tiny_world.unbuilt()
+    with pytest.raises(UserError, match=r"moextend_pl.MoExtend has learned, got MoELanguageModel. Use SavePretrained"):
+        make_trainer(SaveDelta()).fit(language, tiny_world.datamodule("text", val=None))
+    with pytest.raises(UserError, match=r"a tower or a language model, got MoExtend"):
+        make_trainer(SavePretrained("base")).fit(whole, tiny_world.datamodule("vqa"))
+    assert not hasattr(language, "model")
+    assert not hasattr(whole.language, "model")
 
 
 def test_trained_tower_is_saved_and_learned(tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path) -> None:

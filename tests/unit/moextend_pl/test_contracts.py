@@ -48,10 +48,15 @@ def test_impossible_layers_are_refused(layers: tuple[LayerGrowth, ...], message:
     [
         ({"schema": 2}, "expected `schema: 1`, got 2"),
         ({"layers": [{"layer": 0}]}, "not a valid extension plan"),
-        ({"layers": [{"layer": 0, "sources": [7], "sauces": 1}], "experts": 3}, "not a valid extension plan"),
+        ({"experts": 3}, "not a valid extension plan"),
+        ({"layers": [{"layer": 0, "sources": [7], "sauces": 1}]}, "not a valid extension plan"),
+        ({"layers": [{"layer": "first", "sources": [7]}]}, r"whole numbers, got \['first'\]"),
+        ({"layers": [{"layer": 0, "sources": "12"}]}, r"whole numbers, got \['1', '2'\]"),
+        ({"layers": [{"layer": 1.7, "sources": [1]}]}, r"whole numbers, got \[1.7\]"),
+        ({"seed": "abc"}, r"whole numbers, got \['abc'\]"),
+        ({"task": 2024}, "text as `task` of the extension plan, got 2024"),
         ({"init": "zero"}, "got 'zero'"),
     ],
-    ids=["schema", "missing key", "unknown key", "wrong value"],
 )
 def test_damaged_plan_file_is_one_clear_mistake(tmp_path: Path, change: dict, message: str) -> None:
     path = tmp_path / "plan.yaml"
@@ -60,10 +65,14 @@ def test_damaged_plan_file_is_one_clear_mistake(tmp_path: Path, change: dict, me
         ExtensionPlan.load(path)
 
 
-@pytest.mark.parametrize("text", ["", "- 1\n", "layers: [", "schema: 1\n"], ids=["empty", "list", "cut", "no layers"])
-def test_file_that_is_no_plan_is_one_clear_mistake(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"- 1\n", b"layers: [", b"schema: 1\n", b"schema: 1\n\xff"],
+    ids=["empty", "list", "cut", "no layers", "no text"],
+)
+def test_file_that_is_no_plan_is_one_clear_mistake(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "plan.yaml"
-    path.write_text(text)
+    path.write_bytes(content)
     with pytest.raises(UserError, match="plan.yaml"):
         ExtensionPlan.load(path)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.tiny_world import EXPERTS, TinyWorld, make_plan, perturb
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from moextend_pl import base_model
-from moextend_pl.contracts import UserError
+from moextend_pl.contracts import IGNORE_INDEX, UserError
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.losses import balance_loss
 from moextend_pl.moe import dispatch
@@ -183,6 +185,19 @@ def test_balance_of_text_only_batch_leaves_grown_layers_out(tiny_world: TinyWorl
     torch.testing.assert_close(model(batch).balance, expected)
 
 
+@pytest.mark.parametrize("kinds", ["it", "tt"])
+def test_fillers_weigh_nothing_in_any_loss(tiny_world: TinyWorld, kinds: str) -> None:
+    model = tiny_world.model(make_plan(routing="open"), balance_weight=0.1, z_weight=0.1)
+    alone, filled = (tiny_world.batch(model, kinds) for _ in range(2))
+    for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORE_INDEX)):
+        filled[name] = F.pad(filled[name], (0, 0, 0, 2), value=value)
+    filled["attention_mask"][2:, 0] = 1
+    expected, got = model(alone), model(filled)
+    torch.testing.assert_close(got.balance, expected.balance)
+    torch.testing.assert_close(got.router["z"], expected.router["z"])
+    torch.testing.assert_close(got.loss, expected.loss)
+
+
 def test_image_token_lies_outside_the_vocabulary_and_is_never_embedded(tiny_world: TinyWorld) -> None:
     model = tiny_world.language()
     words = len(model.tokenizer)
@@ -251,6 +266,17 @@ def test_an_answer_leaves_no_mask_behind_for_other_passes(tiny_world: TinyWorld)
     inputs = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
     with torch.no_grad():
         assert torch.equal(world.language.model(**inputs).logits, tiny_world.stock()(**inputs).logits)
+
+
+def test_a_base_whose_files_lack_weights_is_refused(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    shutil.copytree(tiny_world.base, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    model = MoELanguageModel(base=str(tmp_path / "base"))
+    with pytest.raises(UserError, match=r"lack 1 weights of its MixtralForCausalLM, for example .*1.self_attn.q_proj"):
+        model.configure_model()
 
 
 def test_recordings_may_nest(tiny_world: TinyWorld) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.tiny_world import QUESTION, TinyWorld, make_plan, perturb, picture
 from PIL import Image
+from torch import Tensor
 
 from callbacks.expert_extension import ExpertExtension
 from callbacks.train_only import TrainOnly
 from moextend_pl.answers import exact_match
+from moextend_pl.contracts import Batch
+from moextend_pl.language_losses import LanguageOutput
+from moextend_pl.losses import learned_tokens
 from moextend_pl.samples.prompt import prompt_batch
 
 PARTS = ("projector", "new_experts", "new_routers", "calibration")
@@ -46,6 +51,42 @@ def test_after_a_run_the_language_model_by_itself_is_the_base(
     ids = tiny_world.batch(model, "tt")["input_ids"]
     with torch.no_grad():
         assert torch.equal(model.eval().language.model(ids).logits, tiny_world.stock()(ids).logits)
+
+
+def gradients_of_one_step(
+    world: TinyWorld, make_trainer: Callable, batch_size: int, **options: Any
+) -> tuple[list[Tensor], list[int]]:
+    """Returns the projector's gradients in one step over four samples, and the learned tokens of each batch."""
+    model = world.model(parts=["projector"], balance_weight=0.0)
+    learning = model.parts()["projector"]
+    start, sizes, forward = [parameter.detach().clone() for parameter in learning], [], model.forward
+
+    def count(batch: Batch) -> LanguageOutput:
+        sizes.append(learned_tokens(batch["labels"]))
+        return forward(batch)
+
+    model.forward = count  # type: ignore[method-assign]
+    model.configure_optimizers = lambda: torch.optim.SGD(learning, lr=1.0)  # type: ignore[method-assign]
+    data = world.datamodule("mixed", batch_size=batch_size, turns="together")
+    make_trainer(steps=1, accumulate_grad_batches=4 // batch_size, limit_val_batches=0, **options).fit(model, data)
+    return [before - after.detach() for before, after in zip(start, learning, strict=True)], sizes
+
+
+def test_a_step_accumulated_over_batches_is_the_step_of_all_their_tokens(
+    tiny_world: TinyWorld, make_trainer: Callable
+) -> None:
+    whole, tokens = gradients_of_one_step(tiny_world, make_trainer, 4)
+    parts, sizes = gradients_of_one_step(tiny_world, make_trainer, 1)
+    assert sum(sizes) == sum(tokens)
+    assert len(set(sizes)) > 1
+    for got, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_accumulated_gradients_are_clipped_as_they_are_applied(tiny_world: TinyWorld, make_trainer: Callable) -> None:
+    clipped, _ = gradients_of_one_step(tiny_world, make_trainer, 1, gradient_clip_val=1e-3)
+    norm = torch.cat([gradient.flatten() for gradient in clipped]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_text_only_batch_gives_every_learning_parameter_a_zero_gradient(tiny_world: TinyWorld) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moextend_pl.contracts import IGNORE_INDEX, Batch, Sample, TrainPlan, UpcycleSpec
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.moe.reach import reachable
-from moextend_pl.packing import attention_inputs, has_image, packing_obstacle, position_ids
+from moextend_pl.packing import attention_inputs, packing_obstacle, position_ids, sample_tokens, tokens_beside
 from moextend_pl.samples.collate import collate_packed, collate_training
 
 DOCUMENTS = torch.tensor([[1, 1, 1, 2, 2, 0, 0], [3, 4, 4, 4, 4, 4, 5]])
@@ -67,9 +67,17 @@ def test_an_image_opens_its_own_document_only_and_no_padding():
     is_image = torch.zeros(2, 7, dtype=torch.bool)
     is_image[0, 1] = is_image[1, 5] = True
     expected = [[d in (1, 4) for d in row] for row in DOCUMENTS.tolist()]
-    assert has_image(is_image, DOCUMENTS).tolist() == expected
-    assert not has_image(torch.zeros_like(is_image), DOCUMENTS).any()
-    assert has_image(is_image[:, :3], None).tolist() == [True, False]
+    assert tokens_beside(is_image, DOCUMENTS).tolist() == expected
+    assert not tokens_beside(torch.zeros_like(is_image), DOCUMENTS).any()
+    assert tokens_beside(is_image[:, :3], None).tolist() == [True, False]
+
+
+def test_padding_and_fillers_are_no_tokens_of_samples():
+    one = Sample("one", torch.tensor([3, 4, 5]), torch.tensor([IGNORE_INDEX, 4, 5]), torch.zeros(0, 3, 1, 1), [])
+    filler = Sample("", torch.tensor([0]), torch.tensor([IGNORE_INDEX]), torch.zeros(0, 3, 1, 1), [])
+    assert sample_tokens(collate_training([one, filler], 0)).tolist() == [[True] * 3, [False] * 3]
+    packed = collate_packed([[one, filler, one], [filler]], 0)
+    assert sample_tokens(packed).tolist() == [[True] * 3 + [False] + [True] * 3, [False] * 7]
 
 
 def test_an_extension_of_a_task_is_reached_by_the_documents_of_that_task_only():

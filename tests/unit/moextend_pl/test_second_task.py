@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_world import EXPERTS, GROWN, TinyWorld, make_plan, perturb
+from helpers.tiny_world import EXPERTS, GROWN, QUESTION, TinyWorld, make_plan, perturb
+from PIL import Image
 from torch import Tensor
 
 from moextend_pl.checkpoint import save_delta
-from moextend_pl.contracts import Batch, ExtensionPlan, TrainPlan
+from moextend_pl.contracts import Batch, ExtensionPlan, TrainPlan, UserError
+from moextend_pl.generate import main as ask
 from moextend_pl.manifest import read_manifest
 from moextend_pl.module import MoExtend
+from moextend_pl.moe.extended_router import ExtendedRouter
 
 PARTS = ("new_experts", "new_routers", "calibration")
 PLAN_A = make_plan(task="shape")
@@ -71,6 +74,48 @@ def test_second_task_never_uses_experts_of_the_first(tiny_world: TinyWorld, run_
             new = set(record.indices.unique().tolist()) - set(range(EXPERTS))
             of_a = {EXPERTS} if record.layer in GROWN else set()
             assert new <= (of_a if task == "shape" else allowed - of_a)
+
+
+def test_a_question_names_a_task_that_the_model_was_extended_for(tiny_world: TinyWorld, run_a: Path) -> None:
+    second, image = extended(tiny_world, run_a, PLAN_B), Image.new("RGB", (8, 8))
+    for task, picture in (("shape", image), ("colour", image), ("", None)):
+        assert isinstance(second.generate(picture, QUESTION, task), str)
+    for task, picture in (("color", image), ("color", None), ("", image)):
+        with pytest.raises(UserError, match=rf"one of \['colour', 'shape'\], .* got '{task}'"):
+            second.generate(picture, QUESTION, task)
+    mixed = extended(tiny_world, run_a, PLAN_B.with_options(task=""))
+    assert isinstance(mixed.generate(image, QUESTION), str)
+
+
+def test_the_command_line_names_the_task(
+    tiny_world: TinyWorld, run_a: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    asked = ["--checkpoint", str(run_a), "--image", str(tmp_path / "picture.png"), "--prompt", QUESTION]
+    with pytest.raises(UserError, match=r"one of \['shape'\]"):
+        ask(asked)
+    assert ask([*asked, "--task", "shape"]) == 0
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert capsys.readouterr().out.strip() == MoExtend.load(run_a).generate(picture, QUESTION, "shape")
+
+
+def test_balance_of_the_second_task_knows_nothing_of_the_experts_of_the_first(
+    tiny_world: TinyWorld, run_a: Path
+) -> None:
+    second = extended(tiny_world, run_a, PLAN_B)
+    learn(second)
+    learning = second.parts()["new_routers"]
+    batch = batch_of(tiny_world, second, "colour")
+
+    def balance_and_gradients() -> list[Tensor]:
+        balance = second(batch).balance
+        return [balance.detach(), *torch.autograd.grad(balance, learning)]
+
+    before = balance_and_gradients()
+    routers = [module for module in second.modules() if isinstance(module, ExtendedRouter)]
+    perturb([router.weight for router in routers if not router.weight.requires_grad], size=5.0)
+    for got, expected in zip(balance_and_gradients(), before, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_only_the_second_extension_learns_and_the_first_is_frozen(tiny_world: TinyWorld, run_a: Path) -> None:

@@ -128,6 +128,14 @@ def test_sprout_computes_as_its_sources_do(implementation: str) -> None:
     assert len(base.gate_up_proj) == EXPERTS
 
 
+def test_hooks_of_old_experts_are_not_those_of_new_ones() -> None:
+    base, heard = tiny_mixtral().model.layers[0].mlp.experts, []
+    new = sprout(base, [2])
+    base.register_forward_hook(lambda *_: heard.append("old"))
+    new(torch.randn(3, 32), torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1))
+    assert heard == []
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_experts_with_two_new_members_equal_one_stack_of_all(implementation: str) -> None:
     model, reach = tiny_mixtral().requires_grad_(False), Reach()

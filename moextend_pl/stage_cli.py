@@ -30,6 +30,7 @@ from moextend_pl.preflight import (
     run_directory,
     set_aside,
 )
+from moextend_pl.termination import EndTogether
 
 DEFAULT_SEED = 0
 EXIT_TERMINATED = 143
@@ -166,7 +167,7 @@ class MoExtendCLI(LightningCLI):
         if config.get("logger") in (None, True):
             config["logger"] = RunLogger(str(config.get("default_root_dir") or "."))
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            return super()._instantiate_trainer(config, [EndTogether(), *callbacks])
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its settings: {error}") from error
 

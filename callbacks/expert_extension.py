@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from callbacks.usage_report import USAGE_FILE, Counts, measure_usage, usage_lists
+from callbacks.usage_report import USAGE_FILE, Counts, check_validation_set, measure_usage, usage_lists
 from moextend_pl.atomic import write_atomically, write_json
 from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UserError, run_directory
 from moextend_pl.module import MoExtend
@@ -104,6 +104,7 @@ class ExpertExtension(Callback):
         self.plan = ExtensionPlan.load(Path(plan)).with_options(**self.options) if plan is not None else None
         self._routers: list[torch.Tensor] = []
         self._before: Counts = {}
+        self._ended = False
 
     def setup(self, trainer: Trainer, pl_module: MoExtend, stage: str) -> None:
         """Declares the plan of an extend run.
@@ -118,11 +119,9 @@ class ExpertExtension(Callback):
                 f"{type(pl_module).__name__}: a probe asks which experts pictures choose. Give a `plan` instead."
             )
         data = getattr(trainer, "datamodule", None)
-        if self.rule is not None and stage == "fit" and not getattr(data, "val", data):
-            raise UserError(
-                "Expected a validation set for `ExpertExtension.rule`, which counts the experts that its tokens "
-                "choose, got none. Set `data.val`."
-            )
+        # `plan` declares without a trainer, and measures nothing.
+        if self.rule is not None and stage == "fit" and trainer is not None:
+            check_validation_set(trainer)
         if self.plan is not None:
             if self.plan.routing != "open" and not isinstance(pl_module, MoExtend):
                 raise UserError(
@@ -134,12 +133,13 @@ class ExpertExtension(Callback):
             pl_module.extension_plan = self.plan
 
     def state_dict(self) -> dict[str, Any]:
-        """Keeps what a resumed probe can no longer see: routers and usage from before it."""
-        return {"routers": self._routers, "before": self._before}
+        """Keeps what a resumed probe can no longer see: routers and usage from before it, and whether it has ended."""
+        return {"routers": self._routers, "before": self._before, "ended": self._ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over routers and usage from before the probe."""
         self._routers, self._before = list(state_dict["routers"]), dict(state_dict["before"])
+        self._ended = bool(state_dict.get("ended", False))
 
     def on_fit_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Tries the rule, and warns where a further extension would not leave the earlier ones as they were.
@@ -163,7 +163,16 @@ class ExpertExtension(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
-        """Remembers the routers and measures usage, at the first start of a probe."""
+        """Remembers the routers and measures usage, at the first start of a probe.
+
+        Raises:
+            UserError: If more steps are asked of a probe that has ended, whose routers were put back.
+        """
+        if self._ended:
+            raise UserError(
+                f"Expected a probe to go on, got one that ended at step {trainer.global_step}: its routers were put "
+                f"back, so that further steps would not follow from those before. Start it again with `--fresh`."
+            )
         if self.rule is not None and not self._routers:
             self._routers = [p.detach().clone() for p in router_parameters(pl_module.language.model)]
             self._before = measure_usage(trainer, pl_module)
@@ -176,6 +185,7 @@ class ExpertExtension(Callback):
         with torch.no_grad():
             for parameter, original in zip(router_parameters(pl_module.language.model), self._routers, strict=True):
                 parameter.copy_(original)
+        self._ended = True
         plan = self.choose(self._before, after)
         if trainer.is_global_zero:
             self._write(run_directory(trainer), plan, after)

@@ -96,6 +96,19 @@ class StageReceipt(Callback):
         """Takes over the seconds of earlier starts."""
         self._seconds = float(state_dict["seconds"])
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: MoExtend, checkpoint: dict[str, Any]) -> None:
+        """Refuses to end at once with nothing written: an unfinished stage that is past the steps it is asked for.
+
+        Raises:
+            UserError: If no step is left to do, and no receipt tells that the stage was finished.
+        """
+        steps, run = checkpoint["global_step"], run_directory(trainer)
+        if trainer.state.fn == "fit" and steps >= trainer.max_steps and not (run / RECEIPT).exists():
+            raise UserError(
+                f"Expected `trainer.max_steps` above {steps}, the step of the checkpoint that this run goes on from, "
+                f"got {trainer.max_steps}: nothing would be trained, and no result written. Raise it."
+            )
+
     def _elapsed(self) -> float:
         return self._seconds + (time.monotonic() - self._started if self._started else 0.0)
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from moextend_pl.atomic import write_json
-from moextend_pl.contracts import run_directory
+from moextend_pl.contracts import UserError, run_directory
 from moextend_pl.module import MoExtend
 from moextend_pl.moe.usage import ExpertUsage
 from moextend_pl.packing import sample_tokens
@@ -18,6 +18,19 @@ from moextend_pl.plots import plot_usage
 
 USAGE_FILE = "usage.json"
 Counts = dict[str, dict[int, Tensor]]
+
+
+def check_validation_set(trainer: Trainer) -> None:
+    """Refuses a run without a validation set: all counts would be 0, and look like a measurement.
+
+    Raises:
+        UserError: If the datamodule of the run has none.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if data is None or not data.val_dataloader():
+        raise UserError(
+            "Expected a validation set, on which expert usage is measured, got none. Set `val` of the data module."
+        )
 
 
 @torch.no_grad()
@@ -80,6 +93,11 @@ class UsageReport(Callback):
     `usage.json` has the counts of the language model under `end`, those of an upcycled tower and
     projector under `encoder` and `projector`.
     """
+
+    def setup(self, trainer: Trainer, pl_module: MoExtend, stage: str) -> None:
+        """Refuses a run that has nothing to measure on, before it trains."""
+        if stage == "fit":
+            check_validation_set(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Measures and writes."""

@@ -98,6 +98,7 @@ class BadSampleBook:
             if self.found.setdefault((sample.shard, sample.key), sample) is sample:
                 self._write(sample)
                 logger.warning("bad sample, left out: %s: %s: %s", sample.shard, sample.key, sample.reason)
+        self._read()  # of two ranks that write at the same time, the one that reads last sees both
         if len(self.found) > self.limit:
             raise UserError(self._summary())
 

@@ -15,7 +15,7 @@ from datamodules.dataset import ConversationDataset, Failure, worker_options
 from moextend_pl.contracts import UserError
 from moextend_pl.samples.conversation import ConversationEncoder
 
-LENGTHS_SCHEMA = "1"
+LENGTHS_SCHEMA = "2"
 """Raised when the same conversation comes to be encoded otherwise, so that files of before are not used."""
 
 CHUNK = 256
@@ -120,6 +120,7 @@ def _fingerprint(encoder: ConversationEncoder, shards: str) -> str:
         shards,
         words,
         str(tokenizer.chat_template),
+        str(sorted(tokenizer.special_tokens_map.items())),  # templates write them
         str(spec.tokens_per_image),
         str(encoder.max_length),
     ]

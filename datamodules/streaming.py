@@ -99,6 +99,8 @@ def download(address: str, target: Path, size: int, sha256: str, options: Stream
         brought = _Brought(out, size, address)
 
         def attempt() -> None:
+            if brought.done == size:  # the connection broke behind the last byte, and there are none left to ask for
+                return
             with _opened(address, brought.done, options) as (stream, start):
                 if start != brought.done:
                     brought.start_again()

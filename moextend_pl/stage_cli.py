@@ -6,6 +6,7 @@ import argparse
 import enum
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from moextend_pl.preflight import (
     run_directory,
     set_aside,
 )
+from moextend_pl.termination import EndTogether
 
 DEFAULT_SEED = 0
 EXIT_TERMINATED = 143
@@ -76,6 +78,7 @@ class MoExtendCLI(LightningCLI):
         """
         self._arguments = arguments
         self._checkpoint: str | None = None
+        self._trial: tempfile.TemporaryDirectory[str] | None = None
         # Abbreviated options would turn a typo into another key without a word.
         options = {"exit_on_error": False, "allow_abbrev": False}
         commands = {name: {**options, "description": text} for name, text in DESCRIPTIONS.items()}
@@ -125,6 +128,12 @@ class MoExtendCLI(LightningCLI):
             replace_plan(given, given["plan"])
         config = plain_config(given)
         run = run_directory(config)
+        if given.trainer.get("fast_dev_run"):
+            # Results of a step or two are none: a stage would go on from them, and another start from them.
+            self._trial = tempfile.TemporaryDirectory(prefix="moextend-")
+            given.trainer.default_root_dir = self._trial.name
+            run = Path(self._trial.name) if command == "fit" else run
+            _log.info("`fast_dev_run` is a trial: it begins anew, and what it writes is thrown away")
         fresh = given.get("fresh", False) and not _was_requeued()
         if command == "fit" and _is_first_rank():
             remove_leftovers(run)
@@ -166,7 +175,7 @@ class MoExtendCLI(LightningCLI):
         if config.get("logger") in (None, True):
             config["logger"] = RunLogger(str(config.get("default_root_dir") or "."))
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            return super()._instantiate_trainer(config, [EndTogether(), *callbacks])
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its settings: {error}") from error
 
@@ -232,7 +241,7 @@ def run_stage(argv: Sequence[str]) -> MoExtendCLI | int:
         The finished CLI, or 0 if only help or the config was printed.
 
     Raises:
-        UserError: For every mistake that the user can mend.
+        UserError: For every mistake that the user can mend, or if a data worker died.
         KeyboardInterrupt: If the run was interrupted from the keyboard.
         SystemExit: With code 143 if it was terminated.
     """
@@ -244,6 +253,14 @@ def run_stage(argv: Sequence[str]) -> MoExtendCLI | int:
         # Lightning leaves with exit code 0 here, which a scheduler takes for a finished run.
         _log.warning("terminated; the same command continues where it stopped")
         raise SystemExit(EXIT_TERMINATED) from error
+    except RuntimeError as error:
+        # How torch tells of data workers, at any place of the main process, has no class of its own.
+        if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
+            raise
+        raise UserError(
+            f"A process that reads data has died, most often for want of memory, or stood still: {error}. Lower "
+            "`num_workers` of the data module; the same command continues where it stopped."
+        ) from error
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error

@@ -206,9 +206,9 @@ class ConversationEncoder:
     def _tokenise(self, piece: str, answers: list[tuple[int, int]], breaks: list[int]) -> tuple[list[int], list[bool]]:
         """Returns ids of a text, and which of them lie inside an answer.
 
-        The text is tokenised as a whole, as it was when the language model was trained. Only where a
-        token would lie across the border of an answer or another break, or a tokenizer cannot tell where its
-        tokens lie, each side of the border is tokenised alone, which is what generation does.
+        The text is tokenised as a whole, as it was when the language model was trained. Only where a token would lie
+        across the border of an answer or another break, the two sides of it are tokenised alone, which is what
+        generation does; and at all of them where a tokenizer cannot tell where its tokens lie.
         """
         if not piece:
             return [], []
@@ -219,19 +219,20 @@ class ConversationEncoder:
             return any(start <= place < end for start, end in answers)
 
         tokenizer = self.spec.tokenizer
-        if tokenizer.is_fast:
-            output = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-            offsets = output["offset_mapping"]
-            if not any(start < border < end for border in borders for start, end in offsets):
-                return list(output["input_ids"]), [inside(start) for start, _ in offsets]
-        ids: list[int] = []
-        learned: list[bool] = []
-        edges = [0, *borders, len(piece)]
-        for first, last in pairwise(edges):
-            part = list(tokenizer(piece[first:last], add_special_tokens=False)["input_ids"])
-            ids += part
-            learned += [inside(first)] * len(part)
-        return ids, learned
+        options = {"add_special_tokens": False, **({"return_offsets_mapping": True} if tokenizer.is_fast else {})}
+        cuts = set() if tokenizer.is_fast else set(borders)
+        while True:
+            ids: list[int] = []
+            spans: list[tuple[int, int]] = []
+            for first, last in pairwise([0, *sorted(cuts), len(piece)]):
+                part = tokenizer(piece[first:last], **options)
+                ids += part["input_ids"]
+                offsets = part.get("offset_mapping") or [(0, last - first)] * len(part["input_ids"])
+                spans += [(first + start, first + end) for start, end in offsets]
+            crossed = {border for border in borders if any(start < border < end for start, end in spans)}
+            if not crossed:
+                return ids, [inside(start) for start, _ in spans]
+            cuts |= crossed
 
     def _sample(
         self,

@@ -17,7 +17,7 @@ class ShakyServer:
     Attributes:
         url: Address of the folder.
         faults: File name -> what happens to its next requests, in order: `503`, `404`, `cut` (the connection breaks
-            after half of what was asked for).
+            after half of what was asked for), `late` (it breaks behind the last byte, before the end is told).
         ranges: Whether parts of files can be asked for.
         requests: (file name, first byte, bytes sent) of all requests, in order.
     """
@@ -57,13 +57,18 @@ def shaky_server(folder: Path) -> Iterator[ShakyServer]:
             data = path.read_bytes()
             asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
             start = int(asked[1]) if asked and state.ranges else 0
+            if start >= len(data):
+                self.send_response(416)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(data) - start))
+            self.send_header("Content-Length", str(len(data) - start + (fault == "late")))
             self.end_headers()
             data = data[start : start + (len(data) - start) // 2] if fault == "cut" else data[start:]
             state.requests.append((name, start, len(data)))
             self.wfile.write(data)
-            if fault == "cut":
+            if fault in ("cut", "late"):
                 self.wfile.flush()
                 time.sleep(0.2)  # what has arrived together with the end of the connection may be lost
                 self.close_connection = True

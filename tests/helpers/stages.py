@@ -156,6 +156,12 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
+def launched_by(process: subprocess.Popen[str]) -> list[int]:
+    """Returns the processes of the other ranks, which the first one has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"moextend_pl" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def kill_when(config: Path, ready: Callable[[], bool], *more: str, timeout: float = 120) -> None:
     """Starts a stage and kills it (SIGKILL) as soon as something is true.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.stages import PARTS, finish, metrics, write_stage
+from helpers.stages import PARTS, end, finish, launched_by, metrics, start, write_stage
 from helpers.tiny_world import TinyWorld, make_plan, perturb
 from safetensors.torch import load_file
 
@@ -91,3 +94,25 @@ def test_losses_of_two_processes_are_those_of_one(tiny_world: TinyWorld, tmp_pat
                 # A bias of keys moves no attention weight: its gradient is rounding, which AdamW makes large.
                 continue
             torch.testing.assert_close(deltas[1][name], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_row_10_both_processes_end_when_one_of_them_is_told_to(
+    tiny_world: TinyWorld, tmp_path: Path, rank: int
+) -> None:
+    config = write_stage(tiny_world, tmp_path / "run", "align", steps=100_000)
+    process, log = start(config, *TWO), tmp_path / "run" / "metrics.csv"
+    try:
+        limit = time.monotonic() + 120
+        while not log.exists() or log.read_text().count("\n") < 6:
+            assert process.poll() is None, config.with_suffix(".log").read_text()[-3000:]
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        os.kill([process.pid, *launched_by(process)][rank], signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        if process.poll() is None:
+            end(process)
+    text = config.with_suffix(".log").read_text()
+    assert text.count("the same command continues where it stopped") == 2
+    assert "Traceback" not in text

@@ -231,6 +231,21 @@ def test_class_outside_the_allowed_packages_is_refused_before_its_import(
     assert "evil_module" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    "message", ["DataLoader worker (pid 7) is killed by signal: Killed.", "DataLoader timed out after 900 seconds"]
+)
+def test_death_of_a_data_worker_is_one_sentence(stage: Path, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    def die(*_: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("toy_stage.Toy.training_step", die)
+    with pytest.raises(UserError, match=r"has died.*DataLoader .*Lower `num_workers`"):
+        fit(stage)
+    message = "a bug"
+    with pytest.raises(RuntimeError, match="a bug"):
+        fit(stage)
+
+
 def test_bug_keeps_its_traceback(stage: Path) -> None:
     with pytest.raises(KeyError, match="a bug"):
         cli.main(["fit", "--config", str(stage), *ALLOW, "--model.fail=bug"])
@@ -309,6 +324,20 @@ def test_fresh_sets_the_earlier_run_aside(stage: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run/old1/checkpoints/last.ckpt").is_file()
     assert (tmp_path / "run/old1/bad_samples.jsonl").is_file()
     assert fit(stage, "--trainer.max_steps=1").trainer.global_step == 1
+
+
+@pytest.mark.parametrize("more", [(), ("--fresh",)])
+def test_a_trial_of_one_step_leaves_the_run_as_it_was(stage: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    fit(stage, "--trainer.fast_dev_run=true", *more)
+    assert not files()
+    fit(stage, "--trainer.max_steps=3")
+    before = files()
+    trial = fit(stage, "--trainer.fast_dev_run=2", *more)
+    assert trial.trainer.global_step == 2
+    assert files() == before
 
 
 def test_fresh_has_its_effect_once_when_slurm_starts_the_job_again(

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_world import EXPERTS, TinyWorld, make_plan
+from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor
 
 from callbacks.expert_extension import ExpertExtension
 from callbacks.frozen_guard import FrozenGuard
+from callbacks.outputs import StageReceipt
 from callbacks.train_only import TrainOnly
 from callbacks.usage_report import UsageReport, measure_usage
 from datamodules.mixture import ShardSet
@@ -150,6 +152,32 @@ def test_resumed_probe_keeps_what_was_measured_before_the_first_step(
     assert all(torch.equal(counts[layer], first.state_dict()["before"]["all"][layer]) for layer in range(3))
 
 
+def test_a_probe_that_has_ended_is_not_continued(tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path) -> None:
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+    def probe(steps: int, checkpoint: Path | None) -> None:
+        callbacks = [TrainOnly(["routers"]), ExpertExtension(rule=AllLayers()), StageReceipt([])]
+        trainer = make_trainer(*callbacks, steps=steps)
+        trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule("vqa"), ckpt_path=checkpoint, weights_only=True)
+
+    probe(2, None)
+    written = (tmp_path / "run" / "usage.json").read_bytes()
+    probe(2, last)  # nothing is left to do, and nothing is said
+    with pytest.raises(UserError, match=r"ended at step 2: its routers were put back.*--fresh"):
+        probe(4, last)
+    assert (tmp_path / "run" / "usage.json").read_bytes() == written
+
+
+@pytest.mark.parametrize("callback", [ExpertExtension(rule=AllLayers()), UsageReport()])
+def test_usage_is_not_measured_without_a_validation_set(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path, callback: Callback
+) -> None:
+    trainer = make_trainer(TrainOnly(["routers"]), callback)
+    with pytest.raises(UserError, match="Expected a validation set.*Set `val`"):
+        trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule("vqa", val=None))
+    assert not list(tmp_path.glob("run/*"))
+
+
 def test_extend_run_grows_exactly_the_plan(tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path) -> None:
     make_plan([1], (3, 0), init="copy", routing="open").save(tmp_path / "plan.yaml")
     model = tiny_world.unbuilt()
@@ -219,7 +247,7 @@ def test_a_probe_without_a_validation_set_is_refused_before_the_model_is_built(
 ) -> None:
     model = tiny_world.unbuilt()
     trainer = make_trainer(TrainOnly(["routers"]), ExpertExtension(rule=AllLayers()), steps=1)
-    with pytest.raises(UserError, match="Expected a validation set for `ExpertExtension.rule`.*Set `data.val`"):
+    with pytest.raises(UserError, match="Expected a validation set.*got none. Set `val`"):
         trainer.fit(model, tiny_world.datamodule("vqa", val=None))
     assert not hasattr(model.language, "model")
 

@@ -62,6 +62,24 @@ def test_checkpoints_come_at_their_steps_but_never_at_the_last(
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_unfinished_stage_that_is_past_its_steps_does_not_end_without_a_result(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+    def fit(steps: int, *more: Callback, checkpoint: Path | None = None) -> None:
+        trainer = make_trainer(TrainOnly(["projector"]), *more, steps=steps, enable_checkpointing=True)
+        trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule(), ckpt_path=checkpoint, weights_only=True)
+
+    fit(6, StageCheckpoint(4))  # as if it had been killed after its checkpoint
+    for steps in (3, 4):
+        with pytest.raises(UserError, match=rf"`trainer.max_steps` above 4, .* got {steps}: nothing would be trained"):
+            fit(steps, StageReceipt([]), checkpoint=last)
+    fit(5, StageReceipt([]), checkpoint=last)
+    fit(5, StageReceipt([]), checkpoint=last)  # finished: nothing is left to do, and nothing is wrong
+    assert json.loads((tmp_path / "run" / "stage.json").read_text())["steps"] == 5
+
+
 def test_resume_checkpoint_holds_no_frozen_weight(
     tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
 ) -> None:

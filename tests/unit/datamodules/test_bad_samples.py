@@ -49,6 +49,20 @@ def test_starts_and_ranks_of_a_run_share_the_list(tmp_path):
         BadSampleBook(3, tmp_path).note([bad(4)])
 
 
+def test_ranks_that_meet_a_bad_sample_at_the_same_moment_do_not_go_over_the_budget_together(tmp_path, monkeypatch):
+    one, other = BadSampleBook(1, tmp_path), BadSampleBook(1, tmp_path)
+    write = BadSampleBook._write
+
+    def write_while_the_other_has_read(book, sample):
+        if book is one:
+            other.note([bad(1)])  # it cannot know of the sample that is only now written down
+        write(book, sample)
+
+    monkeypatch.setattr(BadSampleBook, "_write", write_while_the_other_has_read)
+    with pytest.raises(UserError, match="at most 1 bad sample.*met 2"):
+        one.note([bad(0)])
+
+
 def _note_many(folder, start):
     book = BadSampleBook(10_000, folder)
     for number in range(start, start + 100):

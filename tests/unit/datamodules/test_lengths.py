@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,3 +37,13 @@ def test_a_damaged_file_of_lengths_is_counted_again(folder, spec):
         path.write_bytes(damage)
         assert unit_lengths(dataset(folder, spec), None, 0).tolist() == lengths.tolist()
     assert path.read_bytes() == whole
+
+
+def test_lengths_are_counted_again_where_the_template_writes_another_end(folder, spec):
+    before = unit_lengths(dataset(folder, spec), None, 0)
+    tokenizer = copy.deepcopy(spec.tokenizer)
+    tokenizer.eos_token = " a blue circle"  # as another `eos_token` in tokenizer_config.json
+    assert tokenizer.backend_tokenizer.to_str() == spec.tokenizer.backend_tokenizer.to_str()
+    other = dataset(folder, replace(spec, tokenizer=tokenizer))
+    after = unit_lengths(other, None, 0)
+    assert after.tolist() == [other.length(unit) for unit in range(len(other))] != before.tolist()

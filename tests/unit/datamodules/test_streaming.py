@@ -72,6 +72,12 @@ def test_a_connection_cut_midway_and_a_busy_server_are_tried_again(folder, serve
     assert all(".part" not in name for name in cached(tmp_path))
 
 
+def test_a_connection_that_breaks_behind_the_last_byte_asks_for_no_more(folder, server, options, waits):
+    server.faults = {"00000.tar": ["late"]}
+    assert samples(server.url, options) == samples(folder)
+    assert len(waits) == 1
+
+
 def test_waits_double_and_differ(waits):
     def fail():
         raise OSError("busy")

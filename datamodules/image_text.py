@@ -103,7 +103,7 @@ class ImageTextShards(pl.LightningDataModule):
         self.max_bad_samples = max_bad_samples
         self.streaming = streaming
         self.spec = spec
-        check_options(packing, bucket, max_length)
+        check_options(packing, bucket, max_length, num_workers, val_samples)
         self._tables: dict[tuple[ShardSet, ...], UnitTable] = {}
         self._plan: BatchPlan | None = None
         self._start = 0

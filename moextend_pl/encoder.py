@@ -12,12 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moextend_pl import tower as towers
 from moextend_pl.batch_norm import share_statistics
@@ -28,6 +27,7 @@ from moextend_pl.moe.upcycle import agreed_spec, upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.multiscale import checked_scales, encode_scales
 from moextend_pl.optim import OptimSpec
+from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.stage import StageModule, shapes_only
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "encoder.safetensors"
@@ -85,6 +85,8 @@ class VisionEncoder(StageModule):
         self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
+        if (low := min(int(self.config["image_size"]), int(self.config["pool"]))) < 1:
+            raise UserError(f"Expected `image_size` and `pool` of the vision encoder from 1, got {low}.")
         if not self.is_timm:
             towers.check_folder(self.folder)
         self.config["reference"] = reference or bool(self.config.get("reference"))
@@ -129,12 +131,8 @@ class VisionEncoder(StageModule):
     def _make_tower(self) -> Any:
         if not self.is_timm:
             return towers.make_tower(self.folder, with_weights=self.path is None and not shapes_only())
-        return timm.create_model(
-            str(self.config["name"]).removeprefix(TIMM),
-            features_only=True,
-            out_indices=(self.config["layer"],),
-            **self.config["tower_args"],
-        )
+        name = str(self.config["name"]).removeprefix(TIMM)
+        return towers.make_timm(name, int(self.config["layer"]), self.config["tower_args"])
 
     def build(self) -> None:
         """Builds the tower, and the two heads of the contrast if it is the trained module itself."""
@@ -186,7 +184,7 @@ class VisionEncoder(StageModule):
         return [parameter for _, mlp in upcycled_mlps(self.tower) for parameter in mlp.parameters()]
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
+        return load_tokenizer(str(self.tokenizer_path))
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Returns `encoder`, `encoder_unread`, on which no feature depends, and `heads` of a tower trained alone."""
@@ -217,7 +215,10 @@ class VisionEncoder(StageModule):
     @cached_property
     def tokens_per_image(self) -> int:
         """P, tokens of one image after pooling; needs no built tower."""
-        return (self._grid_side // int(self.config["pool"])) ** 2
+        side = self._grid_side // int(self.config["pool"])
+        if side < 1:
+            raise UserError(f"Expected `encoder.pool` up to the side of the grid, {self._grid_side}, got a larger one.")
+        return side**2
 
     @cached_property
     def _grid_side(self) -> int:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+NO_ROOM = 2**16
+"""Free bytes of a disk that counts as full."""
+
+
+def write_fault(error: BaseException | None) -> OSError | None:
+    """Returns what the system said of a place that cannot be written to, among the causes of an error; else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in WRITE_FAULTS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -15,6 +30,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: The final place.
         write: Writes the content to the path it is given, in the same folder.
+
+    Raises:
+        OSError: If there is no room, whatever the writer calls that.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process number keeps two runs from writing into one another's temporary file.
@@ -24,6 +42,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except Exception as error:
+        # torch and safetensors tell of a full disk in words of their own.
+        if write_fault(error) is None and shutil.disk_usage(path.parent).free < NO_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

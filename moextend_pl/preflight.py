@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +19,12 @@ from moextend_pl.contracts import UserError
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"
-LIGHTNING_KEYWORDS = ("best", "hpc")
+LOCK_FILE = ".lock"
 RESULT_SECTIONS = ("model", "data", "seed_everything")
 # The order of samples is a function of seed and epoch alone, so these change speed and nothing else.
 SPEED_KEYS = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers")
+ABOVE_ZERO = ("accumulate_grad_batches", "val_check_interval")  # the trainer divides by them
+SEEDS = 2**32  # numpy takes no others
 PLAN_ARGUMENTS = ("parts", "plan")  # a callback with one of these decides what learns or grows
 RUN_RECORDS = (CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "stage.json", "bad_samples.jsonl")
 MISSING = "(not set)"
@@ -41,6 +49,72 @@ def run_directory(config: dict[str, Any]) -> Path:
     return Path(folder)
 
 
+def check_numbers(config: dict[str, Any]) -> None:
+    """Refuses numbers of a parsed config that Lightning notices only when it uses them, or never.
+
+    Raises:
+        UserError: If one is out of its range.
+    """
+    seed = config.get("seed_everything")
+    if type(seed) is int and not 0 <= seed < SEEDS:
+        raise UserError(f"expected `seed_everything` from 0 to {SEEDS - 1}, got {seed}.")
+    for name in ABOVE_ZERO:
+        value = (config.get("trainer") or {}).get(name)
+        if isinstance(value, int | float) and value <= 0:
+            raise UserError(f"expected `trainer.{name}` above 0, got {value}. Leave it out for Lightning's default.")
+
+
+def check_writable(run: Path) -> None:
+    """Makes a run directory, and writes a few bytes into it and takes them back.
+
+    Raises:
+        UserError: If that fails, before anything expensive is built.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run) as file:
+            file.write(b"room?")
+            file.flush()
+    except OSError as error:
+        raise UserError(
+            f"expected a run directory that can be written to at {run}, got: {error.strerror or error}. Name another "
+            "`trainer.default_root_dir`, or mend this one."
+        ) from error
+
+
+@contextlib.contextmanager
+def only_writer(run: Path) -> Iterator[None]:
+    """Keeps a second run out of a run directory; a run that dies, however it dies, leaves it open.
+
+    Args:
+        run: A run directory that exists.
+
+    Raises:
+        UserError: If another run writes there.
+    """
+    with (run / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"another run writes to {run} ({file.read().strip() or 'unknown'}). Wait until it has ended, or use "
+                "another `trainer.default_root_dir`."
+            ) from error
+        except OSError as error:  # some file systems of clusters know no locks
+            _log.warning("%s cannot be locked (%s): let no second run write there", run, error.strerror)
+        file.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # for forked workers too, which hold the same file
+
+
 def choose_checkpoint(run: Path, asked: str | None, fresh: bool) -> str | None:
     """Returns the checkpoint a command starts from: the one asked for, else the run's last one, else none.
 
@@ -55,8 +129,6 @@ def choose_checkpoint(run: Path, asked: str | None, fresh: bool) -> str | None:
     if asked and fresh:
         raise UserError("choose one of `--ckpt_path` (start from that file) and `--fresh` (start from nothing).")
     last = run / CHECKPOINT_FOLDER / LAST_CHECKPOINT
-    if asked in LIGHTNING_KEYWORDS:
-        return asked
     if asked and asked != "last":
         if not Path(asked).exists():
             raise UserError(f"expected a checkpoint at '{asked}', found none. {_list_checkpoints(run)}")

@@ -31,8 +31,8 @@ def prompt_batch(spec: SampleSpec, image: Image.Image | None, question: str, dev
     """
     if IMAGE_MARK in question:
         raise UserError(
-            f"Expected a question without {IMAGE_MARK}, got {question!r}. Leave the mark out: the picture is put before "
-            "the question."
+            f"Expected a question without {IMAGE_MARK}, got {question!r}. Leave the mark out: the picture is put "
+            "before the question."
         )
     pixels = [PixelTransform(spec)(to_rgb(image))] if image is not None else []
     text = f"{IMAGE_MARK}\n{question}" if pixels else question

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import subprocess
@@ -15,6 +17,7 @@ import yaml
 
 from moextend_pl import cli
 from moextend_pl.contracts import UserError
+from moextend_pl.preflight import only_writer
 from moextend_pl.stage_cli import MoExtendCLI
 
 HERE = Path(__file__).parent
@@ -155,6 +158,16 @@ def test_mistake_in_an_option_is_one_sentence(
         (["--trainer.precision=7"], ["`trainer.precision`", "bf16-mixed", "'7'"]),
         (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "no checkpoint either"]),
         (["--ckpt_path=x", "--fresh"], ["choose one", "--ckpt_path", "--fresh"]),
+        (["--ckpt_path=best"], ["'best'", "no checkpoint either"]),
+        (["--seed_everything=-1"], ["`seed_everything`", "from 0 to 4294967295", "-1"]),
+        (["--seed_everything=4294967296"], ["`seed_everything`", "from 0 to 4294967295"]),
+        (["--trainer.accumulate_grad_batches=0"], ["`trainer.accumulate_grad_batches` above 0, got 0"]),
+        (["--trainer.val_check_interval=0"], ["`trainer.val_check_interval` above 0, got 0"]),
+        (["--trainer.accelerator=tpu"], ["the trainer refuses its settings", "torch_xla"]),
+        (["--trainer.precision=transformer-engine"], ["the trainer refuses its settings", "transformer_engine"]),
+        (["--trainer.logger=lightning.pytorch.loggers.WandbLogger"], ["wandb", "pip install"]),
+        (["--trainer.max_epochs=0"], ["took no step", "trainer.max_epochs"]),
+        (["--trainer.limit_train_batches=0"], ["took no step", "limit_train_batches"]),
     ],
 )
 def test_mistake_in_an_option_names_key_and_value(
@@ -217,6 +230,56 @@ def test_run_without_a_stage_says_what_it_lacks(capsys: pytest.CaptureFixture[st
 def test_run_without_a_directory_is_refused(capsys: pytest.CaptureFixture[str], stage: Path) -> None:
     argv = ["fit", "--config", str(stage), *ALLOW, "--trainer.default_root_dir=null"]
     assert "trainer.default_root_dir" in error_of(capsys, argv)
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_run_directory_that_cannot_be_made_is_refused_before_anything_is_built(
+    capsys: pytest.CaptureFixture[str], stage: Path, tmp_path: Path, command: str, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    options = [*ALLOW, f"--trainer.default_root_dir={tmp_path / place}", "--model.fail=init"]
+    message = error_of(capsys, [command, "--config", str(stage), *options])
+    assert f"run directory that can be written to at {tmp_path / place}" in message
+
+
+def test_disk_that_runs_full_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(trainer: Any, path: Path, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", fill)
+    message = error_of(capsys, ["fit", "--config", str(stage), *ALLOW])
+    assert "last.ckpt: No space left on device" in message
+    monkeypatch.setenv("MOEXTEND_TRACEBACK", "1")
+    with pytest.raises(OSError, match="No space"):
+        cli.main(["fit", "--config", str(stage), *ALLOW])
+
+
+def test_second_run_in_the_same_directory_is_refused_while_the_first_lasts(
+    capsys: pytest.CaptureFixture[str], stage: Path, tmp_path: Path
+) -> None:
+    half_written = tmp_path / "run" / ".delta.safetensors.1.tmp"
+    with contextlib.ExitStack() as first:
+        half_written.parent.mkdir()
+        first.enter_context(only_writer(tmp_path / "run"))
+        half_written.touch()
+        message = error_of(capsys, ["fit", "--config", str(stage), *ALLOW])
+        assert message.startswith(f"another run writes to {tmp_path / 'run'} (process {os.getpid()} on ")
+        assert half_written.exists()
+        assert cli.main(["test", "--config", str(stage), *ALLOW]) == 0  # which only reads
+    assert cli.main(["fit", "--config", str(stage), *ALLOW]) == 0
+    assert not half_written.exists()
+
+
+def test_run_that_failed_lets_the_next_one_write(capsys: pytest.CaptureFixture[str], stage: Path) -> None:
+    argv = ["fit", "--config", str(stage), *ALLOW]
+    for mistake in ("init", "fit"):
+        error_of(capsys, [*argv, f"--model.fail={mistake}"])
+        with pytest.raises(KeyError):
+            cli.main([*argv, "--model.fail=bug"])
+    assert cli.main(argv) == 0
 
 
 def test_class_outside_the_allowed_packages_is_refused_before_its_import(

@@ -219,7 +219,7 @@ class ExtensionPlan:
                 for item in body.pop("layers")
             )
             return cls(layers=layers, **body)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{origin}: not a valid extension plan ({error}).") from error
 
     def save(self, path: Path) -> None:
@@ -237,7 +237,7 @@ class ExtensionPlan:
             raise UserError(f"Expected an extension plan at {path}, found no file. Run the probe stage first.")
         try:
             data = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not valid YAML ({error}).") from error
         return cls.from_dict(data, origin=str(path))
 

@@ -50,8 +50,9 @@ def test_impossible_layers_are_refused(layers: tuple[LayerGrowth, ...], message:
         ({"layers": [{"layer": 0}]}, "not a valid extension plan"),
         ({"layers": [{"layer": 0, "sources": [7], "sauces": 1}], "experts": 3}, "not a valid extension plan"),
         ({"init": "zero"}, "got 'zero'"),
+        ({"layers": [{"layer": "first", "sources": [1]}]}, r"plan\.yaml: not a valid extension plan .*'first'"),
     ],
-    ids=["schema", "missing key", "unknown key", "wrong value"],
+    ids=["schema", "missing key", "unknown key", "wrong value", "wrong number"],
 )
 def test_damaged_plan_file_is_one_clear_mistake(tmp_path: Path, change: dict, message: str) -> None:
     path = tmp_path / "plan.yaml"
@@ -60,10 +61,14 @@ def test_damaged_plan_file_is_one_clear_mistake(tmp_path: Path, change: dict, me
         ExtensionPlan.load(path)
 
 
-@pytest.mark.parametrize("text", ["", "- 1\n", "layers: [", "schema: 1\n"], ids=["empty", "list", "cut", "no layers"])
-def test_file_that_is_no_plan_is_one_clear_mistake(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"- 1\n", b"layers: [", b"schema: 1\n", b"\x89PNG"],
+    ids=["empty", "list", "cut", "no layers", "no text"],
+)
+def test_file_that_is_no_plan_is_one_clear_mistake(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "plan.yaml"
-    path.write_text(text)
+    path.write_bytes(data)
     with pytest.raises(UserError, match="plan.yaml"):
         ExtensionPlan.load(path)
 

@@ -59,10 +59,10 @@ def _growth(data: Mapping[str, Any]) -> str:
 
 TEMPLATE = """# A text model that learned to see
 
-A mixture-of-experts language model was trained on text alone, then extended. The whole has {total_parameters:,}
-parameters, vision tower included, of which {trainable_parameters:,} learned in the extension: new experts, their router
-rows and calibration, and the projector. Accuracy is exact match of the greedily generated answer: pictures are the 9,673
-questions of the official easy-VQA test split, text the same questions about described scenes of that split.
+A mixture-of-experts language model was trained on text alone, then extended. Tower, projector and language model have
+{total_parameters:,} parameters, of which {trainable_parameters:,} learned in the extension: new experts, their router
+rows and calibration, and the projector. Accuracy is exact match of the greedily generated answer: pictures are the
+9,673 questions of the official easy-VQA test split, text the same questions about described scenes of that split.
 
 {table}
 

@@ -153,6 +153,12 @@ def test_mistake_in_an_option_is_one_sentence(
             ["--model.class_path=moextend_pl.nowhere.Toy"],
             ["`model`: cannot import 'moextend_pl.nowhere.Toy'", "spelled"],
         ),
+        (["--model.class_path=moextend_pl.MoExtnd"], ["cannot import", "did you mean 'moextend_pl.MoExtend'?"]),
+        (
+            ["--data=datamodules.ImageTextShards", "--data.train=[{path: a, wieght: 2}]"],
+            ["ShardSet does not accept 'data.train.wieght'; did you mean 'weight'?"],
+        ),
+        (["--model.init_args=[1]"], ["`model`: expected `init_args` to hold names and values"]),
         (["--bogus", "3"], ["no option '--bogus'", "seed_everything"]),
         (["--model=toy_stage.Inner"], ["`model`", "subclass of LightningModule", "toy_stage.Inner"]),
         (["--trainer.precision=7"], ["`trainer.precision`", "bf16-mixed", "'7'"]),
@@ -211,6 +217,13 @@ def test_mistake_in_a_file_names_its_line(
     more.write_text(text)
     message = error_of(capsys, ["fit", "--config", str(stage), "--config", str(more), *ALLOW])
     assert message.startswith(expected.format(file=more, folder=more.parent))
+
+
+def test_argument_that_a_callback_lacks_is_named_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], stage: Path
+) -> None:
+    argv = ["fit", "--config", str(stage), *ALLOW, "--trainer.callbacks+=callbacks.TrainOnly"]
+    assert error_of(capsys, argv) == "`trainer.callbacks`: callbacks.TrainOnly lacks parts. Set it under `init_args`."
 
 
 def test_missing_file_names_path_and_current_directory(

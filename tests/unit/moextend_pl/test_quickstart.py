@@ -69,7 +69,7 @@ def test_options_of_the_trainer_are_taken_in_both_forms(
 
 def test_report_tells_whose_parameters_it_counts() -> None:
     text = markdown(DATA)
-    assert "The whole has 405,336 parameters" in text
+    assert "Tower, projector and language model have\n405,336 parameters, of which 33,184 learned" in text
     assert "| aligned (projector only) | 0.5000 | 0.9750 | 8,320 |" in text
     earlier = {key: value for key, value in DATA.items() if key != "trainable_parameters_aligned"}
     assert "| aligned (projector only) | 0.5000 | 0.9750 | - |" in markdown(earlier)

@@ -76,6 +76,7 @@ class ExpertExtension(Callback):
         self.plan = ExtensionPlan.load(Path(plan)).with_options(**self.options) if plan is not None else None
         self._routers: list[torch.Tensor] = []
         self._before: Counts = {}
+        self._ended = False
 
     def setup(self, trainer: Trainer, pl_module: MoExtend, stage: str) -> None:
         """Declares the plan of an extend run.
@@ -93,11 +94,12 @@ class ExpertExtension(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keeps what a resumed probe can no longer see: routers and usage from before it."""
-        return {"routers": self._routers, "before": self._before}
+        return {"routers": self._routers, "before": self._before, "ended": self._ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over routers and usage from before the probe."""
         self._routers, self._before = list(state_dict["routers"]), dict(state_dict["before"])
+        self._ended = bool(state_dict.get("ended", False))
 
     def on_fit_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Warns where a further extension would not leave the earlier ones as they were."""
@@ -111,7 +113,16 @@ class ExpertExtension(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
-        """Remembers the routers and measures usage, at the first start of a probe."""
+        """Remembers the routers and measures usage, at the first start of a probe.
+
+        Raises:
+            UserError: If the probe has ended: its routers are the base's again, and more steps would not lengthen it.
+        """
+        if self._ended:
+            raise UserError(
+                "the probe of this run has ended and put its routers back, so that it cannot go on for more steps. "
+                "Start it anew with `--fresh`, or use another `trainer.default_root_dir`."
+            )
         if self.rule is not None and not self._routers:
             self._routers = [p.detach().clone() for p in router_parameters(pl_module.language.model)]
             self._before = measure_usage(trainer, pl_module)
@@ -124,6 +135,7 @@ class ExpertExtension(Callback):
         with torch.no_grad():
             for parameter, original in zip(router_parameters(pl_module.language.model), self._routers, strict=True):
                 parameter.copy_(original)
+        self._ended = True
         plan = self.choose(self._before, after)
         if trainer.is_global_zero:
             self._write(run_directory(trainer), plan, after)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, *NO_PLACE)
 NO_ROOM = 2**16
 """Free bytes of a disk that counts as full."""
 
@@ -44,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     except Exception as error:
         # torch and safetensors tell of a full disk in words of their own.
-        if write_fault(error) is None and shutil.disk_usage(path.parent).free < NO_ROOM:
+        if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < NO_ROOM:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     finally:

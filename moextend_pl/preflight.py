@@ -169,9 +169,11 @@ def refuse_changed_config(run: Path, config: dict[str, Any]) -> None:
         return
     try:
         earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the earlier run's config is not valid YAML. Start again with `--fresh`.") from error
-    differences = compare_configs(earlier or {}, config)
+    if not isinstance(earlier, dict):
+        raise UserError(f"{path}: the earlier run's config holds no settings. Start again with `--fresh`.")
+    differences = compare_configs(earlier, config)
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
         more = f"; and {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""

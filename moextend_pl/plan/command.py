@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise UserError(f"Expected `--{name.replace('_', '-')}` > 0, got {value:g}.")
+    if options.mfu > 1:
+        raise UserError(f"Expected `--mfu` up to 1, a share of the card's speed, got {options.mfu:g}.")
     report = make_report(options, rest)
     sys.stdout.write(report.text() + "\n")
     if options.json:

@@ -414,6 +414,16 @@ def test_changed_settings_refuse_to_continue_and_name_both_values(stage: Path, t
     assert (tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", [b"\xff\x00", b"- 1\n", b"", b"model: ["])
+def test_damaged_config_of_the_earlier_run_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], stage: Path, tmp_path: Path, damage: bytes
+) -> None:
+    fit(stage)
+    (tmp_path / "run/config.yaml").write_bytes(damage)
+    message = error_of(capsys, ["fit", "--config", str(stage), *ALLOW])
+    assert message.startswith(f"{tmp_path / 'run/config.yaml'}: the earlier run's config")
+
+
 def test_settings_that_change_only_speed_or_length_may_differ(stage: Path) -> None:
     fit(stage)
     done = fit(stage, "--trainer.max_steps=6", "--data.num_workers=1", "--trainer.log_every_n_steps=1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,23 @@ def test_resumed_probe_keeps_what_was_measured_before_the_first_step(
         assert torch.equal(parameter, original)
     counts = second.state_dict()["before"]["all"]
     assert all(torch.equal(counts[layer], first.state_dict()["before"]["all"][layer]) for layer in range(3))
+
+
+def test_probe_that_has_ended_is_not_lengthened(tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path) -> None:
+    checkpoint, plan = tmp_path / "last.ckpt", tmp_path / "run" / "extension_plan.yaml"
+    trainer = make_trainer(TrainOnly(["routers"]), ExpertExtension(rule=AllLayers()), steps=2)
+    trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule("vqa"))
+    trainer.save_checkpoint(checkpoint)
+    written = plan.read_bytes()
+    for steps in (2, 4):
+        again = make_trainer(TrainOnly(["routers"]), ExpertExtension(rule=AllLayers()), steps=steps)
+        fit = partial(again.fit, tiny_world.unbuilt(), tiny_world.datamodule("vqa"), weights_only=True)
+        if steps == 2:
+            fit(ckpt_path=checkpoint)  # nothing is left to do
+        else:
+            with pytest.raises(UserError, match="the probe of this run has ended"):
+                fit(ckpt_path=checkpoint)
+        assert plan.read_bytes() == written
 
 
 def test_extend_run_grows_exactly_the_plan(tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path) -> None:

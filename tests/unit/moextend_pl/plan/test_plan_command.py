@@ -120,6 +120,7 @@ def test_weights_that_are_there_win_over_the_files_beside_the_stage(
         (["--gpu", "h300"], "Expected `--gpu` among b200, h200,"),
         (["--gpu-tflops", "fast"], "argument --gpu-tflops: invalid float value: 'fast'."),
         (["--gpus", "0"], "Expected `--gpus` > 0, got 0."),
+        (["--gpu", "h200", "--mfu", "30"], "Expected `--mfu` up to 1, a share of the card's speed, got 30."),
         (["--gpus", "3"], "cannot be shared by 3 GPUs"),
         (["--length", "500"], "Expected sequences longer than the 576 tokens of an image, got 500."),
         (["--data.max_length", "null"], "Expected `data.max_length` or `--length`"),

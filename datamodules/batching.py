@@ -19,17 +19,28 @@ Row = int | tuple[int, ...]
 """What becomes a row of a batch: a unit, or in packed batches several."""
 
 
-def check_options(packing: bool, bucket: int, max_length: int | None) -> None:
-    """Refuses options of batches that cannot be used together.
+def check_options(
+    packing: bool, bucket: int, max_length: int | None, num_workers: int = 0, val_samples: int | None = None
+) -> None:
+    """Refuses options of batches that cannot be used, or not together.
 
     Args:
         packing: Whether a row holds several samples.
         bucket: Batches of which the samples are sorted by length together.
         max_length: Longest sequence, and in packed batches the room of a row.
+        num_workers: Processes that read samples.
+        val_samples: Samples to validate on; None for all.
 
     Raises:
-        UserError: If packing has no length of a row, or there are no or unused buckets.
+        UserError: If packing has no length of a row, there are no or unused buckets, or a number is out of its range.
     """
+    for name, value, least in (
+        ("max_length", max_length, 1),
+        ("num_workers", num_workers, 0),
+        ("val_samples", val_samples, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"Expected `{name}` of the data module of at least {least}, got {value}. Raise it.")
     if packing and max_length is None:
         raise UserError("Expected `max_length`, the tokens of a packed row, got none. Set it, or `packing: false`.")
     if bucket < 1 or (packing and bucket > 1):

@@ -103,7 +103,7 @@ class ImageTextShards(pl.LightningDataModule):
         self.max_bad_samples = max_bad_samples
         self.streaming = streaming
         self.spec = spec
-        check_options(packing, bucket, max_length)
+        check_options(packing, bucket, max_length, num_workers, val_samples)
         self._tables: dict[tuple[ShardSet, ...], UnitTable] = {}
         self._plan: BatchPlan | None = None
         self._start = 0
@@ -141,13 +141,9 @@ class ImageTextShards(pl.LightningDataModule):
         if stage == "fit":
             self._start, self._processed_at_start = 0, None
             self._plan = self._training_plan()
-        wanted: dict[str, list[Sets]] = {
-            "fit": [self.val],
-            "validate": [self.val],
-            "test": list(self.test.values()),
-            "predict": list(self.predict.values()),
-        }
-        groups = wanted.values() if stage is None else [wanted[stage]]
+        wanted: dict[str, list[Sets]] = {"test": list(self.test.values()), "predict": list(self.predict.values())}
+        every: list[list[Sets]] = [[self.val], *wanted.values()]
+        groups = every if stage is None else [wanted.get(stage, [self.val])]
         for folders in (folders for group in groups for folders in group if folders):
             self._table(folders, stage or "data")
 
@@ -199,11 +195,11 @@ class ImageTextShards(pl.LightningDataModule):
 
     def test_dataloader(self) -> list[BatchLoader]:
         """Returns one loader of generation batches for each test set."""
-        return [self._generation(folder, "test") for folder in self.test.values()]
+        return self._generations(self.test, "test")
 
     def predict_dataloader(self) -> list[BatchLoader]:
         """Returns one loader of generation batches for each predict set."""
-        return [self._generation(folder, "predict") for folder in self.predict.values()]
+        return self._generations(self.predict, "predict")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint has to keep; it holds for every rank and any number of workers."""
@@ -268,9 +264,11 @@ class ImageTextShards(pl.LightningDataModule):
     def _needs_lengths(self) -> bool:
         return self.packing or self.bucket > 1
 
-    def _generation(self, folder: str | ShardSet, name: str) -> BatchLoader:
-        table = self._table(folder, name)
-        return self._once(table, np.arange(len(table)), generation=True)
+    def _generations(self, sets: dict[str, str | ShardSet], name: str) -> list[BatchLoader]:
+        if not sets:
+            raise UserError(f"Expected named folders of shards under `{name}` of the data module, got none. Set them.")
+        tables = [self._table(folder, name) for folder in sets.values()]
+        return [self._once(table, np.arange(len(table)), generation=True) for table in tables]
 
     def _once(self, table: UnitTable, units: np.ndarray, generation: bool) -> BatchLoader:
         batches = EveryUnitOnce(units, self.eval_batch_size, *self._ranks())

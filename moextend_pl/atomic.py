@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, *NO_PLACE)
+NO_ROOM = 2**16
+"""Free bytes of a disk that counts as full."""
+
+
+def write_fault(error: BaseException | None) -> OSError | None:
+    """Returns what the system said of a place that cannot be written to, among the causes of an error; else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in WRITE_FAULTS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -15,6 +31,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Args:
         path: The final place.
         write: Writes the content to the path it is given, in the same folder.
+
+    Raises:
+        OSError: If there is no room, whatever the writer calls that.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process number keeps two runs from writing into one another's temporary file.
@@ -24,6 +43,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except Exception as error:
+        # torch and safetensors tell of a full disk in words of their own.
+        if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < NO_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,3 +70,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Writes plain data as JSON so that the file is there whole or not at all."""
     write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns what a JSON file holds; nothing if it is not there, is damaged, or holds no mapping."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

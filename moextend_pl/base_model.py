@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_utils,
+)
 
 from moextend_pl.contracts import UserError
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.quantize import check_base
 
+# Keys that transformers reads although its configurations no longer have them.
+FORMER_KEYS = ("model_type", "rope_theta", "partial_rotary_factor", "attn_implementation")
 # Older releases keep whole columns of the batch only; then the mask is applied to what they return.
 _KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")
 
@@ -58,13 +68,34 @@ def new_config(config: dict[str, Any], words: PreTrainedTokenizerBase) -> PreTra
         words: The tokenizer.
 
     Raises:
-        UserError: If transformers has no such model.
+        UserError: If transformers has no such model, or does not accept a key or a value of it.
     """
+    _refuse_unknown(config)
     ids = {name: getattr(words, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     try:
-        return AutoConfig.for_model(**{"vocab_size": len(words), **ids, **config})
-    except ValueError as error:
-        raise UserError(f"`language.config`: {str(error).splitlines()[0]}") from error
+        made = AutoConfig.for_model(**{"vocab_size": len(words), **ids, **config})
+    except Exception as error:  # whatever checks the fields of a configuration has exceptions of its own
+        raise UserError(f"`language.config`: {' '.join(str(error).split())}. Correct it.") from error
+    experts, chosen = (getattr(made, name, None) for name in ("num_experts", "num_experts_per_tok"))
+    if isinstance(experts, int) and isinstance(chosen, int) and not 1 <= chosen <= experts:
+        raise UserError(f"Expected `num_experts_per_tok` of `language.config` in 1..{experts}, got {chosen}.")
+    return made
+
+
+def _refuse_unknown(config: dict[str, Any]) -> None:
+    """Refuses what transformers would keep without a word: a misspelt key leaves the default in its place."""
+    kind = str(config["model_type"])
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(kind, list(CONFIG_MAPPING), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "name a model of transformers, for example mixtral."
+        raise UserError(f"`language.config`: transformers has no model type '{kind}'; {hint}")
+    default = CONFIG_MAPPING[kind]()
+    known = {*vars(default), *default.attribute_map, *(getattr(default, "rope_parameters", None) or {}), *FORMER_KEYS}
+    for key in config:
+        if key not in known and not hasattr(default, key):
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ". Leave it out."
+            raise UserError(f"`language.config`: the model type '{kind}' does not know '{key}'{hint}")
 
 
 def logits_of(model: PreTrainedModel, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:

@@ -7,8 +7,11 @@ manifest is a finished run.
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -51,6 +54,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         assert storage_options is None, "storage_options is not supported for local checkpoints"
         write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        """Loads a checkpoint after comparing its bytes with the checksums in it, which torch does not do.
+
+        Args:
+            path: Where it lies.
+            args: As in the base class.
+            options: As in the base class.
+
+        Returns:
+            Tensors and plain values.
+
+        Raises:
+            UserError: If the file is damaged, or none of Lightning's.
+        """
+        try:
+            with ZipFile(path) as file:
+                damaged = file.testzip()
+            checkpoint = {} if damaged else super().load_checkpoint(path, *args, **options)
+        except (OSError, EOFError, BadZipFile, zlib.error, NotImplementedError, UnpicklingError, RuntimeError) as error:
+            checkpoint, damaged = {}, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'}"
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            found = f"a damaged one ({damaged})" if damaged else "a file without `state_dict`"
+            raise UserError(
+                f"expected a checkpoint of Lightning at '{path}', got {found}. Give another `--ckpt_path`, or "
+                "begin anew with `--fresh`."
+            )
+        return checkpoint
 
 
 def delta_tensors(module: MoExtend) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from moextend_pl.atomic import write_fault
 from moextend_pl.contracts import UserError
 
 if TYPE_CHECKING:
@@ -78,6 +79,15 @@ def main(argv: list[str]) -> int:
         if os.environ.get("MOEXTEND_TRACEBACK"):
             raise
         sys.stderr.write(f"error: {_one_line(str(error))}\n")
+        return EXIT_USER_ERROR
+    except OSError as error:
+        fault = write_fault(error)
+        if fault is None or os.environ.get("MOEXTEND_TRACEBACK"):
+            raise
+        sys.stderr.write(
+            f"error: cannot use {fault.filename or 'a file'}: {fault.strerror}. Make room, or give a place that can be "
+            "read and written; what was written before is whole.\n"
+        )
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         goes_on = argv[:1] in (["fit"], ["quickstart"]) or argv[:3] == ["shards", "build", "llava"]

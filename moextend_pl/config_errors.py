@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,10 @@ _UNKNOWN = re.compile(
     r"(?:Subcommand '(?P<command>\w+)' |Group '[^']+' )?(?:does not accept )?[Oo]ption '(?P<key>[^']+)'"
     r"(?: is not accepted)?|unrecognized arguments: --(?P<nested>[\w.]+)"
 )
+_NOT_ACCEPTED = re.compile(r"Problem with given class_path '([^']+)':\s+(Option '[^']+' is not accepted)")
+_CANNOT_IMPORT = re.compile(r"No module named|module '.*' has no attribute|cannot import|Not a valid import path")
+_REQUIRED = "the following arguments are required: "
+_SHOWN_LENGTH = 120
 _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$")
 _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value type:", "Expected a path but", "tip:")
 
@@ -50,15 +55,19 @@ def explain(message: str, parser: ArgumentParser, files: Sequence[Path]) -> str:
     """
     if message.startswith("unrecognized arguments: "):
         return _explain_unrecognized(message, parser)
-    if message.startswith("the following arguments are required: "):
+    if message.startswith(_REQUIRED):
         missing = ", ".join(name.split(".", 1)[-1] for name in message.split(": ", 1)[1].split(", "))
         return f"the run lacks {missing}. Give a stage file, for example `--config configs/easy_vqa/1_align.yaml`."
     report = _read(message)
     leaf = report.leaves[0] if report.leaves else " ".join(message.split())
     key = readable_key(".".join(report.keys))
+    if _EXPECTED.match(leaf) and (deeper := _NOT_ACCEPTED.search(message)):
+        report.owner, leaf = deeper.groups()  # one member of a union says more than "expected str"
     if unknown := _UNKNOWN.match(leaf):
         return _explain_unknown(report, unknown, parser, files)
-    if report.owner and re.search(r"No module named|has no attribute|cannot import|Not a valid import path", leaf):
+    if report.owner and leaf.startswith(_REQUIRED):
+        return f"`{key}`: {report.owner} lacks {leaf.removeprefix(_REQUIRED)}. Set it under `init_args`."
+    if report.owner and _CANNOT_IMPORT.search(leaf):
         return f"`{key}`: cannot import '{report.owner}' ({leaf}){_suggest_class(report.owner)}"
     types = [match["type"] for item in report.leaves if (match := _EXPECTED.match(item))]
     if types and _EXPECTED.match(leaf):
@@ -66,7 +75,9 @@ def explain(message: str, parser: ArgumentParser, files: Sequence[Path]) -> str:
             (m["value"] for item in report.leaves if (m := _EXPECTED.match(item)) and m["value"]), report.value
         )
         return f"`{key}`: expected {_type_names(types)}, got '{value}'."
-    got = f" (got {report.value})" if report.value else ""
+    if leaf.endswith("object has no attribute 'keys'"):
+        leaf = "expected `init_args` to hold names and values"
+    got = f" (got {textwrap.shorten(report.value, _SHOWN_LENGTH, placeholder='...')})" if report.value else ""
     return f"`{key}`: {leaf}{got}" if key else leaf
 
 
@@ -153,7 +164,9 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 def _suggest_class(class_path: str) -> str:
     module, _, name = class_path.rpartition(".")
     try:
-        names = [item for item in dir(importlib.import_module(module)) if item[:1].isupper()]
+        home = importlib.import_module(module)
+        # What a package imports on first use stands in `__all__` only.
+        names = [item for item in {*dir(home), *getattr(home, "__all__", ())} if item[:1].isupper()]
     except ImportError:
         return "; is the package installed and the name spelled right?"
     close = difflib.get_close_matches(name, names, n=1)

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -86,6 +85,8 @@ class VisionEncoder(StageModule):
         self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
+        if (low := min(int(self.config["image_size"]), int(self.config["pool"]))) < 1:
+            raise UserError(f"Expected `image_size` and `pool` of the vision encoder from 1, got {low}.")
         if not self.is_timm:
             towers.check_folder(self.folder)
         self.config["reference"] = reference or bool(self.config.get("reference"))
@@ -130,12 +131,8 @@ class VisionEncoder(StageModule):
     def _make_tower(self) -> Any:
         if not self.is_timm:
             return towers.make_tower(self.folder, with_weights=self.path is None and not shapes_only())
-        return timm.create_model(
-            str(self.config["name"]).removeprefix(TIMM),
-            features_only=True,
-            out_indices=(self.config["layer"],),
-            **self.config["tower_args"],
-        )
+        name = str(self.config["name"]).removeprefix(TIMM)
+        return towers.make_timm(name, int(self.config["layer"]), self.config["tower_args"])
 
     def build(self) -> None:
         """Builds the tower, and the two heads of the contrast if it is the trained module itself."""

@@ -6,29 +6,33 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from PIL import Image, UnidentifiedImageError
+from typing import TYPE_CHECKING
 
 from moextend_pl.contracts import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Opens a picture.
+    """Opens a picture as the data does, with the same limits and conversions.
 
     Args:
         path: A PNG, JPEG or WebP file.
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If it cannot be read, or is too large.
     """
     try:
-        return Image.open(path, formats=FORMATS).convert("RGB")
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"Expected a picture at {path}, found no file. Correct `--image`.") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"Expected a whole picture ({', '.join(FORMATS)}) at {path}, Pillow says: {error}.") from error
+    except OSError as error:
+        raise UserError(f"Expected a picture at {path}, got: {error.strerror}. Correct `--image`.") from error
+    # Imported only where there is a file, because it takes seconds.
+    from moextend_pl.samples.pixels import decode_image
+
+    return decode_image(data, str(path))
 
 
 def main(argv: Sequence[str]) -> int:

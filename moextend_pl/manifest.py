@@ -200,6 +200,10 @@ def read_manifest(run: Path) -> Manifest:
             )
         plans = tuple(ExtensionPlan.from_dict(plan, origin=str(path)) for plan in data["plans"])
         dtype = str(data.get("dtype", "float32"))
+        if not all(isinstance(values, dict) for values in (data["frozen"], *dict(data["model"]).values())):
+            raise TypeError("`model` and `frozen` are no mappings")
         return Manifest(plans=plans, run=path.parent, dtype=dtype, **{name: data[name] for name in names})
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error!r}). Train the stage again.") from error

@@ -9,14 +9,20 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from moextend_pl.contracts import UserError
+
 
 class _ContinuedWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         """Keeps what is there, where Lightning would delete it."""
         path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="") as file:
+        if not path.is_file():
+            return
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
                 self.metrics_keys = list(next(csv.reader(file), []))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path}: not a table that a run can go on with ({error}). Move it away.") from error
 
 
 class RunLogger(CSVLogger):

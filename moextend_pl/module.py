@@ -113,8 +113,8 @@ class MoExtend(AnswerMixin, StageModule):
         """Returns what the model asks of its data; tokenizer and image size have this one source."""
         tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
         side = int(self.encoder.config["image_size"])
-        pixels: dict[str, Any] = dict(self.encoder.image_statistics)
-        return replace(self.language.sample_spec(), tokens_per_image=tokens, image_size=side, **pixels)
+        options: dict[str, Any] = {"tokens_per_image": tokens, "image_size": side, **self.encoder.image_statistics}
+        return replace(self.language.sample_spec(), **options)
 
     def build(self) -> None:
         """Builds the three parts, upcycles and grows them, and reads the weights of `init_from`.
@@ -214,8 +214,7 @@ class MoExtend(AnswerMixin, StageModule):
     def train(self, mode: bool = True) -> MoExtend:
         """Changes the mode of all but a frozen tower, whose statistics of images are frozen too."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
-            self.encoder.eval()
+        self.encoder.train(mode and any(parameter.requires_grad for parameter in self.encoder.parameters()))
         return self
 
     def embed(self, batch: Batch) -> Tensor:
@@ -293,10 +292,6 @@ class MoExtend(AnswerMixin, StageModule):
 
         Raises:
             UserError: If the model was extended for other tasks.
-
-        Example:
-            >>> model.generate(Image.open("shape.png"), "what color is the shape?")  # doctest: +SKIP
-            'blue'
         """
         check_task(self.plans, task, image is not None)
         self.eval()

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import os
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -13,10 +21,13 @@ from moextend_pl.contracts import UserError
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"
-LIGHTNING_KEYWORDS = ("best", "hpc")
+LOCK_FILE = ".lock"
+ORPHANS_END = 10  # seconds; torch's data workers look for their parent every five
 RESULT_SECTIONS = ("model", "data", "seed_everything")
 # The order of samples is a function of seed and epoch alone, so these change speed and nothing else.
 SPEED_KEYS = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers")
+ABOVE_ZERO = ("accumulate_grad_batches", "val_check_interval")  # the trainer divides by them
+SEEDS = 2**32  # numpy takes no others
 PLAN_ARGUMENTS = ("parts", "plan")  # a callback with one of these decides what learns or grows
 RUN_RECORDS = (CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "stage.json", "bad_samples.jsonl")
 MISSING = "(not set)"
@@ -41,6 +52,101 @@ def run_directory(config: dict[str, Any]) -> Path:
     return Path(folder)
 
 
+def check_numbers(config: dict[str, Any]) -> None:
+    """Refuses numbers of a parsed config that Lightning notices only when it uses them, or never.
+
+    Raises:
+        UserError: If one is out of its range.
+    """
+    seed = config.get("seed_everything")
+    if type(seed) is int and not 0 <= seed < SEEDS:
+        raise UserError(f"expected `seed_everything` from 0 to {SEEDS - 1}, got {seed}.")
+    for name in ABOVE_ZERO:
+        value = (config.get("trainer") or {}).get(name)
+        if isinstance(value, int | float) and value <= 0:
+            raise UserError(f"expected `trainer.{name}` above 0, got {value}. Leave it out for Lightning's default.")
+
+
+def check_writable(run: Path) -> None:
+    """Makes a run directory, and writes a few bytes into it and takes them back.
+
+    Raises:
+        UserError: If that fails, before anything expensive is built.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run) as file:
+            file.write(b"room?")
+            file.flush()
+    except OSError as error:
+        raise UserError(
+            f"expected a run directory that can be written to at {run}, got: {error.strerror or error}. Name another "
+            "`trainer.default_root_dir`, or mend this one."
+        ) from error
+
+
+@contextlib.contextmanager
+def only_writer(run: Path) -> Iterator[None]:
+    """Keeps a second run out of a run directory; a run that dies, however it dies, leaves it open.
+
+    Args:
+        run: A run directory that exists.
+
+    Raises:
+        UserError: If another run writes there.
+    """
+    with (run / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            _lock(file)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run writes to {run} ({_holder(file) or 'unknown'}). Wait until it has ended, or use "
+                "another `trainer.default_root_dir`."
+            ) from error
+        except OSError as error:  # some file systems of clusters know no locks
+            _log.warning("%s cannot be locked (%s): let no second run write there", run, error.strerror)
+        file.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # for forked workers too, which hold the same file
+
+
+def _holder(file: TextIO) -> str:
+    file.seek(0)
+    return file.read().strip()
+
+
+def _lock(file: TextIO) -> None:
+    """Locks a file; waits where the process that holds it was killed, until its data workers have noticed that."""
+    for wait in (*[1.0] * ORPHANS_END, 0.0):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not wait or not _is_dead(_holder(file)):
+                raise
+            time.sleep(wait)
+
+
+def _is_dead(holder: str) -> bool:
+    match = re.match(r"process (\d+) on ([^ ,]+)", holder)
+    if match is None or match[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
 def choose_checkpoint(run: Path, asked: str | None, fresh: bool) -> str | None:
     """Returns the checkpoint a command starts from: the one asked for, else the run's last one, else none.
 
@@ -55,8 +161,6 @@ def choose_checkpoint(run: Path, asked: str | None, fresh: bool) -> str | None:
     if asked and fresh:
         raise UserError("choose one of `--ckpt_path` (start from that file) and `--fresh` (start from nothing).")
     last = run / CHECKPOINT_FOLDER / LAST_CHECKPOINT
-    if asked in LIGHTNING_KEYWORDS:
-        return asked
     if asked and asked != "last":
         if not Path(asked).exists():
             raise UserError(f"expected a checkpoint at '{asked}', found none. {_list_checkpoints(run)}")
@@ -97,9 +201,11 @@ def refuse_changed_config(run: Path, config: dict[str, Any]) -> None:
         return
     try:
         earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the earlier run's config is not valid YAML. Start again with `--fresh`.") from error
-    differences = compare_configs(earlier or {}, config)
+    if not isinstance(earlier, dict):
+        raise UserError(f"{path}: the earlier run's config holds no settings. Start again with `--fresh`.")
+    differences = compare_configs(earlier, config)
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
         more = f"; and {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import shutil
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from moextend_pl import report
-from moextend_pl.atomic import write_json, write_text
+from moextend_pl.atomic import read_json, write_json, write_text
 from moextend_pl.cli import run
 from moextend_pl.contracts import UserError
 from moextend_pl.fingerprints import file_sha256
@@ -85,7 +84,7 @@ class Quickstart:
         """
         self._write_configs()
         path = self.out / SECONDS
-        self.seconds = json.loads(path.read_text()) if path.is_file() else {}
+        self.seconds = {name: float(value) for name, value in read_json(path).items()}
         actions: dict[str, Callable[[], bool]] = {
             "data": self._data,
             "report": self._report,
@@ -157,10 +156,9 @@ class Quickstart:
 
 def stage_is_finished(folder: Path) -> bool:
     """Returns whether a stage has its receipt and every output that the receipt lists, unchanged."""
-    path = folder / RECEIPT
-    if not path.is_file():
+    outputs = read_json(folder / RECEIPT).get("outputs")
+    if not isinstance(outputs, dict):
         return False
-    outputs = json.loads(path.read_text())["outputs"]
     return all((folder / name).is_file() and file_sha256(folder / name) == sha for name, sha in outputs.items())
 
 
@@ -195,7 +193,14 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--skip-full-finetune", action="store_true", help="leave the baseline out")
     options, overrides = parser.parse_known_args(argv)
-    unknown = [word for word in overrides if not word.startswith("--trainer.")]
+    before = ["", *overrides]
+    # `--trainer.x 3` is as good as `--trainer.x=3`
+    is_value = [word.startswith("--trainer.") and "=" not in word for word in before]
+    unknown = [
+        word
+        for word, follows in zip(overrides, is_value, strict=False)
+        if not word.startswith("--trainer.") and (word.startswith("--") or not follows)
+    ]
     if unknown:
         raise UserError(
             f"quickstart does not accept {unknown[0]!r}; it takes --out, --skip-full-finetune and --trainer.*"

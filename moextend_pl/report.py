@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moextend_pl import plots
-from moextend_pl.atomic import write_json, write_text
+from moextend_pl.atomic import read_json, write_json, write_text
 from moextend_pl.checkpoint import DELTA_FILE
 from moextend_pl.cli import run
 from moextend_pl.contracts import PLAN_FILE, Batch, ExtensionPlan
@@ -107,7 +107,7 @@ def measure_extended(out: Path, configs: Path) -> dict[str, Any]:
     """
     base, _ = measure_stage(configs / "0_language.yaml")
     pictures = json.dumps({"vqa": str(out / "data" / "vqa" / "test")})
-    aligned, _ = measure_stage(configs / "1_align.yaml", f"--data.init_args.test={pictures}")
+    aligned, alignment = measure_stage(configs / "1_align.yaml", f"--data.init_args.test={pictures}")
     extended, command = measure_stage(configs / "3_extend.yaml")
     model: MoExtend = command.model
     folder = out / "0_language" / "base"
@@ -122,6 +122,7 @@ def measure_extended(out: Path, configs: Path) -> dict[str, Any]:
         "text_accuracy_open": measure_open_routing(command),
         "text_logits_identical": text_logits_identical(model, folder, text_batches),
         "frozen_unchanged": base_is_unchanged(out / "3_extend", folder),
+        "trainable_parameters_aligned": sum(p.numel() for p in alignment.model.parameters() if p.requires_grad),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "delta_bytes": (out / "3_extend" / DELTA_FILE).stat().st_size,
@@ -146,7 +147,7 @@ def measure_full_finetune(configs: Path) -> dict[str, Any]:
 def _once(out: Path, name: str, delta: Path, measure: Any) -> dict[str, Any]:
     """Measures, or reads what was measured of the same weights before."""
     path = out / MEASURED
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_json(path)
     key = file_sha256(delta)
     if known.get(name, {}).get("delta") != key:
         known[name] = {"delta": key, "values": measure()}
@@ -156,7 +157,7 @@ def _once(out: Path, name: str, delta: Path, measure: Any) -> dict[str, Any]:
 
 def peak_memory_gb(out: Path) -> float:
     """Returns the most memory, in GB, that any finished stage or this process has held."""
-    receipts = [json.loads(path.read_text()) for path in out.glob("*/stage.json")]
+    receipts = [read_json(path) for path in out.glob("*/stage.json")]
     now = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
     return max([now, *(float(receipt.get("peak_memory_gb", 0.0)) for receipt in receipts)])
 

@@ -14,7 +14,12 @@ def accuracy_rows(data: Mapping[str, Any]) -> list[tuple[str, float | None, floa
     """Returns model, picture accuracy, text accuracy and learned parameters, one row a model."""
     rows: list[tuple[str, float | None, float | None, int]] = [
         ("base language model", None, data["text_accuracy_base"], 0),
-        ("aligned (projector only)", data["vqa_accuracy_aligned"], data["text_accuracy_base"], 0),
+        (
+            "aligned (projector only)",
+            data["vqa_accuracy_aligned"],
+            data["text_accuracy_base"],
+            data.get("trainable_parameters_aligned", 0),  # a report measured by an earlier version has none
+        ),
         (
             "extended, masked routing",
             data["vqa_accuracy"],
@@ -54,10 +59,10 @@ def _growth(data: Mapping[str, Any]) -> str:
 
 TEMPLATE = """# A text model that learned to see
 
-A mixture-of-experts language model of {total_parameters:,} parameters was trained on text alone, then extended with
-{trainable_parameters:,} new ones (the projector included). Accuracy is exact match of the greedily generated answer:
-pictures are the 9,673 questions of the official easy-VQA test split, text the same questions about described scenes of
-that split.
+A mixture-of-experts language model was trained on text alone, then extended. Tower, projector and language model have
+{total_parameters:,} parameters, of which {trainable_parameters:,} learned in the extension: new experts, their router
+rows and calibration, and the projector. Accuracy is exact match of the greedily generated answer: pictures are the
+9,673 questions of the official easy-VQA test split, text the same questions about described scenes of that split.
 
 {table}
 

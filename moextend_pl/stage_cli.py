@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import enum
 import logging
 import os
@@ -26,7 +27,10 @@ from moextend_pl.contracts import UserError
 from moextend_pl.metrics_log import RunLogger
 from moextend_pl.preflight import (
     CONFIG_FILE,
+    check_numbers,
+    check_writable,
     choose_checkpoint,
+    only_writer,
     refuse_changed_config,
     run_directory,
     set_aside,
@@ -67,16 +71,18 @@ class SaveRunConfig(SaveConfigCallback):
 class MoExtendCLI(LightningCLI):
     """Lightning's CLI with layered configs, one-line errors and runs that continue by themselves."""
 
-    def __init__(self, arguments: StageArguments) -> None:
+    def __init__(self, arguments: StageArguments, held: contextlib.ExitStack | None = None) -> None:
         """Parses, builds and runs.
 
         Args:
             arguments: Command line with its layers spelled out.
+            held: What is held while the run lasts, for example its directory.
 
         Raises:
             UserError: For every mistake in it.
         """
         self._arguments = arguments
+        self._held = held or contextlib.ExitStack()
         self._checkpoint: str | None = None
         self._trial: tempfile.TemporaryDirectory[str] | None = None
         # Abbreviated options would turn a typo into another key without a word.
@@ -116,6 +122,7 @@ class MoExtendCLI(LightningCLI):
         except argparse.ArgumentError as error:
             command = self._subcommand_parsers.get(self._arguments.argv[0], parser)
             raise UserError(explain(str(error), command, self._arguments.files)) from error
+        check_numbers(self.config[self.config["subcommand"]].as_dict())
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would let the checkpoint's settings win over the config's without a word."""
@@ -135,9 +142,11 @@ class MoExtendCLI(LightningCLI):
             run = Path(self._trial.name) if command == "fit" else run
             _log.info("`fast_dev_run` is a trial: it begins anew, and what it writes is thrown away")
         fresh = given.get("fresh", False) and not _was_requeued()
-        if command == "fit" and _is_first_rank():
-            remove_leftovers(run)
         self._checkpoint = choose_checkpoint(run, given.get("ckpt_path"), fresh)
+        check_writable(run)
+        if command == "fit" and _is_first_rank():
+            self._held.enter_context(only_writer(run))
+            remove_leftovers(run)
         if self._checkpoint is None:
             if command != "fit":
                 _log.warning("no checkpoint of %s is used: the model is taken as its config builds it", run)
@@ -152,7 +161,7 @@ class MoExtendCLI(LightningCLI):
         """Builds model, data and trainer; a mistake noticed by one of them is told without the parser's wrapping."""
         try:
             super().instantiate_classes()
-        except (ValueError, argparse.ArgumentError) as error:
+        except (ValueError, ModuleNotFoundError, argparse.ArgumentError) as error:
             mistake = _find_mistake(error)
             if mistake is None:
                 raise
@@ -165,6 +174,18 @@ class MoExtendCLI(LightningCLI):
         if settings.get("weights_only") is None:
             settings["weights_only"] = True  # never unpickle; Lightning's default depends on where the file lies
 
+    def after_fit(self) -> None:
+        """Refuses to call a run done that trained nothing.
+
+        Raises:
+            UserError: If no step was taken, now or before.
+        """
+        if self.trainer.global_step == 0:
+            raise UserError(
+                "the run took no step, so that nothing was trained or written. Look at `trainer.max_epochs`, "
+                "`trainer.limit_train_batches` and the number of samples."
+            )
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Builds the trainer; its arguments all come from the user, so its complaints are theirs to mend."""
         if SLURMEnvironment.detect():
@@ -176,7 +197,7 @@ class MoExtendCLI(LightningCLI):
             config["logger"] = RunLogger(str(config.get("default_root_dir") or "."))
         try:
             return super()._instantiate_trainer(config, [EndTogether(), *callbacks])
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except (MisconfigurationException, ModuleNotFoundError, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its settings: {error}") from error
 
 
@@ -228,7 +249,7 @@ def _is_first_rank() -> bool:
 def _find_mistake(error: BaseException | None) -> Exception | None:
     """Returns the user's mistake among the causes of an error: the parser wraps what a class raises when built."""
     while error is not None:
-        if isinstance(error, UserError | MisconfigurationException):
+        if isinstance(error, UserError | MisconfigurationException | ModuleNotFoundError):
             return error
         error = error.__cause__ or error.__context__
     return None
@@ -246,7 +267,8 @@ def run_stage(argv: Sequence[str]) -> MoExtendCLI | int:
         SystemExit: With code 143 if it was terminated.
     """
     try:
-        return MoExtendCLI(prepare_arguments(argv))
+        with contextlib.ExitStack() as held:
+            return MoExtendCLI(prepare_arguments(argv), held)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except SIGTERMException as error:

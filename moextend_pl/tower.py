@@ -5,11 +5,13 @@ Shapes: I images, N tokens of one image, D width.
 
 from __future__ import annotations
 
+import difflib
 import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,6 +45,30 @@ def check_folder(folder: str) -> None:
             f"Expected a transformers vision model in {folder}, found no config.json. Put the model there, correct "
             "`encoder.name`, or name a timm model as `timm/<model>`."
         )
+
+
+def make_timm(name: str, layer: int, options: dict[str, Any]) -> Any:
+    """Builds a timm model up to one of its feature levels, with random weights.
+
+    Args:
+        name: Of the model.
+        layer: Index of the level.
+        options: Further arguments of `timm.create_model`.
+
+    Raises:
+        UserError: If timm has no such model or level, or refuses the options.
+    """
+    if ":" not in name and not timm.is_model(name):  # a colon names another source of models
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean 'timm/{close[0]}'?" if close else "`timm.list_models()` lists them."
+        raise UserError(f"Expected `encoder.name` to be a model of timm, got '{name}'; {hint}")
+    try:
+        return timm.create_model(name, features_only=True, out_indices=(layer,), **options)
+    except (IndexError, AssertionError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"timm cannot build '{name}' with `layer` {layer} and `tower_args` {options}: {type(error).__name__} "
+            f"{error}. Correct them."
+        ) from error
 
 
 def make_tower(folder: str, with_weights: bool) -> Any:

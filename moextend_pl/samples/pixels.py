@@ -59,11 +59,16 @@ def decode_image(data: bytes, origin: str, max_pixels: int = MAX_PIXELS) -> Imag
     image = open_image(data, origin, max_pixels)
     try:
         image.load()
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return to_rgb(image)
     except Exception as error:  # as above, now for damaged pixels
         raise UserError(f"{origin}: the image is cut short or damaged, Pillow says: {error}.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image as RGB; 16-bit greys keep their upper 8 bits, where Pillow would make all but black white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class PixelTransform:

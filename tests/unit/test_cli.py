@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import yaml
 
 from moextend_pl import cli
 from moextend_pl.contracts import UserError
+from moextend_pl.preflight import only_writer
 from moextend_pl.stage_cli import MoExtendCLI
 
 HERE = Path(__file__).parent
@@ -150,11 +154,27 @@ def test_mistake_in_an_option_is_one_sentence(
             ["--model.class_path=moextend_pl.nowhere.Toy"],
             ["`model`: cannot import 'moextend_pl.nowhere.Toy'", "spelled"],
         ),
+        (["--model.class_path=moextend_pl.MoExtnd"], ["cannot import", "did you mean 'moextend_pl.MoExtend'?"]),
+        (
+            ["--data=datamodules.ImageTextShards", "--data.train=[{path: a, wieght: 2}]"],
+            ["ShardSet does not accept 'data.train.wieght'; did you mean 'weight'?"],
+        ),
+        (["--model.init_args=[1]"], ["`model`: expected `init_args` to hold names and values"]),
         (["--bogus", "3"], ["no option '--bogus'", "seed_everything"]),
         (["--model=toy_stage.Inner"], ["`model`", "subclass of LightningModule", "toy_stage.Inner"]),
         (["--trainer.precision=7"], ["`trainer.precision`", "bf16-mixed", "'7'"]),
         (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "no checkpoint either"]),
         (["--ckpt_path=x", "--fresh"], ["choose one", "--ckpt_path", "--fresh"]),
+        (["--ckpt_path=best"], ["'best'", "no checkpoint either"]),
+        (["--seed_everything=-1"], ["`seed_everything`", "from 0 to 4294967295", "-1"]),
+        (["--seed_everything=4294967296"], ["`seed_everything`", "from 0 to 4294967295"]),
+        (["--trainer.accumulate_grad_batches=0"], ["`trainer.accumulate_grad_batches` above 0, got 0"]),
+        (["--trainer.val_check_interval=0"], ["`trainer.val_check_interval` above 0, got 0"]),
+        (["--trainer.accelerator=tpu"], ["the trainer refuses its settings", "torch_xla"]),
+        (["--trainer.precision=transformer-engine"], ["the trainer refuses its settings", "transformer_engine"]),
+        (["--trainer.logger=lightning.pytorch.loggers.WandbLogger"], ["wandb", "pip install"]),
+        (["--trainer.max_epochs=0"], ["took no step", "trainer.max_epochs"]),
+        (["--trainer.limit_train_batches=0"], ["took no step", "limit_train_batches"]),
     ],
 )
 def test_mistake_in_an_option_names_key_and_value(
@@ -200,6 +220,13 @@ def test_mistake_in_a_file_names_its_line(
     assert message.startswith(expected.format(file=more, folder=more.parent))
 
 
+def test_argument_that_a_callback_lacks_is_named_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], stage: Path
+) -> None:
+    argv = ["fit", "--config", str(stage), *ALLOW, "--trainer.callbacks+=callbacks.TrainOnly"]
+    assert error_of(capsys, argv) == "`trainer.callbacks`: callbacks.TrainOnly lacks parts. Set it under `init_args`."
+
+
 def test_missing_file_names_path_and_current_directory(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +244,71 @@ def test_run_without_a_stage_says_what_it_lacks(capsys: pytest.CaptureFixture[st
 def test_run_without_a_directory_is_refused(capsys: pytest.CaptureFixture[str], stage: Path) -> None:
     argv = ["fit", "--config", str(stage), *ALLOW, "--trainer.default_root_dir=null"]
     assert "trainer.default_root_dir" in error_of(capsys, argv)
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_run_directory_that_cannot_be_made_is_refused_before_anything_is_built(
+    capsys: pytest.CaptureFixture[str], stage: Path, tmp_path: Path, command: str, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    options = [*ALLOW, f"--trainer.default_root_dir={tmp_path / place}", "--model.fail=init"]
+    message = error_of(capsys, [command, "--config", str(stage), *options])
+    assert f"run directory that can be written to at {tmp_path / place}" in message
+
+
+def test_disk_that_runs_full_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(trainer: Any, path: Path, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", fill)
+    message = error_of(capsys, ["fit", "--config", str(stage), *ALLOW])
+    assert "last.ckpt: No space left on device" in message
+    monkeypatch.setenv("MOEXTEND_TRACEBACK", "1")
+    with pytest.raises(OSError, match="No space"):
+        cli.main(["fit", "--config", str(stage), *ALLOW])
+
+
+def test_second_run_in_the_same_directory_is_refused_while_the_first_lasts(
+    capsys: pytest.CaptureFixture[str], stage: Path, tmp_path: Path
+) -> None:
+    half_written = tmp_path / "run" / ".delta.safetensors.1.tmp"
+    with contextlib.ExitStack() as first:
+        half_written.parent.mkdir()
+        first.enter_context(only_writer(tmp_path / "run"))
+        half_written.touch()
+        message = error_of(capsys, ["fit", "--config", str(stage), *ALLOW])
+        assert message.startswith(f"another run writes to {tmp_path / 'run'} (process {os.getpid()} on ")
+        assert half_written.exists()
+        assert cli.main(["test", "--config", str(stage), *ALLOW]) == 0  # which only reads
+    assert cli.main(["fit", "--config", str(stage), *ALLOW]) == 0
+    assert not half_written.exists()
+
+
+def test_run_that_was_killed_is_waited_for_until_its_workers_have_ended(tmp_path: Path) -> None:
+    # The process dies at once; its child, like a forked data worker, holds the same open file for two seconds more.
+    code = (
+        "import os, sys, time; from pathlib import Path; from moextend_pl.preflight import only_writer\n"
+        "held = only_writer(Path(sys.argv[1])); held.__enter__()\n"
+        "time.sleep(2) if os.fork() == 0 else None\n"
+        "os._exit(9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
+    assert done.returncode == 9
+    start = time.monotonic()
+    with only_writer(tmp_path):
+        assert time.monotonic() - start > 0.5
+
+
+def test_run_that_failed_lets_the_next_one_write(capsys: pytest.CaptureFixture[str], stage: Path) -> None:
+    argv = ["fit", "--config", str(stage), *ALLOW]
+    for mistake in ("init", "fit"):
+        error_of(capsys, [*argv, f"--model.fail={mistake}"])
+        with pytest.raises(KeyError):
+            cli.main([*argv, "--model.fail=bug"])
+    assert cli.main(argv) == 0
 
 
 def test_class_outside_the_allowed_packages_is_refused_before_its_import(
@@ -365,6 +457,16 @@ def test_changed_settings_refuse_to_continue_and_name_both_values(stage: Path, t
         assert phrase in message
     assert "trainer.max_steps" not in message
     assert (tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [b"\xff\x00", b"- 1\n", b"", b"model: ["])
+def test_damaged_config_of_the_earlier_run_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], stage: Path, tmp_path: Path, damage: bytes
+) -> None:
+    fit(stage)
+    (tmp_path / "run/config.yaml").write_bytes(damage)
+    message = error_of(capsys, ["fit", "--config", str(stage), *ALLOW])
+    assert message.startswith(f"{tmp_path / 'run/config.yaml'}: the earlier run's config")
 
 
 def test_settings_that_change_only_speed_or_length_may_differ(stage: Path) -> None:

@@ -396,3 +396,9 @@ def test_a_mixture_is_built_from_a_configuration(folder):
     found = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config).data
     assert found.train == [ShardSet("a", 0.8, "vqa"), ShardSet("b", 0.2)]
     assert (found.val, found.test) == (["c"], {"x": ShardSet("d", None, "vqa"), "y": "e"})
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_command_without_a_set_is_refused_where_it_would_write_nothing(tmp_path, folder, spec, command):
+    with pytest.raises(UserError, match=f"under `{command}` of the data module, got none"):
+        getattr(trainer(tmp_path, 1), command)(Ledger(spec), datamodule=data(folder))

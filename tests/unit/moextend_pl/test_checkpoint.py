@@ -55,6 +55,53 @@ def test_checkpoint_file_is_written_beside_its_place(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def flip_a_bit(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+SPOILT = {
+    "a flipped bit": flip_a_bit,
+    "half of it": lambda data: data[: len(data) // 2],
+    "nothing": lambda _: b"",
+    "something else": lambda _: b"hello, world",
+}
+
+
+@pytest.mark.parametrize("damage", SPOILT)
+def test_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
+    path, plugin = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    plugin.save_checkpoint({"state_dict": {"weight": torch.ones(1000)}}, path)
+    assert plugin.load_checkpoint(path, weights_only=True)["state_dict"]["weight"].tolist() == [1] * 1000
+    path.write_bytes(SPOILT[damage](path.read_bytes()))
+    with pytest.raises(UserError, match=r"last\.ckpt', got a damaged one .*--fresh") as caught:
+        plugin.load_checkpoint(path, weights_only=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(1)}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="without `state_dict`"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "weights.pt", weights_only=True)
+    with pytest.raises(UserError, match="damaged one .IsADirectoryError"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path, weights_only=True)
+
+
+def test_full_disk_is_called_so_whatever_the_writer_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError("unexpected pos 64 vs 0")  # what torch says
+
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        write_atomically(tmp_path / "file", write)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_atomically(tmp_path / "file", write)
+    assert caught.value.filename == str(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_fingerprint_sees_value_type_and_shape() -> None:
     value = torch.arange(6.0)
     digests = [value, value.reshape(2, 3), value.bfloat16(), value + 1e-6, -value, value.clone()]
@@ -170,6 +217,10 @@ DAMAGES = {
     "no manifest": (lambda run, _: (run / "manifest.json").unlink(), r"found no manifest\.json"),
     "manifest of another schema": (change_manifest(schema=7), "expected schema 2, got 7"),
     "manifest cut short": (lambda run, _: (run / "manifest.json").write_text('{"schema": 2, "pl'), "manifest.json"),
+    "manifest that is no text": (lambda run, _: (run / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json: dam"),
+    "manifest that is a list": (lambda run, _: (run / "manifest.json").write_text("[]"), "manifest.json: damaged"),
+    "plans that are a number": (change_manifest(plans=5), "manifest.json: damaged"),
+    "model that is a number": (change_manifest(model=5), "manifest.json: damaged"),
     "manifest without its keys": (lambda run, _: (run / "manifest.json").write_text('{"schema": 2}'), "manifest.json"),
     "plan of other layers": (other_plan, "tensors do not fit this model"),
     "plan that is none": (change_manifest(plans=[{"schema": 1}]), "not a valid extension plan"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -334,3 +335,27 @@ def test_learning_tower_is_encoded_anew_with_gradients(tiny_world: TinyWorld) ->
     features = model.encode(batch["pixel_values"], batch["image_keys"])
     assert features.requires_grad
     assert model.features.features == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "timm/resnet10x"}, "a model of timm, got 'resnet10x'; did you mean 'timm/resnet"),
+        ({"layer": 99}, "timm cannot build 'resnet10t' with `layer` 99"),
+        ({"tower_args": {"widht": 3}}, "widht"),
+        ({"image_size": 0}, "from 1, got 0"),
+        ({"pool": 0}, "from 1, got 0"),
+        ({"pool": 17}, "`encoder.pool` up to the side of the grid, 16"),
+    ],
+)
+def test_tower_that_cannot_be_is_refused_before_it_is_built(options: dict[str, Any], words: str) -> None:
+    arguments: dict[str, Any] = {"name": "timm/resnet10t", "layer": 1, "image_size": 64, **options}
+    with pytest.raises(UserError) as caught:
+        _ = VisionEncoder(**arguments).tokens_per_image
+    assert words in str(caught.value)
+
+
+def test_tokenizer_that_is_not_there_is_not_looked_for_elsewhere(tmp_path: Path) -> None:
+    tower = VisionEncoder(name="timm/resnet10t", layer=1, image_size=64, tokenizer=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="Expected a tokenizer folder at .*nowhere"):
+        tower.sample_spec()

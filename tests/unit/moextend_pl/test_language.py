@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -255,6 +256,33 @@ def test_a_misspelt_way_to_compute_experts_and_a_model_without_a_type_are_refuse
     model = MoELanguageModel(config={"model_type": "mixtrall"}, tokenizer=str(tiny_world.base))
     with pytest.raises(UserError, match="`language.config`: .*mixtrall"):
         model.model_config()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_sise": 16}, "'mixtral' does not know 'hidden_sise'; did you mean 'hidden_size'?"),
+        ({"colour": 3}, "does not know 'colour'. Leave it out."),
+        ({"model_type": "mixtrl"}, "no model type 'mixtrl'; did you mean 'mixtral'?"),
+        ({"hidden_size": "big"}, "expected int, got str"),
+        ({"num_experts_per_tok": 9}, "`num_experts_per_tok` of `language.config` in 1..3, got 9"),
+        ({"num_experts_per_tok": 0}, "in 1..3, got 0"),
+    ],
+)
+def test_configuration_that_transformers_would_take_without_a_word_is_refused(
+    tiny_world: TinyWorld, change: dict[str, Any], words: str
+) -> None:
+    config = {"model_type": "mixtral", "num_local_experts": 3, "rope_theta": 1e4, **change}
+    with pytest.raises(UserError) as caught:
+        MoELanguageModel(config=config, tokenizer=str(tiny_world.base)).model_config()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_key_by_its_general_name_is_accepted(tiny_world: TinyWorld) -> None:
+    config = {"model_type": "mixtral", "num_experts": 3, "rope_theta": 5e3, "num_experts_per_tok": 3}
+    made = MoELanguageModel(config=config, tokenizer=str(tiny_world.base)).model_config()
+    assert (made.num_local_experts, made.rope_parameters["rope_theta"]) == (3, 5e3)
 
 
 def test_an_answer_leaves_no_mask_behind_for_other_passes(tiny_world: TinyWorld) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
+
+from moextend_pl.contracts import UserError
 from moextend_pl.metrics_log import RunLogger
 
 
@@ -24,6 +27,14 @@ def test_row_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     # A killed run does not take the steps before its checkpoint again, so their rows cannot be lost.
     RunLogger(str(tmp_path)).log_metrics({"train/loss": 2.0}, step=3)
     assert [row["step"] for row in rows(tmp_path)] == ["3"]
+
+
+def test_table_that_is_none_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"\xff\x00\n1,2")
+    with pytest.raises(UserError, match=r"metrics\.csv: not a table"):
+        RunLogger(str(tmp_path)).log_metrics({"train/loss": 2.0}, step=0)
+    assert path.read_bytes() == b"\xff\x00\n1,2"
 
 
 def test_continued_run_keeps_rows_and_may_add_columns(tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ class VisionEncoder(StageModule):
         self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
-        if (low := min(int(self.config["image_size"]), int(self.config["pool"]))) < 1:
-            raise UserError(f"Expected `image_size` and `pool` of the vision encoder from 1, got {low}.")
+        if self.config["image_size"] < 1:
+            raise UserError(f"Expected `encoder.image_size` of at least 1, got {self.config['image_size']}.")
         if not self.is_timm:
             towers.check_folder(self.folder)
         self.config["reference"] = reference or bool(self.config.get("reference"))

@@ -180,7 +180,7 @@ class MoExtendCLI(LightningCLI):
         Raises:
             UserError: If no step was taken, now or before.
         """
-        if self.trainer.global_step == 0:
+        if self.trainer.state.finished and self.trainer.global_step == 0:
             raise UserError(
                 "the run took no step, so that nothing was trained or written. Look at `trainer.max_epochs`, "
                 "`trainer.limit_train_batches` and the number of samples."

@@ -343,9 +343,7 @@ def test_learning_tower_is_encoded_anew_with_gradients(tiny_world: TinyWorld) ->
         ({"name": "timm/resnet10x"}, "a model of timm, got 'resnet10x'; did you mean 'timm/resnet"),
         ({"layer": 99}, "timm cannot build 'resnet10t' with `layer` 99"),
         ({"tower_args": {"widht": 3}}, "widht"),
-        ({"image_size": 0}, "from 1, got 0"),
-        ({"pool": 0}, "from 1, got 0"),
-        ({"pool": 17}, "`encoder.pool` up to the side of the grid, 16"),
+        ({"image_size": 0}, "`encoder.image_size` of at least 1, got 0"),
     ],
 )
 def test_tower_that_cannot_be_is_refused_before_it_is_built(options: dict[str, Any], words: str) -> None:

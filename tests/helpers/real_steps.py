@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from moextend_pl.contracts import Batch, TrainPlan
 from moextend_pl.module import ENCODE_TOGETHER, MoExtend
+from moextend_pl.optim import OptimSpec, build_optimizer
 from moextend_pl.plan.cost import RunShape
 from moextend_pl.plan.facts import ModelShape
 from moextend_pl.plan.shapes import read_shape
@@ -131,6 +132,19 @@ def counter() -> FlopCounterMode:
         ),
     }
     return FlopCounterMode(display=False, custom_mapping={aten._grouped_mm: grouped_flops, **attention})
+
+
+def measured_bytes(step: Step) -> tuple[int, int, int, int]:
+    """Takes the step and returns the bytes of weights, gradients, optimizer and what was kept for the backward pass."""
+    learning = [p for p in step.model.parameters() if p.requires_grad]
+    optimizer, _ = build_optimizer(learning, OptimSpec(), total_steps=1)
+    loss, activations = saved_bytes(step.model, step.batch)
+    loss.backward()
+    optimizer.step()
+    weights = size([*step.model.parameters(), *step.model.buffers()])
+    gradients = size([p.grad for p in learning if p.grad is not None])
+    moments = size([value for state in optimizer.state.values() for value in state.values()])
+    return weights, gradients, moments, activations
 
 
 class LivePeak(TorchDispatchMode):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.real_steps import counter, make_step, saved_bytes, size
+from helpers.real_steps import counter, make_step, measured_bytes, saved_bytes, size
 from helpers.stages import write_stage
 from helpers.tiny_world import TinyWorld, build_tiny_world, make_plan, tiny_mixtral, tiny_tokenizer
 from safetensors.torch import load_file
@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moextend_pl import cli
 from moextend_pl.checkpoint import DELTA_FILE
-from moextend_pl.optim import OptimSpec, build_optimizer
 from moextend_pl.plan.cost import checkpoint_bytes, memory
 from moextend_pl.plan.operations import operations
 from moextend_pl.plan.shapes import read_shape
@@ -55,14 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_predicted_memory_is_that_of_a_real_step(world: TinyWorld, parts: list[str], dtype: torch.dtype) -> None:
     step = make_step(world, parts, dtype)
-    learning = [p for p in step.model.parameters() if p.requires_grad]
-    optimizer, _ = build_optimizer(learning, OptimSpec(), total_steps=1)
-    loss, activations = saved_bytes(step.model, step.batch)
-    loss.backward()
-    optimizer.step()
-    weights = size([*step.model.parameters(), *step.model.buffers()])
-    gradients = size([p.grad for p in learning if p.grad is not None])
-    moments = size([value for state in optimizer.state.values() for value in state.values()])
+    weights, gradients, moments, activations = measured_bytes(step)
     predicted = memory(step.shape, step.run)
     assert (predicted.weights, predicted.gradients, predicted.optimizer) == (weights, gradients, moments)
     # The example would prove nothing where activations do not matter.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.real_steps import LivePeak, counter, make_step, saved_bytes, size
+from helpers.real_steps import LivePeak, counter, make_step, measured_bytes
 from helpers.tiny_world import TinyWorld, build_tiny_world, tiny_mixtral, tiny_tokenizer
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -12,7 +12,6 @@ from moextend_pl.contracts import UpcycleSpec
 from moextend_pl.encoder import VisionEncoder
 from moextend_pl.language import MoELanguageModel
 from moextend_pl.module import MoExtend
-from moextend_pl.optim import OptimSpec, build_optimizer
 from moextend_pl.plan.cost import memory
 from moextend_pl.plan.operations import operations
 from moextend_pl.projector import Projector
@@ -57,14 +56,7 @@ def cumo(world: TinyWorld, specs: dict[str, UpcycleSpec], recompute: bool = Fals
 @pytest.mark.parametrize(("specs", "parts"), MODELS.values(), ids=MODELS)
 def test_predicted_memory_is_that_of_a_real_step(world, specs, parts, dtype):
     step = make_step(world, parts, dtype, lambda: cumo(world, specs))
-    learning = [p for p in step.model.parameters() if p.requires_grad]
-    optimizer, _ = build_optimizer(learning, OptimSpec(), total_steps=1)
-    loss, activations = saved_bytes(step.model, step.batch)
-    loss.backward()
-    optimizer.step()
-    weights = size([*step.model.parameters(), *step.model.buffers()])
-    gradients = size([p.grad for p in learning if p.grad is not None])
-    moments = size([value for state in optimizer.state.values() for value in state.values()])
+    weights, gradients, moments, activations = measured_bytes(step)
     predicted = memory(step.shape, step.run)
     assert (predicted.weights, predicted.gradients, predicted.optimizer) == (weights, gradients, moments)
     assert activations > 0.2 * weights

@@ -17,6 +17,7 @@ import torch
 from block import Shape, extended_block, step_of
 from harness import DTYPES, Row, finish, interleaved, parse
 from step import Case, Size, Trained, make_batch
+from torch.nn import functional as F
 
 from moextend_pl.moe import dispatch
 
@@ -30,6 +31,22 @@ def block_step(shape: Shape, dtype: str, options: argparse.Namespace, added: int
         for _ in range(2)
     )
     return step_of(block, x, dy)
+
+
+def products_step(shape: Shape, dtype: str, options: argparse.Namespace) -> Callable[[], object]:
+    """Returns the four grouped products of frozen experts, forward and towards their inputs, and nothing else."""
+    generator, kind = torch.Generator().manual_seed(1), DTYPES[dtype]
+    rows, inner = shape.tokens * shape.top_k, shape.inner
+    chosen = torch.randint(0, shape.experts, (rows,), generator=generator)
+    ends = chosen.bincount(minlength=shape.experts).cumsum(0).to(options.device, torch.int32)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator).to(options.device, kind)
+
+    up, down = random(shape.experts, 2 * inner, shape.width), random(shape.experts, shape.width, inner)
+    x, hidden, d_hidden = random(rows, shape.width), random(rows, inner), random(rows, 2 * inner)
+    pairs = ((x, up.mT), (hidden, down.mT), (x, down), (d_hidden, up))
+    return lambda: [F.grouped_mm(left, right, offs=ends) for left, right in pairs]
 
 
 def model_step(layers: int, dtype: str, options: argparse.Namespace) -> Callable[[], object]:
@@ -60,12 +77,13 @@ def section(
 
 
 def measure(dtype: str, options: argparse.Namespace) -> dict[str, list[Row]]:
-    """Runs the five sections for one dtype."""
+    """Runs all sections for one dtype."""
     width, inner, tokens = (32, 64, 64) if options.quick else (512, 1024, 2048)
     # Equal work: T * K * I is the same in every row of a section.
     same = {e: Shape(e, 2, inner, width, tokens) for e in (8, 16, 32, 64)}
     finer = {e: Shape(e, k, inner * 2 // k, width, tokens) for e, k in ((8, 2), (16, 2), (32, 4), (64, 8))}
     longer = {t: Shape(8, 2, inner, width, t) for t in (tokens // 4, tokens // 2, tokens, tokens * 2)}
+    ends = (8, 64)
     added = {n: Shape(8, 2, inner, width, tokens) for n in (0, 1, 2, 4)}
     return {
         f"experts, {dtype}: same top-k and width": section(
@@ -73,6 +91,12 @@ def measure(dtype: str, options: argparse.Namespace) -> dict[str, list[Row]]:
         ),
         f"experts, {dtype}: finer ones, as many more selected": section(
             {e: block_step(shape, dtype, options) for e, shape in finer.items()}, dtype, "experts", options
+        ),
+        f"grouped products alone, {dtype}: same top-k and width": section(
+            {e: products_step(same[e], dtype, options) for e in ends}, dtype, "experts", options
+        ),
+        f"grouped products alone, {dtype}: finer ones": section(
+            {e: products_step(finer[e], dtype, options) for e in ends}, dtype, "experts", options
         ),
         f"tokens, {dtype}": section(
             {t: block_step(shape, dtype, options) for t, shape in longer.items()}, dtype, "tokens", options

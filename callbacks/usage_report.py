@@ -27,7 +27,8 @@ def check_validation_set(trainer: Trainer) -> None:
         UserError: If the datamodule of the run has none.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if data is None or not data.val_dataloader():
+    # Not by truth value, which asks a loader for a length that it may not have.
+    if data is None or data.val_dataloader() in (None, []):
         raise UserError(
             "Expected a validation set, on which expert usage is measured, got none. Set `val` of the data module."
         )

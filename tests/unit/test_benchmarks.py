@@ -78,7 +78,9 @@ def test_all_steps_start_from_the_same_loss_and_extension_executes_less(run: Any
 @pytest.mark.slow
 def test_scaling_has_a_section_for_every_quantity(run: Any) -> None:
     titles = " ".join(run("scaling")["sections"])
-    assert all(word in titles for word in ("same top-k", "finer", "products alone", "tokens", "layers", "added experts"))
+    assert all(
+        word in titles for word in ("same top-k", "finer", "products alone", "tokens", "layers", "added experts")
+    )
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ VOCABULARY, EXPERTS, TOP_K, LAYERS, WIDTH = 64, 8, 2, 4, 32
 # Every configuration takes the names that it knows; what a family needs beside them stands below.
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,

@@ -1,10 +1,12 @@
-# The two commands of the README. PYTHON names the interpreter that the virtual environment is made from.
+# `quickstart` and `test` are the two commands of the README. PYTHON names the interpreter that the virtual environment
+# is made from.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-slow check clean install
+.PHONY: quickstart test test-slow check shape newest constraints clean install
 
 quickstart: $(STAMP)
 	$(BIN)/python -m moextend_pl quickstart $(ARGS)
@@ -20,15 +22,31 @@ check: $(STAMP)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+shape: $(STAMP)
+	$(BIN)/python benchmarks/shape.py
+
+# The quick tests with the newest releases that setup.cfg allows; says what is newer than the tested ones.
+newest:
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install $(PIP) --upgrade --editable ".[dev]"
+	@$(VENV)-newest/bin/python -m pip freeze --exclude-editable | diff constraints.txt - > $(VENV)-newest/diff \
+		&& echo "newest: the tested versions are the newest ones" \
+		|| { cat $(VENV)-newest/diff; $(VENV)-newest/bin/python -m pytest $(ARGS); }
+
+# Makes the versions that `newest` installed the tested ones. Run the slow tests before committing them.
+constraints: newest
+	$(VENV)-newest/bin/python -m pip freeze --exclude-editable > constraints.txt
+
 install: $(STAMP)
 
-# Installed again whenever the dependencies change; a failed installation leaves no stamp.
-$(STAMP): setup.cfg pyproject.toml
+# The tested versions, so that the same commands give the same thing next year. Installed again whenever the
+# dependencies change; a failed installation leaves no stamp.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed; name one with: make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { echo "error: no virtual environment; on Debian: apt install python3-venv" >&2; rm -rf $(VENV); exit 2; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install $(PIP) --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 # Leaves runs/ alone: it holds results.

@@ -21,8 +21,8 @@ from ablation.planning import DEFAULT, make_plan, write_layers
 from ablation.running import Clock, run_all
 from ablation.studies import STUDIES, Study, Variant
 
-from moextend_pl.atomic import write_json, write_text
 from moextend_pl.contracts import UserError
+from moextend_pl.runs.atomic import write_json, write_text
 
 
 def chosen_variants(study: Study, only: list[str]) -> list[Variant]:

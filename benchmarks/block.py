@@ -27,8 +27,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth
 from moextend_pl.moe import dispatch
-from moextend_pl.moe.growth import grow
-from moextend_pl.moe.reach import Reach
+from moextend_pl.moe.extension.growth import grow
+from moextend_pl.moe.extension.reach import Reach
 
 SOURCE = 1
 BASELINE = "plain loop, all learns"

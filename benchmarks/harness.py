@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moextend_pl.atomic import write_json
+from moextend_pl.runs.atomic import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Row = dict[str, Any]

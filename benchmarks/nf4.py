@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from callbacks.train_only import bytes_by_type
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth
-from moextend_pl.moe.growth import grow, new_parameters
+from moextend_pl.models.base_model import load_base
+from moextend_pl.moe.extension.growth import grow, new_parameters
+from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.moe.nf4 import NF4Weight
-from moextend_pl.moe.quantize import load_base
-from moextend_pl.moe.reach import Reach
 
 FULL = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_local_experts": 8}
 QUICK = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_local_experts": 4}

@@ -38,10 +38,10 @@ from datamodules.image_text import ImageTextShards
 from datamodules.shards import Entry, conversation, write_shards
 from datamodules.word_tokenizer import word_tokenizer
 from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, LayerGrowth, SampleSpec, TrainPlan
-from moextend_pl.encoder import VisionEncoder
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.module import MoExtend
-from moextend_pl.projector import Projector
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.models.projector import Projector
 
 SCALE = 9
 LONGEST = 2048 // SCALE

@@ -30,8 +30,8 @@ from datamodules.mixture import ShardSet
 from datamodules.sets import SPLITS
 from datamodules.shards import write_shards
 from moextend_pl import MoExtend, cli
-from moextend_pl.atomic import write_json
 from moextend_pl.contracts import ExtensionPlan
+from moextend_pl.runs.atomic import write_json
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("shape", "colour")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moextend_pl.moe.dispatch import _project, _spans, _sum_slots
-from moextend_pl.moe.extended_experts import ExtendedExperts
+from moextend_pl.moe.extension.extended_experts import ExtendedExperts
 
 
 class SingleStack(nn.Module):

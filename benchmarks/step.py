@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from datamodules.word_tokenizer import word_tokenizer
 from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, LayerGrowth, TrainPlan
-from moextend_pl.fusion import scatter_features
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.losses import token_loss
+from moextend_pl.models.fusion import scatter_features
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.projector import Projector
 from moextend_pl.moe import dispatch
-from moextend_pl.optim import OptimSpec, apply_train_plan, build_optimizer
-from moextend_pl.projector import Projector
+from moextend_pl.training.losses import token_loss
+from moextend_pl.training.optim import OptimSpec, apply_train_plan, build_optimizer
 
 NEW = ("new_experts", "new_routers", "calibration")
 

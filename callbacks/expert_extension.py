@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from callbacks.usage_report import USAGE_FILE, Counts, check_validation_set, measure_usage, usage_lists
-from moextend_pl.atomic import write_atomically, write_json
 from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UserError, run_directory
-from moextend_pl.module import MoExtend
-from moextend_pl.moe.growth import router_parameters
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.moe.extension.growth import router_parameters
 from moextend_pl.moe.selection import LayerRule, source_experts
-from moextend_pl.plots import plot_scores, plot_usage
+from moextend_pl.reports.plots import plot_scores, plot_usage
+from moextend_pl.runs.atomic import write_atomically, write_json
 
 log = logging.getLogger(__name__)
 

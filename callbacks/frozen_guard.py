@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from moextend_pl.atomic import write_json
 from moextend_pl.contracts import UserError, run_directory
-from moextend_pl.fingerprints import frozen_tensors, tensor_sha256
-from moextend_pl.stage import StageModule
+from moextend_pl.runs.atomic import write_json
+from moextend_pl.runs.fingerprints import frozen_tensors, tensor_sha256
+from moextend_pl.training.stage import StageModule
 
 log = logging.getLogger(__name__)
 RECEIPT = "frozen.json"

@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moextend_pl.atomic import write_text
 from moextend_pl.contracts import Batch, run_directory
+from moextend_pl.runs.atomic import write_text
 
 LEDGER_FILE = "ledger.jsonl"
 

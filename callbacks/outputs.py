@@ -10,13 +10,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from moextend_pl.atomic import write_json, write_text
-from moextend_pl.checkpoint import save_delta
 from moextend_pl.contracts import UserError, run_directory
-from moextend_pl.encoder import VisionEncoder
-from moextend_pl.fingerprints import file_sha256
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.module import MoExtend
+from moextend_pl.models.delta import save_delta
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.runs.atomic import write_json, write_text
+from moextend_pl.runs.fingerprints import file_sha256
 
 log = logging.getLogger(__name__)
 RECEIPT = "stage.json"

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from moextend_pl.contracts import TrainPlan
-from moextend_pl.stage import StageModule
+from moextend_pl.training.stage import StageModule
 
 log = logging.getLogger(__name__)
 

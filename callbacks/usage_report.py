@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from moextend_pl.atomic import write_json
 from moextend_pl.contracts import UserError, run_directory
-from moextend_pl.module import MoExtend
+from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.usage import ExpertUsage
-from moextend_pl.packing import sample_tokens
-from moextend_pl.plots import plot_usage
+from moextend_pl.reports.plots import plot_usage
+from moextend_pl.runs.atomic import write_json
+from moextend_pl.samples.packing import sample_tokens
 
 USAGE_FILE = "usage.json"
 Counts = dict[str, dict[int, Tensor]]

@@ -1,25 +1,95 @@
-"""Gives a trusted mixture-of-experts language model new senses without it losing what it knows."""
+"""Gives a trusted mixture-of-experts language model new senses without it losing what it knows.
+
+The names that notebooks and stage files use stand here, and are imported when they are first used.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moextend_pl.encoder import VisionEncoder
-    from moextend_pl.language import MoELanguageModel
-    from moextend_pl.module import MoExtend
-    from moextend_pl.projector import Projector
+    from pathlib import Path
+
+    from moextend_pl.contracts import ExtensionPlan, LayerGrowth, UpcycleSpec, UserError
+    from moextend_pl.models.encoder import VisionEncoder
+    from moextend_pl.models.language import MoELanguageModel
+    from moextend_pl.models.moextend import MoExtend
+    from moextend_pl.models.projector import Projector
+    from moextend_pl.moe.selection import (
+        AllLayers,
+        BudgetRule,
+        DivergenceRule,
+        ExplicitLayers,
+        FirstLayers,
+        IntervalLayers,
+        RandomRule,
+        ShiftRule,
+    )
+    from moextend_pl.runs.checkpoint import AtomicCheckpointIO
+    from moextend_pl.training.optim import OptimSpec
 
 __version__ = "0.1.0"
-__all__ = ["MoELanguageModel", "MoExtend", "Projector", "VisionEncoder"]
+__all__ = [
+    "AllLayers",
+    "AtomicCheckpointIO",
+    "BudgetRule",
+    "DivergenceRule",
+    "ExplicitLayers",
+    "ExtensionPlan",
+    "FirstLayers",
+    "IntervalLayers",
+    "LayerGrowth",
+    "MoELanguageModel",
+    "MoExtend",
+    "OptimSpec",
+    "Projector",
+    "RandomRule",
+    "ShiftRule",
+    "UpcycleSpec",
+    "UserError",
+    "VisionEncoder",
+    "load",
+]
 
-_HOME = {"MoELanguageModel": "language", "MoExtend": "module", "Projector": "projector", "VisionEncoder": "encoder"}
+_HOMES = {
+    "contracts": ("ExtensionPlan", "LayerGrowth", "UpcycleSpec", "UserError"),
+    "models.encoder": ("VisionEncoder",),
+    "models.language": ("MoELanguageModel",),
+    "models.moextend": ("MoExtend",),
+    "models.projector": ("Projector",),
+    "moe.selection": (
+        "AllLayers",
+        "BudgetRule",
+        "DivergenceRule",
+        "ExplicitLayers",
+        "FirstLayers",
+        "IntervalLayers",
+        "RandomRule",
+        "ShiftRule",
+    ),
+    "runs.checkpoint": ("AtomicCheckpointIO",),
+    "training.optim": ("OptimSpec",),
+}
+
+
+def load(run: str | Path) -> MoExtend:
+    """Loads the model of a finished run, ready to be asked.
+
+    Args:
+        run: Run directory with `manifest.json` and `delta.safetensors`.
+
+    Raises:
+        UserError: If the directory holds no finished run or its base has changed.
+    """
+    from moextend_pl.models.moextend import MoExtend
+
+    return MoExtend.load(run)
 
 
 def __getattr__(name: str) -> Any:
     # The models import torch and transformers, which takes seconds that `--help` should not.
-    if name not in _HOME:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'moextend_pl' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"moextend_pl.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"moextend_pl.{home}"), name)

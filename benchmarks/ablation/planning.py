@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ablation.studies import SEED, Overrides, Study, Variant
-from moextend_pl.config_files import expand_layers
+from moextend_pl.cli.config_files import expand_layers
 from moextend_pl.contracts import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ablation.planning import ROOT, Plan, Run
 from ablation.work import MEASURES
-from moextend_pl.atomic import write_json, write_text
+from moextend_pl.runs.atomic import write_json, write_text
 
 STATE = "run.json"
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from moextend_pl.atomic import write_json
-from moextend_pl.cli import EXIT_USER_ERROR, run
+from moextend_pl.cli.commands import EXIT_USER_ERROR, run
 from moextend_pl.contracts import UserError
-from moextend_pl.report import measure_open_routing, measure_stage
+from moextend_pl.quickstart.report import measure_open_routing, measure_stage
+from moextend_pl.runs.atomic import write_json
 
 MEASURES = "measures.json"
 

@@ -1,1 +1,4 @@
-"""Published checkpoints of CuMo and MoExtend, to this project's files and back."""
+"""Published checkpoints of CuMo and MoExtend, read and written exactly.
+
+Uses models for shapes and runs for files; found by the command line by name.
+"""

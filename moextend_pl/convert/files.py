@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moextend_pl.atomic import write_atomically, write_json
 from moextend_pl.contracts import UserError
+from moextend_pl.runs.atomic import write_atomically, write_json
 
 SHARD_BYTES = 4 * 2**30
 # What trainers leave beside the shards.

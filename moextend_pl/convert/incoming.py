@@ -15,17 +15,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from moextend_pl.atomic import write_json
-from moextend_pl.checkpoint import DELTA_FILE
 from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UpcycleSpec, UserError
 from moextend_pl.convert.entries import check_names
 from moextend_pl.convert.files import TensorFiles, write_shards, write_tensors
 from moextend_pl.convert.published import OURS_TOWER, Parts, holds_language, read_parts
 from moextend_pl.convert.shapes import check_shapes, joined_shapes, tower_config
-from moextend_pl.encoder import CONFIG_FILE, WEIGHTS_FILE
-from moextend_pl.fingerprints import file_sha256
-from moextend_pl.manifest import Manifest, versions
-from moextend_pl.tower import PREPROCESSOR_FILE
+from moextend_pl.models.encoder import CONFIG_FILE, WEIGHTS_FILE
+from moextend_pl.models.tower import PREPROCESSOR_FILE
+from moextend_pl.runs.atomic import write_json
+from moextend_pl.runs.fingerprints import file_sha256
+from moextend_pl.runs.manifest import DELTA_FILE, Manifest, versions
 
 REPORT = "conversion.json"
 PUBLISHED_CONFIG = "published_config.json"

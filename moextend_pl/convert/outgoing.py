@@ -11,8 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from moextend_pl.atomic import write_json
-from moextend_pl.checkpoint import DELTA_FILE
 from moextend_pl.contracts import UpcycleSpec, UserError
 from moextend_pl.convert.entries import Entry, check_names, clip_entries, projector_entries, same
 from moextend_pl.convert.files import TensorFiles, write_shards, write_tensors
@@ -26,11 +24,12 @@ from moextend_pl.convert.published import (
     language_entries,
 )
 from moextend_pl.convert.shapes import ACTIVATION
-from moextend_pl.encoder import WEIGHTS_FILE, VisionEncoder
-from moextend_pl.manifest import Manifest, read_manifest
+from moextend_pl.models.encoder import WEIGHTS_FILE, VisionEncoder
+from moextend_pl.models.tower import make_tower, vision_config
 from moextend_pl.moe.dense_mlp import DenseMLP
 from moextend_pl.moe.upcycle import UpcycledMLP
-from moextend_pl.tower import make_tower, vision_config
+from moextend_pl.runs.atomic import write_json
+from moextend_pl.runs.manifest import DELTA_FILE, Manifest, read_manifest
 
 
 def convert_out(source: Path, target: Path, layout: str) -> dict[str, Any]:

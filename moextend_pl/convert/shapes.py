@@ -13,10 +13,10 @@ from moextend_pl.contracts import ExtensionPlan, UpcycleSpec, UserError
 from moextend_pl.convert.entries import SHOWN, Entry
 from moextend_pl.convert.files import TensorFiles
 from moextend_pl.convert.published import OURS_LANGUAGE, OURS_PROJECTOR, OURS_TOWER, Parts
-from moextend_pl.moe.growth import grow
-from moextend_pl.moe.reach import Reach
+from moextend_pl.models.projector import Projector
+from moextend_pl.moe.extension.growth import grow
+from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.moe.upcycle import upcycle
-from moextend_pl.projector import Projector
 
 Shape = tuple[int, ...]
 ACTIVATION = "quick_gelu"

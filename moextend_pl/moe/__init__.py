@@ -1,1 +1,4 @@
-"""The extension itself: finding blocks, growing experts, routing, usage and the selection of layers."""
+"""Mixtures of experts: blocks, routers, the engine, 4 bits, usage, layer rules, upcycling; growth in `extension/`.
+
+Works on any tree of modules and knows no stage; imports `contracts` only. Layer rules are named in `moextend_pl`.
+"""

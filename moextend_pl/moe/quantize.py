@@ -1,4 +1,4 @@
-"""Loads a base with its Linear layers and experts in 4 bits, one weight at a time.
+"""Packs the Linear layers and experts of a base in 4 bits while it is read, one weight at a time.
 
 transformers reads the files, merges and converts their tensors as it does for any model, and
 hands each weight of the skeleton (which has no memory) to `NF4Quantizer`, which packs it before the
@@ -9,63 +9,20 @@ Not packed: routers and gates, norms, embeddings, the output head, biases, and w
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moextend_pl.contracts import UserError
-from moextend_pl.model_folder import is_quantised, read_config
 from moextend_pl.moe.blocks import EXPERTS, find_blocks
 from moextend_pl.moe.nf4 import BLOCK, QUANT_TYPE, NF4Weight, pack
 
 KINDS = (QUANT_TYPE,)
 _METHOD = "moextend_nf4"
-
-
-def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -> None:
-    """Refuses a base that is not there or cannot be quantised as asked, before anything is read.
-
-    Args:
-        base: Folder of the base; None for a new model.
-        quantize: `nf4`, or None for a base as it is.
-        upcycled: Whether its MLPs become experts.
-
-    Raises:
-        UserError: If the folder holds no model or a damaged configuration, the kind is unknown, bitsandbytes is not
-            installed, there is no base to quantise, it is quantised already, or its MLPs become experts.
-    """
-    if base is not None and not (Path(base) / "config.json").is_file():
-        raise UserError(f"Expected a transformers model in {base}, found no config.json. Run the stage that makes it.")
-    if base is not None:
-        read_config(base)
-    if quantize is None:
-        return
-    if base is None:
-        raise UserError("`quantize` is for a frozen `base`, got a new model from `config`. Remove `quantize`.")
-    if upcycled:
-        raise UserError(
-            "Expected `quantize` or an upcycled language model, got both: upcycled experts learn, 4-bit weights do "
-            "not. Remove one of the two."
-        )
-    if quantize not in KINDS:
-        raise UserError(f"Expected `quantize` null or one of {list(KINDS)}, got {quantize!r}.")
-    if find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"`quantize: {quantize}` needs the package bitsandbytes, which is not installed: "
-            'pip install "bitsandbytes>=0.50", or remove `quantize`.'
-        )
-    if is_quantised(base):
-        raise UserError(
-            f"{base} is quantised already (its config.json has `quantization_config`); expected 16- or 32-bit weights "
-            "for `quantize`. Name an unquantised base."
-        )
 
 
 def packable(model: PreTrainedModel, dense: bool = False) -> dict[str, nn.Parameter]:
@@ -188,35 +145,6 @@ class NF4Quantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether what is added to the model can be trained."""
         return True
-
-
-def load_base(base: str, quantize: str | None = None, dense: bool = False) -> PreTrainedModel:
-    """Loads a language model, as it is or with packed experts and Linear layers.
-
-    Args:
-        base: Folder of a transformers model.
-        quantize: `nf4` packs; None does not.
-        dense: Whether the model is meant to have no experts; else to find none to pack is an error.
-
-    Returns:
-        The model; what is not packed is of the default type, which the precision of the run sets.
-
-    Raises:
-        UserError: If the files lack weights, or a weight does not pack.
-    """
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.get_default_dtype()}
-    if quantize is None:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
-        whole: PreTrainedModel = loaded[0]
-        if missing := loaded[1]["missing_keys"]:
-            raise UserError(
-                f"The files in {base} lack {len(missing)} weights of its {type(whole).__name__}, for example "
-                f"{min(missing)}, which would be random. Name the folder of a whole model."
-            )
-        return whole
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4Config(dense), **options)
-    check_packed(model, dense)
-    return model
 
 
 def check_packed(model: PreTrainedModel, dense: bool = False) -> None:

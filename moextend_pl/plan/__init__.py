@@ -1,1 +1,4 @@
-"""`python -m moextend_pl plan`: what a stage will need and cost, without its weights."""
+"""What a stage costs before a weight is there: memory, operations, hours, advice.
+
+Reads a stage as the command line does, on the meta device; nothing imports it.
+"""

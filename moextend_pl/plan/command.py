@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.write(report.text() + "\n")
     if options.json:
         # Imported here as all else that takes seconds: torch comes with it.
-        from moextend_pl.atomic import write_json
+        from moextend_pl.runs.atomic import write_json
 
         write_json(options.json, {"schema": SCHEMA, **asdict(report)})
     return 0
@@ -91,7 +91,7 @@ def uncounted(stage: StageModel, shape: ModelShape) -> list[str]:
         stage: The stage.
         shape: Its model.
     """
-    from moextend_pl.model_folder import is_quantised
+    from moextend_pl.models.model_folder import is_quantised
 
     learning = [part for part in (shape.tower, shape.projector) if part is not None and part.learns]
     notes = [MIXED] if learning and stage.is_mixed else []
@@ -115,7 +115,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
     Raises:
         UserError: For mistakes in the config or the options.
     """
-    from moextend_pl.module import ENCODE_TOGETHER
+    from moextend_pl.models.moextend import ENCODE_TOGETHER
     from moextend_pl.plan import advice, cost
     from moextend_pl.plan.gpus import choose_gpu
     from moextend_pl.plan.operations import operations

@@ -13,15 +13,15 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from moextend_pl.checkpoint import delta_tensors
 from moextend_pl.contracts import UserError
-from moextend_pl.encoder import VisionEncoder
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.module import MoExtend
+from moextend_pl.models.delta import delta_tensors
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.blocks import MoEBlock, list_blocks
 from moextend_pl.moe.dispatch import takes
 from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Network, Norm, Part, Stack
-from moextend_pl.stage import StageModule
+from moextend_pl.training.stage import StageModule
 
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 

@@ -11,13 +11,13 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 
-from moextend_pl.config_files import StageArguments, prepare_arguments
+from moextend_pl.cli.config_files import StageArguments, prepare_arguments
+from moextend_pl.cli.stage import MoExtendCLI, plain_config, replace_plan
 from moextend_pl.contracts import PLAN_FILE, UserError
-from moextend_pl.encoder import TIMM
-from moextend_pl.manifest import MANIFEST_FILE
-from moextend_pl.preflight import PLAN_ARGUMENTS
-from moextend_pl.stage import StageModule
-from moextend_pl.stage_cli import MoExtendCLI, plain_config, replace_plan
+from moextend_pl.models.encoder import TIMM
+from moextend_pl.runs.manifest import MANIFEST_FILE
+from moextend_pl.runs.preflight import PLAN_ARGUMENTS
+from moextend_pl.training.stage import StageModule
 
 COMMAND = "fit"
 CONFIG = "config.json"

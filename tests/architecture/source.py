@@ -60,3 +60,32 @@ def imports(tree: ast.Module, file: str, with_types: bool = True) -> Iterator[st
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module or "") if part)
             yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Returns, by module, the modules of the three packages that it imports, those for types included."""
+    modules = {file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): file for file in trees()}
+    graph = {}
+    for module, file in modules.items():
+        names = imports(trees()[file], file)
+        targets = {name if name in modules else name.rpartition(".")[0] for name in names}
+        # The packages' fronts hand out names of their own files; reading them is no dependency on the front.
+        graph[module] = {name for name in targets if name in modules and name not in (module, *ROOMS)}
+    return graph
+
+
+def cycles() -> list[str]:
+    """Returns every circle of imports that a walk through the modules meets, as `a -> b -> a`."""
+    graph, done, found = import_graph(), set[str](), []
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            found.append(" -> ".join((*path[path.index(module) :], module)))
+        elif module not in done:
+            for target in sorted(graph[module]):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+    return found

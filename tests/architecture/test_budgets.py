@@ -22,8 +22,8 @@ _YAML_KEYS = "its arguments are the keys of a stage file; grouping them would on
 MORE_ARGUMENTS: dict[str, str] = {
     "callbacks/expert_extension.py::ExpertExtension.__init__": _YAML_KEYS,
     "datamodules/image_text.py::ImageTextShards.__init__": _YAML_KEYS,
-    "moextend_pl/encoder.py::VisionEncoder.__init__": _YAML_KEYS,
-    "moextend_pl/language.py::MoELanguageModel.__init__": _YAML_KEYS,
+    "moextend_pl/models/encoder.py::VisionEncoder.__init__": _YAML_KEYS,
+    "moextend_pl/models/language.py::MoELanguageModel.__init__": _YAML_KEYS,
 }
 
 

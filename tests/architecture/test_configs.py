@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from source import ROOT
 
-from moextend_pl.config_files import prepare_arguments
+from moextend_pl.cli.config_files import prepare_arguments
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 BATCH_SCRIPTS = sorted((ROOT / "configs" / "slurm").glob("*.sbatch"))

@@ -14,15 +14,15 @@ from transformers import AutoConfig, AutoModel
 
 from datamodules.image_text import ImageTextShards
 from moextend_pl import cli
-from moextend_pl.checkpoint import save_delta
+from moextend_pl.cli.stage import MoExtendCLI
 from moextend_pl.contracts import TrainPlan
-from moextend_pl.encoder import VisionEncoder
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.module import MoExtend
-from moextend_pl.projector import Projector
-from moextend_pl.stage import StageModule
-from moextend_pl.stage_cli import MoExtendCLI
-from moextend_pl.tower import PREPROCESSOR_FILE
+from moextend_pl.models.delta import save_delta
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.models.projector import Projector
+from moextend_pl.models.tower import PREPROCESSOR_FILE
+from moextend_pl.training.stage import StageModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGES = sorted(path for path in CONFIGS.rglob("*.yaml") if "model" in (yaml.safe_load(path.read_text()) or {}))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth, UserError
 from moextend_pl.moe.blocks import MoEBlock, find_blocks
+from moextend_pl.moe.extension.growth import grow, new_parameters, strip
+from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.moe.families import read_facts, sort_output
-from moextend_pl.moe.growth import grow, new_parameters, strip
-from moextend_pl.moe.reach import Reach
 
 # Why a family, or some of its layers, cannot be extended. Every other family must pass everything below.
 REFUSED = {
@@ -53,7 +53,7 @@ NAMED = [
 SOURCE = 3
 LENGTH, ROWS = 9, 4
 WITH_IMAGE = torch.tensor([True, False, True, False])
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
 
 def supported() -> list[Any]:
@@ -319,7 +319,7 @@ def test_layer_that_cannot_be_extended_is_refused_with_the_reason(family: str) -
 
 
 def table_row(family: str) -> str:
-    """Returns one line of the README's table, measured."""
+    """Returns one line of the table in the docs, measured."""
     if family in REFUSED:
         return f"| {family} | refused: {REFUSED[family]} |  |  |  |"
     model = tiny_model(family)
@@ -336,9 +336,9 @@ def table_row(family: str) -> str:
 
 
 @pytest.mark.parametrize("family", sorted(families()))
-def test_readme_states_the_measured_facts_of_the_family(family: str) -> None:
+def test_docs_state_the_measured_facts_of_the_family(family: str) -> None:
     row = table_row(family)
-    lines = README.read_text(encoding="utf-8").splitlines()
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
     stated = [line for line in lines if re.match(rf"\| {family}( \(|  ?\|)", line)]
     # A family of a later release of transformers is not in the table yet.
     assert stated in ([row], [])

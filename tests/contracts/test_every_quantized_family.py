@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moextend_pl.contracts import UserError
+from moextend_pl.models.base_model import load_base
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.nf4 import NF4Weight
-from moextend_pl.moe.quantize import load_base
 
 # Blocks of these are not found at all; that is said by `find_blocks`, packed or not.
 REFUSED = ("inkling", "zaya")

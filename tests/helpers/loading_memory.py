@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from moextend_pl.moe.quantize import load_base
+from moextend_pl.models.base_model import load_base
 
 PAGE = resource.getpagesize()
 

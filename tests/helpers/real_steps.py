@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from moextend_pl.contracts import Batch, TrainPlan
-from moextend_pl.module import ENCODE_TOGETHER, MoExtend
-from moextend_pl.optim import OptimSpec, build_optimizer
+from moextend_pl.models.moextend import ENCODE_TOGETHER, MoExtend
 from moextend_pl.plan.cost import RunShape
 from moextend_pl.plan.facts import ModelShape
 from moextend_pl.plan.shapes import read_shape
+from moextend_pl.training.optim import OptimSpec, build_optimizer
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 from helpers.tiny_world import TinyWorld
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from moextend_pl.atomic import write_json
-from moextend_pl.checkpoint import save_delta
 from moextend_pl.contracts import TrainPlan
-from moextend_pl.encoder import VisionEncoder
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.module import MoExtend
-from moextend_pl.projector import Projector
+from moextend_pl.models.delta import save_delta
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.models.projector import Projector
+from moextend_pl.runs.atomic import write_json
 
 CLIP = Path("models/clip-vit-large-patch14-336")
 BASES = {"cumo_mistral_7b": "Mistral-7B-Instruct-v0.2", "cumo_mixtral_8x7b": "Mixtral-8x7B-Instruct-v0.1"}

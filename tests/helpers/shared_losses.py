@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moextend_pl.contracts import COUNTINGS, IGNORE_INDEX, UpcycleSpec
-from moextend_pl.losses import balance_loss, image_router_losses, token_loss
 from moextend_pl.moe.usage import RouterRecord
+from moextend_pl.training.losses import balance_loss, image_router_losses, token_loss
 
 TOKENS, EXPERTS = 12, 5
 

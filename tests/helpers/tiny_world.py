@@ -23,10 +23,10 @@ from datamodules.image_text import ImageTextShards
 from datamodules.shards import Entry, conversation, write_shards
 from datamodules.word_tokenizer import word_tokenizer
 from moextend_pl.contracts import Batch, ExtensionPlan, LayerGrowth, TrainPlan, UpcycleSpec
-from moextend_pl.encoder import VisionEncoder
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.module import MoExtend
-from moextend_pl.projector import Projector
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.models.projector import Projector
 from moextend_pl.samples.collate import collate_generation, collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.turns import Turn

@@ -15,11 +15,11 @@ from moextend_pl.contracts import UpcycleSpec
 from moextend_pl.convert.entries import Entry, clip_block_entries, projector_entries
 from moextend_pl.convert.incoming import convert_in
 from moextend_pl.convert.outgoing import convert_out
-from moextend_pl.encoder import VisionEncoder
-from moextend_pl.losses import RouterLosses, image_router_losses
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.projector import Projector
 from moextend_pl.moe.upcycle import upcycle
 from moextend_pl.moe.watch import RouterWatch
-from moextend_pl.projector import Projector
+from moextend_pl.training.losses import RouterLosses, image_router_losses
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 SPEC = UpcycleSpec(experts=4, top_k=2)

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.balance_loop import loop_balance
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth
-from moextend_pl.losses import balance_loss
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import MoEBlock, find_blocks
-from moextend_pl.moe.growth import grow
-from moextend_pl.moe.reach import Reach
+from moextend_pl.moe.extension.growth import grow
+from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.moe.selection import ShiftRule, source_experts
 from moextend_pl.moe.usage import RouterRecord, selection_counts
+from moextend_pl.training.losses import balance_loss
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -51,7 +52,7 @@ def extended(tensors: dict[str, Tensor], source: int, implementation: str, **opt
         tensors["gate"], tensors["gate_up_proj"][:base], tensors["down_proj"][:base], implementation
     ).requires_grad_(False)
     reach = Reach()
-    reach.set(torch.ones(2, dtype=torch.bool))
+    reach.set(torch.ones(len(tensors["x"]), dtype=torch.bool))
     grow(model, ExtensionPlan(layers=(LayerGrowth(0, (source,)),), **options), reach)
     return model, find_blocks(model)[0]
 
@@ -105,16 +106,24 @@ def test_preserving_initialisation_keeps_every_token_of_the_same_block(fixtures:
     assert block.router.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize(("scale", "expected"), [(9, None), (None, 2.0889415740966797)])
-def test_balance_loss(fixtures: Path, scale: int | None, expected: float | None) -> None:
+def golden_records(golden: dict[str, Tensor]) -> list[RouterRecord]:
+    logits = [golden[f"router_logits.{layer}"] for layer in range(sum(name.startswith("router_") for name in golden))]
+    return [RouterRecord(n, x.shape[1], x, x.softmax(-1).topk(2).indices) for n, x in enumerate(logits)]
+
+
+def test_balance_loss_scaled_as_in_the_papers_code(fixtures: Path) -> None:
     golden = load_file(fixtures / "moextend_aux_loss.safetensors")
-    mask = golden["attention_mask"].bool().reshape(-1)
-    records = []
-    for layer in range(4):
-        logits = golden[f"router_logits.{layer}"]
-        records.append(RouterRecord(layer, logits.shape[1], logits, logits.softmax(-1).topk(2).indices))
-    loss = balance_loss(records, [mask] * 4, reference_scale=scale)
-    assert loss.item() == pytest.approx(expected or golden["aux_loss_reference"].item(), abs=1e-5)
+    records, mask = golden_records(golden), golden["attention_mask"].bool().reshape(-1)
+    loss = balance_loss(records, [mask] * len(records), reference_scale=9)
+    assert loss.item() == pytest.approx(golden["aux_loss_reference"].item(), abs=1e-5)
+
+
+def test_balance_loss_scaled_by_each_layers_own_experts_is_a_plain_loops(fixtures: Path) -> None:
+    golden = load_file(fixtures / "moextend_aux_loss.safetensors")
+    records, mask = golden_records(golden), golden["attention_mask"].bool().reshape(-1)
+    assert len({record.num_experts for record in records}) > 1
+    expected = sum(loop_balance(record, mask) for record in records) / len(records)
+    assert balance_loss(records, [mask] * len(records)).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_layer_selection_and_source_experts(fixtures: Path) -> None:

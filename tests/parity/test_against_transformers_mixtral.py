@@ -14,8 +14,8 @@ from transformers import MixtralForCausalLM
 
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks
-from moextend_pl.moe.growth import grow, new_parameters, strip
-from moextend_pl.moe.reach import Reach
+from moextend_pl.moe.extension.growth import grow, new_parameters, strip
+from moextend_pl.moe.extension.reach import Reach
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", dispatch.FROZEN_EXPERTS]
 VOCABULARY = 40

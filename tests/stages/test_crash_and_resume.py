@@ -15,7 +15,7 @@ from helpers.tiny_world import TinyWorld, make_plan
 from safetensors.torch import load_file
 
 from moextend_pl import cli
-from moextend_pl.preflight import CHECKPOINT_FOLDER, LAST_CHECKPOINT
+from moextend_pl.runs.preflight import CHECKPOINT_FOLDER, LAST_CHECKPOINT
 
 STEPS = {"extend": 40, "probe": 20, "instruction": 40}
 RESULTS = {

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from callbacks.outputs import SavePretrained
 from moextend_pl import cli
 from moextend_pl.contracts import TrainPlan, UserError
-from moextend_pl.fingerprints import frozen_tensors
-from moextend_pl.manifest import read_manifest
-from moextend_pl.module import MoExtend
-from moextend_pl.preflight import CHECKPOINT_FOLDER, LAST_CHECKPOINT
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.runs.fingerprints import frozen_tensors
+from moextend_pl.runs.manifest import read_manifest
+from moextend_pl.runs.preflight import CHECKPOINT_FOLDER, LAST_CHECKPOINT
 
 QUANTIZE = ("--model.init_args.language.quantize", "nf4")
 STEPS = 40

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from moextend_pl import cli
 from moextend_pl.contracts import UserError
-from moextend_pl.manifest import read_manifest
-from moextend_pl.module import MoExtend
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.runs.manifest import read_manifest
 
 
 def extend(world: TinyWorld, folder: Path, name: str, start: Path | None, *arguments: str) -> Path:

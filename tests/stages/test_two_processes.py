@@ -14,8 +14,8 @@ from helpers.tiny_world import TinyWorld, make_plan, perturb
 from safetensors.torch import load_file
 
 from moextend_pl import cli
-from moextend_pl.checkpoint import save_delta
 from moextend_pl.contracts import ExtensionPlan, TrainPlan, UpcycleSpec
+from moextend_pl.models.delta import save_delta
 
 pytestmark = pytest.mark.slow
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")

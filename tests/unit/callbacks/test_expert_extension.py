@@ -20,10 +20,10 @@ from callbacks.train_only import TrainOnly
 from callbacks.usage_report import UsageReport, measure_usage
 from datamodules.mixture import ShardSet
 from moextend_pl.contracts import ExtensionPlan, UserError
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.module import MoExtend
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.blocks import find_blocks
-from moextend_pl.moe.growth import router_parameters
+from moextend_pl.moe.extension.growth import router_parameters
 from moextend_pl.moe.selection import AllLayers, ExplicitLayers, ShiftRule
 
 

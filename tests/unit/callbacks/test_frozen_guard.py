@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from callbacks.frozen_guard import FrozenGuard
 from callbacks.train_only import TrainOnly
 from moextend_pl.contracts import UserError
-from moextend_pl.module import MoExtend
+from moextend_pl.models.moextend import MoExtend
 
 
 class Meddle(Callback):

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from callbacks.checkpoints import StageCheckpoint
 from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt, WritePredictions
 from callbacks.train_only import TrainOnly
-from moextend_pl.answers import exact_match
 from moextend_pl.contracts import TrainPlan, UpcycleSpec, UserError
-from moextend_pl.encoder import VisionEncoder
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.module import MoExtend
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.training.answers import exact_match
 
 
 def sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ from helpers.tiny_world import TinyWorld
 from lightning.pytorch import Callback, Trainer
 
 from callbacks import StageCheckpoint, StageProgress, TrainOnly
-from moextend_pl.module import MoExtend
+from moextend_pl.models.moextend import MoExtend
 
 
 class Stop(Callback):

@@ -15,8 +15,8 @@ from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, Mixtr
 from moextend_pl.contracts import UserError
 from moextend_pl.convert.files import TensorFiles
 from moextend_pl.convert.incoming import language_config
-from moextend_pl.manifest import Manifest, read_manifest
-from moextend_pl.module import MoExtend
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.runs.manifest import Manifest, read_manifest
 
 # As in the files of CuMo-mistral-7b, written by transformers v4, but for the rotation, which is faster to be seen.
 AS_PUBLISHED = {**SIZES, "rope_theta": 50.0, "sliding_window": None, "torch_dtype": "float32"}

@@ -11,13 +11,13 @@ from helpers.published import LAYERS, SIDE, VISION, clip_tensors, convert, proje
 from helpers.tiny_world import TinyWorld, perturb
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from moextend_pl.checkpoint import save_delta
 from moextend_pl.contracts import TrainPlan, UpcycleSpec, UserError
 from moextend_pl.convert.files import TensorFiles
-from moextend_pl.encoder import VisionEncoder
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.module import MoExtend
-from moextend_pl.projector import Projector
+from moextend_pl.models.delta import save_delta
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.models.projector import Projector
 
 SPEC = UpcycleSpec(experts=4, top_k=1, balance=0.2, z=0.03)
 SIZES = {"hidden_size": VISION, "intermediate_size": 12, "num_hidden_layers": LAYERS, "num_attention_heads": 2}

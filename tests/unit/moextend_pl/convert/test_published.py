@@ -14,8 +14,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, MistralForCausalLM, 
 
 from moextend_pl.contracts import ExtensionPlan, UserError
 from moextend_pl.convert.files import TensorFiles, write_shards
-from moextend_pl.manifest import read_manifest
-from moextend_pl.module import MoExtend
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.runs.manifest import read_manifest
 
 CASES = ["cumo mistral", "cumo mistral dense", "cumo mixtral", "moextend"]
 

@@ -15,8 +15,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward, use_expert
 
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.dispatch import FROZEN_EXPERTS, frozen_experts_forward
-from moextend_pl.moe.growth import grow, new_parameters
-from moextend_pl.moe.reach import Reach
+from moextend_pl.moe.extension.growth import grow, new_parameters
+from moextend_pl.moe.extension.reach import Reach
 
 TOKENS, TOP_K, EXPERTS, WIDTH, INNER = 37, 2, 5, 16, 24
 

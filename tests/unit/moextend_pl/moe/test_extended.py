@@ -7,10 +7,10 @@ import torch
 from helpers.tiny_world import EXPERTS, TinyWorld, make_plan, perturb, tiny_mixtral
 from torch import nn
 
-from moextend_pl.moe.extended_experts import ExtendedExperts, sprout
-from moextend_pl.moe.extended_router import ExtendedRouter
-from moextend_pl.moe.growth import grow, new_parameters
-from moextend_pl.moe.reach import Reach
+from moextend_pl.moe.extension.extended_experts import ExtendedExperts, sprout
+from moextend_pl.moe.extension.extended_router import ExtendedRouter, open_tokens
+from moextend_pl.moe.extension.growth import grow, new_parameters
+from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.moe.touch import touch
 
 
@@ -196,3 +196,21 @@ def test_beam_search_keeps_text_sequences_as_they_are(tiny_world: TinyWorld) -> 
     got, expected = model.language.model.generate(**options), stock.generate(**options)
     assert torch.equal(got[:2], expected[:2])
     assert not torch.equal(got[2], expected[2])
+
+
+def test_training_mode_of_a_grown_block_leaves_its_frozen_router_in_evaluation() -> None:
+    block, _ = grown_block()
+    assert block.train().gate.training
+    assert not any(module.training for module in block.gate.base.modules())
+
+
+def test_token_that_either_of_two_extensions_opens_is_open() -> None:
+    model, first, second = tiny_mixtral(), Reach(), Reach()
+    grow(model, make_plan([0]), first)
+    grow(model, make_plan([0]), second)
+    router = model.model.layers[0].mlp.gate
+    first.set(torch.tensor([True, False, False]))
+    second.set(torch.tensor([False, True, False]))
+    assert open_tokens(router, torch.zeros(3)).tolist() == [True, True, False]
+    second.set(None)
+    assert open_tokens(router, torch.zeros(3)).tolist() == [True, False, False]

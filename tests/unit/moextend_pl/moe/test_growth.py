@@ -10,9 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth, UserError
 from moextend_pl.moe.blocks import expert_count, find_blocks
-from moextend_pl.moe.extended_router import ExtendedRouter
-from moextend_pl.moe.growth import grow, new_parameters, router_parameters, strip
-from moextend_pl.moe.reach import Reach
+from moextend_pl.moe.extension.extended_router import ExtendedRouter
+from moextend_pl.moe.extension.growth import grow, new_parameters, router_parameters, strip
+from moextend_pl.moe.extension.reach import Reach
 
 
 def snapshot(model: nn.Module) -> tuple[list[tuple[str, type]], dict[str, torch.Tensor]]:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moextend_pl.contracts import UserError
-from moextend_pl.fingerprints import fingerprints
+from moextend_pl.models import base_model
+from moextend_pl.models.base_model import check_base, load_base
 from moextend_pl.moe import dispatch, quantize
 from moextend_pl.moe.blocks import find_blocks
-from moextend_pl.moe.growth import grow, new_parameters, strip
+from moextend_pl.moe.extension.growth import grow, new_parameters, strip
+from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.moe.nf4 import NF4Weight
-from moextend_pl.moe.quantize import check_base, load_base
-from moextend_pl.moe.reach import Reach
+from moextend_pl.runs.fingerprints import fingerprints
 
 IMPLEMENTATIONS = ("moextend", "grouped_mm", "eager", "batched_mm")
 EXPERTS = 4
@@ -388,7 +389,7 @@ def test_impossible_wishes_are_refused_before_anything_is_read(
         check_base(base, "int8")
     with pytest.raises(UserError, match="for a frozen `base`, got a new model"):
         check_base(None, "nf4")
-    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_model, "find_spec", lambda name: None)
     check_base(base, None)
     with pytest.raises(UserError, match=r'pip install "bitsandbytes>=0.50"'):
         check_base(base, "nf4")

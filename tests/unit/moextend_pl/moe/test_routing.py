@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moextend_pl.moe.calibration import Calibration
+from moextend_pl.moe.extension.calibration import Calibration
 from moextend_pl.moe.routing import (
     SMALLEST_SUM,
     Scoring,

@@ -29,12 +29,12 @@ from transformers import (
 )
 
 from moextend_pl.contracts import ExtensionPlan, LayerGrowth, UpcycleSpec, UserError
+from moextend_pl.models.tower import BlockReader
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.dense_mlp import find_mlps, read_mlp
-from moextend_pl.moe.growth import grow
-from moextend_pl.moe.reach import Reach
+from moextend_pl.moe.extension.growth import grow
+from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.moe.upcycle import UpcycledMLP, upcycle, upcycled_mlps
-from moextend_pl.tower import BlockReader
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 VISION |= {"image_size": 32, "patch_size": 8}

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moextend_pl import cli
-from moextend_pl.checkpoint import DELTA_FILE
 from moextend_pl.plan.cost import checkpoint_bytes, memory
 from moextend_pl.plan.operations import operations
 from moextend_pl.plan.shapes import read_shape
 from moextend_pl.plan.stage_model import read_stage
+from moextend_pl.runs.manifest import DELTA_FILE
 
 GROWTH = ["new_experts", "new_routers", "calibration"]
 PARTS = {

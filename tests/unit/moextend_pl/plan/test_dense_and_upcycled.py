@@ -9,12 +9,12 @@ from helpers.tiny_world import TinyWorld, build_tiny_world, tiny_mixtral, tiny_t
 from transformers import MistralConfig, MistralForCausalLM
 
 from moextend_pl.contracts import UpcycleSpec
-from moextend_pl.encoder import VisionEncoder
-from moextend_pl.language import MoELanguageModel
-from moextend_pl.module import MoExtend
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.models.projector import Projector
 from moextend_pl.plan.cost import memory
 from moextend_pl.plan.operations import operations
-from moextend_pl.projector import Projector
 
 SIZES = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -1,0 +1,291 @@
+"""`fit`, `validate`, `test` and `predict`: one run of one stage, described by layered YAML files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import enum
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from moextend_pl.cli.config_errors import explain
+from moextend_pl.cli.config_files import ALLOW_OPTION, BASE_KEY, StageArguments, prepare_arguments
+from moextend_pl.contracts import UserError
+from moextend_pl.runs.atomic import remove_leftovers, write_atomically
+from moextend_pl.runs.metrics_log import RunLogger
+from moextend_pl.runs.preflight import (
+    CONFIG_FILE,
+    check_numbers,
+    check_writable,
+    choose_checkpoint,
+    only_writer,
+    refuse_changed_config,
+    run_directory,
+    set_aside,
+)
+from moextend_pl.training.termination import EndTogether
+
+DEFAULT_SEED = 0
+EXIT_TERMINATED = 143
+PER_CALL_KEYS = ("config", BASE_KEY, "plan", "fresh", "ckpt_path", "allow_class_path")
+DESCRIPTIONS = {
+    "fit": "Trains one stage. Continues from RUN/checkpoints/last.ckpt if it is there.",
+    "validate": "Measures the run's last checkpoint on the validation split.",
+    "test": "Measures the run's last checkpoint on the test split.",
+    "predict": "Writes the answers of the run's last checkpoint.",
+}
+
+_log = logging.getLogger(__name__)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the complete config of a run into its directory: `config.yaml`, or `config.<command>.yaml` beside it.
+
+    What belongs to one call only (`--config`, `--ckpt_path`, `--fresh`) is left out, so the file can be
+    given to `--config` as it is.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes the file once, on the first rank."""
+        if not trainer.is_global_zero or self.already_saved:
+            return
+        command = getattr(stage, "value", stage)  # Lightning passes an enum, whose text is not its value
+        name = CONFIG_FILE if command == "fit" else f"config.{command}.yaml"
+        text = yaml.safe_dump(plain_config(self.config), sort_keys=False)
+        write_atomically(Path(trainer.default_root_dir) / name, lambda path: path.write_text(text, encoding="utf-8"))
+        self.already_saved = True
+
+
+class MoExtendCLI(LightningCLI):
+    """Lightning's CLI with layered configs, one-line errors and runs that continue by themselves."""
+
+    def __init__(self, arguments: StageArguments, held: contextlib.ExitStack | None = None) -> None:
+        """Parses, builds and runs.
+
+        Args:
+            arguments: Command line with its layers spelled out.
+            held: What is held while the run lasts, for example its directory.
+
+        Raises:
+            UserError: For every mistake in it.
+        """
+        self._arguments = arguments
+        self._held = held or contextlib.ExitStack()
+        self._checkpoint: str | None = None
+        self._trial: tempfile.TemporaryDirectory[str] | None = None
+        # Abbreviated options would turn a typo into another key without a word.
+        options = {"exit_on_error": False, "allow_abbrev": False}
+        commands = {name: {**options, "description": text} for name, text in DESCRIPTIONS.items()}
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=DEFAULT_SEED,
+            parser_kwargs={"prog": "python -m moextend_pl", **options, **commands},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=arguments.argv,
+            auto_configure_optimizers=False,  # a model owns its optimizer
+            load_from_checkpoint_support=False,  # a checkpoint never decides what is built
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what this project knows beside Lightning's options."""
+        parser.add_argument(
+            f"--{BASE_KEY}",
+            type=str | list[str] | None,
+            default=None,
+            help="In a config file only: the files it is layered on, relative to itself.",
+        )
+        parser.add_argument("--plan", type=str | None, help="Extension plan of an extend run, instead of its config's.")
+        parser.add_argument("--fresh", action="store_true", help="Ignore the checkpoints of an earlier run.")
+        # Taken off the command line before parsing; registered for `--help` only.
+        parser.add_argument(ALLOW_OPTION, help="Let configs import from this package too; may be given several times.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the command line, with every mistake as one line."""
+        try:
+            self.config = parser.parse_args(self._arguments.argv)
+        except argparse.ArgumentError as error:
+            command = self._subcommand_parsers.get(self._arguments.argv[0], parser)
+            raise UserError(explain(str(error), command, self._arguments.files)) from error
+        check_numbers(self.config[self.config["subcommand"]].as_dict())
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: Lightning would let the checkpoint's settings win over the config's without a word."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settles the checkpoint before anything expensive is built."""
+        command = str(self.subcommand)
+        given = self.config[command]
+        if given.get("plan"):
+            replace_plan(given, given["plan"])
+        config = plain_config(given)
+        run = run_directory(config)
+        if given.trainer.get("fast_dev_run"):
+            # Results of a step or two are none: a stage would go on from them, and another start from them.
+            self._trial = tempfile.TemporaryDirectory(prefix="moextend-")
+            given.trainer.default_root_dir = self._trial.name
+            run = Path(self._trial.name) if command == "fit" else run
+            _log.info("`fast_dev_run` is a trial: it begins anew, and what it writes is thrown away")
+        fresh = given.get("fresh", False) and not _was_requeued()
+        self._checkpoint = choose_checkpoint(run, given.get("ckpt_path"), fresh)
+        check_writable(run)
+        if command == "fit" and _is_first_rank():
+            self._held.enter_context(only_writer(run))
+            remove_leftovers(run)
+        if self._checkpoint is None:
+            if command != "fit":
+                _log.warning("no checkpoint of %s is used: the model is taken as its config builds it", run)
+            elif fresh and _is_first_rank():
+                set_aside(run)
+            return
+        if command == "fit" and not given.get("ckpt_path"):
+            refuse_changed_config(run, config)
+        _log.info("%s from %s", "continuing" if command == "fit" else "weights", self._checkpoint)
+
+    def instantiate_classes(self) -> None:
+        """Builds model, data and trainer; a mistake noticed by one of them is told without the parser's wrapping."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, ModuleNotFoundError, argparse.ArgumentError) as error:
+            mistake = _find_mistake(error)
+            if mistake is None:
+                raise
+            raise UserError(str(mistake)) from error
+
+    def after_instantiate_classes(self) -> None:
+        """Hands the chosen checkpoint to the trainer's method."""
+        settings = self.config_init[str(self.subcommand)]
+        settings["ckpt_path"] = self._checkpoint
+        if settings.get("weights_only") is None:
+            settings["weights_only"] = True  # never unpickle; Lightning's default depends on where the file lies
+
+    def after_fit(self) -> None:
+        """Refuses to call a run done that trained nothing.
+
+        Raises:
+            UserError: If no step was taken, now or before.
+        """
+        if self.trainer.state.finished and self.trainer.global_step == 0:
+            raise UserError(
+                "the run took no step, so that nothing was trained or written. Look at `trainer.max_epochs`, "
+                "`trainer.limit_train_batches` and the number of samples."
+            )
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Builds the trainer; its arguments all come from the user, so its complaints are theirs to mend."""
+        if SLURMEnvironment.detect():
+            # Lightning's own requeue saves inside the signal handler, where ranks stand at different places.
+            plugins = config.get("plugins") or []
+            plugins = plugins if isinstance(plugins, list) else [plugins]
+            config["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
+        if config.get("logger") in (None, True):
+            config["logger"] = RunLogger(str(config.get("default_root_dir") or "."))
+        try:
+            return super()._instantiate_trainer(config, [EndTogether(), *callbacks])
+        except (MisconfigurationException, ModuleNotFoundError, ValueError, TypeError) as error:
+            raise UserError(f"the trainer refuses its settings: {error}") from error
+
+
+def replace_plan(config: Namespace, path: str) -> None:
+    """Lets the extend run of a config read another plan, for example one written by hand.
+
+    Args:
+        config: Parsed config of a stage; changed in place.
+        path: The plan file.
+
+    Raises:
+        UserError: If the stage reads no plan.
+    """
+    callbacks = config.trainer.get("callbacks") or []
+    readers = [c for c in callbacks if c.class_path.endswith(".ExpertExtension") and c.init_args.get("plan")]
+    if not readers:
+        raise UserError("`--plan` needs a stage with an ExpertExtension callback that reads a plan, got none.")
+    for callback in readers:
+        callback.init_args.plan = path
+
+
+def plain_config(config: Namespace) -> dict[str, Any]:
+    """Returns a parsed config as plain data, without what belongs to one call only.
+
+    The parser's own `dump` refuses defaults that Lightning itself has, for example `Timer`'s.
+    """
+    return {key: _plain(value) for key, value in config.as_dict().items() if key not in PER_CALL_KEYS}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.name  # the parser reads enums by name
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _was_requeued() -> bool:
+    """Tells whether SLURM started the same command again, in which case its `--fresh` has had its effect."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def _is_first_rank() -> bool:
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+def _find_mistake(error: BaseException | None) -> Exception | None:
+    """Returns the user's mistake among the causes of an error: the parser wraps what a class raises when built."""
+    while error is not None:
+        if isinstance(error, UserError | MisconfigurationException | ModuleNotFoundError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def run_stage(argv: Sequence[str]) -> MoExtendCLI | int:
+    """Runs one of the stage commands.
+
+    Returns:
+        The finished CLI, or 0 if only help or the config was printed.
+
+    Raises:
+        UserError: For every mistake that the user can mend, or if a data worker died.
+        KeyboardInterrupt: If the run was interrupted from the keyboard.
+        SystemExit: With code 143 if it was terminated.
+    """
+    try:
+        with contextlib.ExitStack() as held:
+            return MoExtendCLI(prepare_arguments(argv), held)
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except SIGTERMException as error:
+        # Lightning leaves with exit code 0 here, which a scheduler takes for a finished run.
+        _log.warning("terminated; the same command continues where it stopped")
+        raise SystemExit(EXIT_TERMINATED) from error
+    except RuntimeError as error:
+        # How torch tells of data workers, at any place of the main process, has no class of its own.
+        if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
+            raise
+        raise UserError(
+            f"A process that reads data has died, most often for want of memory, or stood still: {error}. Lower "
+            "`num_workers` of the data module; the same command continues where it stopped."
+        ) from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        if error.code in (0, None):  # --help and --print_config
+            return 0
+        raise

@@ -1,0 +1,192 @@
+"""A base: whether the options of its language model fit together, how it is read, and what it predicts."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_utils,
+)
+
+from moextend_pl.contracts import UserError
+from moextend_pl.models.model_folder import is_quantised, read_config
+from moextend_pl.moe import dispatch
+from moextend_pl.moe.quantize import KINDS, NF4Config, check_packed
+
+# Keys that transformers reads although its configurations no longer have them.
+FORMER_KEYS = ("model_type", "rope_theta", "partial_rotary_factor", "attn_implementation")
+# Older releases keep whole columns of the batch only; then the mask is applied to what they return.
+_KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")
+
+
+def check_options(
+    base: str | None, config: dict[str, Any] | None, tokenizer: str | None, quantize: str | None, upcycled: bool
+) -> None:
+    """Refuses options of a language model that do not fit together, before anything is read.
+
+    Args:
+        base: Folder of the base.
+        config: Configuration of a new model.
+        tokenizer: Folder of the tokenizer.
+        quantize: `nf4` or None.
+        upcycled: Whether MLPs become experts.
+
+    Raises:
+        UserError: If neither or both of `base` and `config` are given, or one lacks what it needs.
+    """
+    if (base is None) == (config is None):
+        raise UserError("Expected exactly one of `base` (a folder) and `config` (a new model), not both or neither.")
+    if tokenizer is None and base is None:
+        raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
+    if config is not None and "model_type" not in config:
+        raise UserError(f"Expected `model_type` in `language.config`, for example mixtral, got {sorted(config)}.")
+    check_base(base, quantize, upcycled)
+
+
+def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -> None:
+    """Refuses a base that is not there or cannot be quantised as asked, before anything is read.
+
+    Args:
+        base: Folder of the base; None for a new model.
+        quantize: `nf4`, or None for a base as it is.
+        upcycled: Whether its MLPs become experts.
+
+    Raises:
+        UserError: If the folder holds no model or a damaged configuration, the kind is unknown, bitsandbytes is not
+            installed, there is no base to quantise, it is quantised already, or its MLPs become experts.
+    """
+    if base is not None and not (Path(base) / "config.json").is_file():
+        raise UserError(f"Expected a transformers model in {base}, found no config.json. Run the stage that makes it.")
+    if base is not None:
+        read_config(base)
+    if quantize is None:
+        return
+    if base is None:
+        raise UserError("`quantize` is for a frozen `base`, got a new model from `config`. Remove `quantize`.")
+    if upcycled:
+        raise UserError(
+            "Expected `quantize` or an upcycled language model, got both: upcycled experts learn, 4-bit weights do "
+            "not. Remove one of the two."
+        )
+    if quantize not in KINDS:
+        raise UserError(f"Expected `quantize` null or one of {list(KINDS)}, got {quantize!r}.")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"`quantize: {quantize}` needs the package bitsandbytes, which is not installed: "
+            'pip install "bitsandbytes>=0.50", or remove `quantize`.'
+        )
+    if is_quantised(base):
+        raise UserError(
+            f"{base} is quantised already (its config.json has `quantization_config`); expected 16- or 32-bit weights "
+            "for `quantize`. Name an unquantised base."
+        )
+
+
+def load_base(base: str, quantize: str | None = None, dense: bool = False) -> PreTrainedModel:
+    """Loads a language model, as it is or with packed experts and Linear layers.
+
+    Args:
+        base: Folder of a transformers model.
+        quantize: `nf4` packs; None does not.
+        dense: Whether the model is meant to have no experts; else to find none to pack is an error.
+
+    Returns:
+        The model; what is not packed is of the default type, which the precision of the run sets.
+
+    Raises:
+        UserError: If the files lack weights, or a weight does not pack.
+    """
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.get_default_dtype()}
+    if quantize is None:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
+        whole: PreTrainedModel = loaded[0]
+        if missing := loaded[1]["missing_keys"]:
+            raise UserError(
+                f"The files in {base} lack {len(missing)} weights of its {type(whole).__name__}, for example "
+                f"{min(missing)}, which would be random. Name the folder of a whole model."
+            )
+        return whole
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4Config(dense), **options)
+    check_packed(model, dense)
+    return model
+
+
+def check_implementation(name: str) -> None:
+    """Refuses a way to compute experts that transformers does not know.
+
+    Raises:
+        UserError: If there is no such way.
+    """
+    known = dispatch.implementations()
+    if name not in known:
+        raise UserError(f"Expected `experts_implementation` to be one of {known}, got {name!r}.")
+
+
+def new_config(config: dict[str, Any], words: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Returns the configuration of a new model with the ids of its tokenizer.
+
+    Args:
+        config: Values, `model_type` among them.
+        words: The tokenizer.
+
+    Raises:
+        UserError: If transformers has no such model, or does not accept a key or a value of it.
+    """
+    _refuse_unknown(config)
+    ids = {name: getattr(words, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    try:
+        made = AutoConfig.for_model(**{"vocab_size": len(words), **ids, **config})
+    except Exception as error:  # whatever checks the fields of a configuration has exceptions of its own
+        raise UserError(f"`language.config`: {' '.join(str(error).split())}. Correct it.") from error
+    experts, chosen = (getattr(made, name, None) for name in ("num_experts", "num_experts_per_tok"))
+    if isinstance(experts, int) and isinstance(chosen, int) and not 1 <= chosen <= experts:
+        raise UserError(f"Expected `num_experts_per_tok` of `language.config` in 1..{experts}, got {chosen}.")
+    return made
+
+
+def _refuse_unknown(config: dict[str, Any]) -> None:
+    """Refuses what transformers would keep without a word: a misspelt key leaves the default in its place."""
+    kind = str(config["model_type"])
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(kind, list(CONFIG_MAPPING), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "name a model of transformers, for example mixtral."
+        raise UserError(f"`language.config`: transformers has no model type '{kind}'; {hint}")
+    default = CONFIG_MAPPING[kind]()
+    known = {*vars(default), *default.attribute_map, *(getattr(default, "rope_parameters", None) or {}), *FORMER_KEYS}
+    for key in config:
+        if key not in known and not hasattr(default, key):
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ". Leave it out."
+            raise UserError(f"`language.config`: the model type '{kind}' does not know '{key}'{hint}")
+
+
+def logits_of(model: PreTrainedModel, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:
+    """Predicts the next token, with the head applied to chosen positions only.
+
+    Args:
+        model: A causal language model.
+        inputs: Its arguments.
+        logits_at: (B, S) booleans, positions to predict from; None for all.
+
+    Returns:
+        (B, S, V) logits, or (A, V) at the A chosen positions.
+    """
+    if logits_at is None or _KEEPS_BY_MASK:
+        all_logits: Tensor = model(
+            **inputs, use_cache=False, logits_to_keep=0 if logits_at is None else logits_at
+        ).logits
+        return all_logits
+    columns = logits_at.any(dim=0).nonzero().squeeze(-1)
+    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits[logits_at[:, columns]]
+    return logits

@@ -1,0 +1,223 @@
+"""What a trained model leaves behind: a small delta of new weights, and a manifest that says what it belongs to.
+
+Every file is written beside its place and moved there whole, so that a run that is killed at any
+moment leaves either the old file or the new one. The manifest comes last: a run directory with a
+manifest is a finished run.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moextend_pl.contracts import ExtensionPlan, UserError
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.projector import Projector
+from moextend_pl.runs.atomic import write_atomically
+from moextend_pl.runs.fingerprints import WRAPPED, file_sha256, fingerprints, frozen_tensors, tensor_sha256
+from moextend_pl.runs.manifest import (
+    DELTA_FILE,
+    Manifest,
+    manifest_path,
+    read_manifest,
+    relative_arguments,
+    versions,
+)
+from moextend_pl.training.stage import StageModule
+
+log = logging.getLogger(__name__)
+
+
+class DeltaModule(StageModule):
+    """A whole of three parts, most of whose weights lie in files of their own; the rest is its delta.
+
+    Attributes:
+        inherited: Names, in the ungrown base, of the tensors that came from an earlier stage's delta.
+    """
+
+    encoder: VisionEncoder
+    projector: Projector
+    language: MoELanguageModel
+    inherited: set[str]
+
+    @property
+    @abstractmethod
+    def plans(self) -> tuple[ExtensionPlan, ...]:
+        """The extension plans of the built model, first one first."""
+
+    @abstractmethod
+    def base_names(self) -> set[str]:
+        """Returns the names of the parameters that the base's own files hold; all others are new."""
+
+    def upcyclable(self) -> dict[str, VisionEncoder | Projector | MoELanguageModel]:
+        """Returns the parts whose MLPs may become experts."""
+        return {"encoder": self.encoder, "projector": self.projector, "language": self.language}
+
+
+def model_arguments(model: DeltaModule) -> dict[str, dict[str, Any]]:
+    """Returns what `MoExtend.load` needs to build the three parts again; folders as they are named now.
+
+    Args:
+        model: Any, built or not.
+
+    Raises:
+        UserError: If the language model has no base to be read again.
+    """
+    language = model.language
+    if language.base is None:
+        raise UserError("Expected `language.base`, so that the run can be loaded again.")
+    arguments: dict[str, dict[str, Any]] = {
+        "encoder": model.encoder.rebuild_arguments(),
+        "projector": {"kind": model.projector.kind, "merge": model.projector.merge},
+        "language": {
+            "base": language.base,
+            "tokenizer": language.tokenizer_path,
+            "chat_template": language.chat_template,
+            "experts_implementation": language.experts_implementation,
+            "quantize": language.quantize,
+            "balance_weight": language.balance_weight,
+            "max_new_tokens": language.max_new_tokens,
+            "dense": language.dense,
+        },
+    }
+    for name, part in model.upcyclable().items():
+        arguments[name]["upcycle"] = asdict(part.upcycle_spec) if part.upcycle_spec else None
+    return arguments
+
+
+def delta_tensors(module: DeltaModule) -> dict[str, Tensor]:
+    """Returns what a run leaves behind by name: all that the base's files do not hold as it is now.
+
+    That are new parameters, those of the base that learned, in this run or in one that it started from, and the
+    saved buffers beside them.
+    """
+    base, frozen = module.base_names(), frozen_tensors(module)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if name not in base or parameter.requires_grad or WRAPPED.sub("", name) in module.inherited:
+            tensors[name] = parameter
+    saved = module.state_dict(keep_vars=True)
+    for name, buffer in module.named_buffers():
+        if name in saved and (name not in frozen or WRAPPED.sub("", name) in module.inherited):
+            tensors[name] = buffer
+    return tensors
+
+
+def save_delta(module: DeltaModule, run: Path) -> Manifest:
+    """Writes `delta.safetensors` and then `manifest.json`.
+
+    Args:
+        module: The trained model.
+        run: Run directory.
+
+    Returns:
+        The manifest.
+    """
+    parameters = dict(module.named_parameters())
+    delta = {name: tensor.detach().cpu().contiguous() for name, tensor in delta_tensors(module).items()}
+    write_atomically(run / DELTA_FILE, lambda path: save_file(delta, path))
+    manifest = Manifest(
+        plans=module.plans,
+        model=relative_arguments(model_arguments(module), run),
+        trained=[name for name, parameter in parameters.items() if parameter.requires_grad],
+        frozen=fingerprints({name: t for name, t in frozen_tensors(module).items() if name not in delta}),
+        delta_sha256=file_sha256(run / DELTA_FILE),
+        versions=versions(),
+        dtype=str(module.dtype).removeprefix("torch."),
+        run=run,
+    )
+    manifest.save()
+    return manifest
+
+
+def inherited_names(run: Path) -> set[str]:
+    """Returns the names that the tensors of a delta have in an ungrown base; empty if there is no delta.
+
+    Args:
+        run: Run directory, or a delta file in one.
+    """
+    path = manifest_path(run).with_name(DELTA_FILE)
+    if not path.is_file():
+        return set()
+    with safe_open(path, "pt") as delta:
+        return {WRAPPED.sub("", name) for name in delta.keys()}  # noqa: SIM118 - no dictionary
+
+
+def load_delta(module: DeltaModule, run: Path) -> set[str]:
+    """Reads the new weights of an earlier stage into a built model.
+
+    Tensors that this model has and the delta lacks keep their fresh values if they are new ones of
+    this stage; a tensor that the delta has must exist here.
+
+    Args:
+        module: The built model.
+        run: Run directory, or a delta file in one.
+
+    Returns:
+        The names that the tensors of the delta have in an ungrown base.
+
+    Raises:
+        UserError: If the file is damaged or does not fit, or the base is not the one it belongs to.
+    """
+    manifest = read_manifest(run)
+    path = manifest.run / DELTA_FILE
+    if not path.is_file() or file_sha256(path) != manifest.delta_sha256:
+        raise UserError(f"{path}: missing or damaged (its SHA-256 is not the manifest's). Train the stage again.")
+    delta, parameters = load_file(path), module.state_dict(keep_vars=True)
+    unknown = [
+        name for name, tensor in delta.items() if name not in parameters or parameters[name].shape != tensor.shape
+    ]
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} tensors do not fit this model, for example {unknown[0]}. Expected the delta of a "
+            "run with the same parts and extension plan."
+        )
+    with torch.no_grad():
+        for name, tensor in delta.items():
+            parameters[name].copy_(tensor)
+    check_base(manifest, module)
+    return {WRAPPED.sub("", name) for name in delta}
+
+
+def check_base(manifest: Manifest, model: DeltaModule) -> None:
+    """Refuses a base whose tensors are not those that the run was trained on.
+
+    Of a base that is read in a shorter type, or in 4 bits where it was not, nothing can be said.
+
+    Args:
+        manifest: Of the run whose delta was read.
+        model: A built model.
+
+    Raises:
+        UserError: If a frozen tensor differs.
+    """
+    shorter = torch.get_default_dtype().itemsize < manifest.torch_dtype.itemsize
+    if shorter or manifest.model.get("language", {}).get("quantize") != model.language.quantize:
+        log.warning("%s: its base was of another type, so that it cannot be compared with the one here", manifest.run)
+        return
+    new = {name for name, _ in model.named_parameters()} - model.base_names()
+    here = {WRAPPED.sub("", name): tensor for name, tensor in model.state_dict().items() if name not in new}
+    for name, expected in manifest.frozen.items():
+        if name not in here or not _is_or_rounds_to(manifest, here[name], expected):
+            got = tensor_sha256(here[name])[:12] if name in here else "no such tensor"
+            raise UserError(
+                f"{manifest.run}: the base has changed since this run was trained: {name} has SHA-256 {got}, "
+                f"the manifest says {expected[:12]}. Restore the base, or train the stage again."
+            )
+
+
+def _is_or_rounds_to(manifest: Manifest, tensor: Tensor, expected: str) -> bool:
+    if tensor_sha256(tensor) == expected:
+        return True
+    # A tower is read in its own type first.
+    longer = tensor.is_floating_point() and tensor.dtype.itemsize > manifest.torch_dtype.itemsize
+    return longer and tensor_sha256(tensor.to(manifest.torch_dtype)) == expected

@@ -1,0 +1,299 @@
+"""The mixture-of-experts language model: any transformers v5 one, frozen or learning, grown or not.
+
+Shapes: B batch, S sequence, T = B * S tokens, D width, V vocabulary, A learned positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec, UpcycleSpec, UserError
+from moextend_pl.models import base_model
+from moextend_pl.models.model_folder import read_config
+from moextend_pl.moe import dispatch
+from moextend_pl.moe.blocks import find_blocks, list_blocks
+from moextend_pl.moe.extension.growth import grow, new_parameters, router_parameters
+from moextend_pl.moe.extension.reach import Reach, reachable
+from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
+from moextend_pl.moe.watch import RouterWatch
+from moextend_pl.samples.packing import attention_inputs, packing_obstacle, sample_tokens
+from moextend_pl.samples.templates import load_tokenizer
+from moextend_pl.training.activations import checkpoint_activations
+from moextend_pl.training.answers import AnswerMixin
+from moextend_pl.training.half_precision import Place, apply_but_for, exact_places
+from moextend_pl.training.language_losses import LanguageOutput, RouterWeights, counted_tokens, language_losses
+from moextend_pl.training.losses import learned_tokens
+from moextend_pl.training.optim import OptimSpec
+from moextend_pl.training.stage import StageModule, shapes_only
+
+
+class MoELanguageModel(AnswerMixin, StageModule):
+    """A causal language model with mixture-of-experts layers; trained alone by next-token prediction.
+
+    Args:
+        base: Folder of a transformers model with its tokenizer.
+        config: Configuration of a model built from scratch instead; needs `model_type`.
+        tokenizer: Folder of the tokenizer; by default that of the base.
+        chat_template: `inst` (MoExtend's), a file with a Jinja template, or null for the tokenizer's own.
+        experts_implementation: `moextend`, the numbers of `grouped_mm` but for frozen experts; or one of transformers.
+        quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; null as they are.
+        activation_checkpointing: Whether layers compute their activations again in the backward pass.
+        balance_weight: Weight of the balance loss; MoExtend uses 0.001, CuMo 0.1. Replaced by `upcycle.balance`.
+        z_weight: Weight of the router z-loss; CuMo uses 0.01. Replaced by `upcycle.z`.
+        balance_choices: How many of a token's choices the balance loss counts; CuMo counts 1, None counts all.
+        dense: Whether the base is meant to be a model without experts.
+        upcycle: How the MLPs of a dense base become mixtures of experts; None leaves them dense.
+        max_new_tokens: Longest generated answer in test and predict runs.
+        optim: Optimizer, where the model is trained alone.
+
+    Raises:
+        UserError: If neither or both of `base` and `config` are given, a folder is missing, or `quantize` cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        experts_implementation: str = dispatch.FROZEN_EXPERTS,
+        quantize: str | None = None,
+        activation_checkpointing: bool = False,
+        balance_weight: float = 0.001,
+        z_weight: float = 0.0,
+        balance_choices: int | None = None,
+        dense: bool = False,
+        upcycle: UpcycleSpec | None = None,
+        max_new_tokens: int = 8,
+        optim: OptimSpec | None = None,
+    ) -> None:
+        super().__init__(optim)
+        base_model.check_options(base, config, tokenizer, quantize, upcycle is not None)
+        base_model.check_implementation(experts_implementation)
+        self.base, self.config, self.quantize = base, dict(config or {}), quantize
+        self.tokenizer_path, self.chat_template = tokenizer or str(base), chat_template
+        self.experts_implementation, self.activation_checkpointing = experts_implementation, activation_checkpointing
+        self.balance_weight, self.max_new_tokens = balance_weight, max_new_tokens
+        self.z_weight, self.balance_choices, self.dense = z_weight, balance_choices, dense
+        self.upcycle_spec = upcycle
+        self.extensions: list[tuple[ExtensionPlan, Reach]] = []
+        self.watch = RouterWatch()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._opened_to_text = False
+        self._exact: list[Place] = []
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, read once."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_path, self.chat_template)
+        return self._tokenizer
+
+    def model_config(self) -> PreTrainedConfig:
+        """Returns the transformers configuration, read or made from `config`; needs no built network."""
+        if self.base is not None:
+            return read_config(self.base)
+        return base_model.new_config(self.config, self.tokenizer)
+
+    @property
+    def width(self) -> int:
+        """D, width of the embeddings; needs no built network."""
+        return int(self.model_config().get_text_config().hidden_size)
+
+    @cached_property
+    def image_token_id(self) -> int:
+        """Id of the image placeholder: the first one outside the vocabulary, so that the base stays as it is."""
+        return max(int(self.model_config().get_text_config().vocab_size), len(self.tokenizer))
+
+    def sample_spec(self) -> SampleSpec:
+        """Returns what the model asks of text-only data."""
+        obstacle = packing_obstacle(self.model_config())
+        return SampleSpec(self.tokenizer, self.image_token_id, 0, 0, packing_obstacle=obstacle)
+
+    def build(self) -> None:
+        """Reads or makes the model, upcycles it, and grows it by the extension plan where it is trained alone."""
+        self.build_base()
+        self.upcycle()
+        if self.extension_plan is not None:
+            self.extend(self.extension_plan)
+
+    def build_base(self) -> None:
+        """Reads or makes the model as its files or its configuration describe it.
+
+        Raises:
+            UserError: If it has no experts and is not said to be dense, or the other way round.
+        """
+        if self.base is None or shapes_only():
+            config = self.model_config()
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+        else:
+            self.model = base_model.load_base(self.base, self.quantize, self.dense or self.upcycle_spec is not None)
+        self._exact = exact_places(self.model)
+        if not self.dense and self.upcycle_spec is None:
+            find_blocks(self.model)
+            dispatch.use(self.model, self.experts_implementation)
+        elif list_blocks(self.model):
+            raise UserError(
+                f"Expected a dense base for `language.dense` or `language.upcycle`, got {type(self.model).__name__}, "
+                "which has experts. Remove the two, or name another base."
+            )
+        if self.activation_checkpointing:
+            checkpoint_activations(self.model)
+        self.model.train()
+        self.watch.attach(self.model)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELanguageModel:
+        apply_but_for(self._exact, partial(super()._apply, fn, recurse), fn)
+        return self
+
+    def upcycle(self) -> None:
+        """Turns the MLPs of a dense model into experts where that is asked for; does nothing the second time."""
+        if self.upcycle_spec is not None:
+            base_model.check_base(self.base, self.quantize, upcycled=True)
+            upcycle(self.model, self.upcycle_spec)
+            self.watch.attach(self.model)
+
+    def upcycled_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters of upcycled MLPs, which the files of the base do not hold."""
+        return [parameter for _, mlp in upcycled_mlps(self.model) for parameter in mlp.parameters()]
+
+    def extend(self, plan: ExtensionPlan) -> None:
+        """Grows the built model by a plan, on top of the plans before it.
+
+        Args:
+            plan: The plan; its sources may be experts that an earlier plan added.
+
+        Raises:
+            UserError: If the plan does not fit the model.
+        """
+        reach = Reach()
+        grow(self.model, plan, reach)
+        self.extensions.append((plan, reach))
+        self.watch.attach(self.model)
+
+    @property
+    def num_experts(self) -> dict[int, int]:
+        """Number of experts of each mixture-of-experts layer, new ones included."""
+        return {block.layer: block.num_experts for block in list_blocks(self.model)}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Returns `language`, `routers` (of the base), the parts of the latest extension, and earlier ones."""
+        latest = self.extensions[-1][1] if self.extensions else None
+        parts = {"routers": router_parameters(self.model), **new_parameters(self.model, latest)}
+        listed = {id(parameter) for parameters in parts.values() for parameter in parameters}
+        return {"language": [p for p in self.model.parameters() if id(p) not in listed], **parts}
+
+    def frozen_parts(self) -> set[str]:
+        """Returns `language` where the base is in 4 bits, which no gradient can change."""
+        return set() if self.quantize is None else {"language"}
+
+    def open_to_text(self, is_open: bool) -> None:
+        """Lets all tokens reach new experts, or forbids it again, whatever the plans say."""
+        self._opened_to_text = is_open
+
+    def set_reach(self, batch: Batch) -> None:
+        """Declares which tokens of the next passes may reach the new experts of each extension.
+
+        Args:
+            batch: `input_ids` (B, S), `tasks` where a plan belongs to a task, `documents` where rows are packed.
+        """
+        is_image_BS = batch["input_ids"] == self.image_token_id
+        for plan, reach in self.extensions:
+            routing = "open" if self._opened_to_text else plan.routing
+            reach.set(reachable(routing, plan.task, is_image_BS, batch.get("tasks"), batch.get("documents")))
+
+    def close_reach(self) -> None:
+        """Lets no token reach a new expert any more, as a model that nobody told of an image."""
+        for _, reach in self.extensions:
+            reach.set(None)
+
+    def teardown(self, stage: str) -> None:
+        """Closes what the last batch opened: the transformers model may be called by itself next."""
+        self.close_reach()
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embeds ids; image placeholders, which lie outside the vocabulary, become the embedding of id 0."""
+        return self.model.get_input_embeddings()(input_ids.masked_fill(input_ids == self.image_token_id, 0))
+
+    def forward(self, batch: Batch, embeddings: Tensor | None = None, logits_at: Tensor | None = None) -> Tensor:
+        """Predicts the next token.
+
+        Args:
+            batch: `input_ids` and `attention_mask` (B, S), and `documents` where rows are packed.
+            embeddings: (B, S, D) with image features in place; by default the embedded ids.
+            logits_at: (B, S) booleans, positions to predict from; by default all.
+
+        Returns:
+            (B, S, V) logits, or (A, V) at the A chosen positions.
+        """
+        self.set_reach(batch)
+        inputs = {"input_ids": batch["input_ids"]} if embeddings is None else {"inputs_embeds": embeddings}
+        inputs.update(attention_inputs(self.model, batch))
+        return base_model.logits_of(self.model, inputs, logits_at)
+
+    def losses(self, batch: Batch, embeddings: Tensor | None = None, balanced: bool = True) -> LanguageOutput:
+        """Computes the losses of a batch; the head is applied to learned positions only.
+
+        Args:
+            batch: With labels.
+            embeddings: As in `forward`.
+            balanced: Whether the balance loss is added.
+        """
+        labels_BS = torch.full_like(batch["labels"], IGNORE_INDEX)
+        labels_BS[:, :-1] = batch["labels"][:, 1:]
+        learned_BS = labels_BS != IGNORE_INDEX
+        with self.watch.recording() as records:
+            logits_AV = self(batch, embeddings, learned_BS)
+        masks = counted_tokens(self.model, records, sample_tokens(batch).reshape(-1))
+        weights = RouterWeights(self.balance_weight, self.z_weight, self.balance_choices).replaced_by(self.upcycle_spec)
+        weights = weights if balanced else RouterWeights()
+        return language_losses(logits_AV, labels_BS[learned_BS], records, masks, weights)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Learns to predict the supervised tokens."""
+        output = self.losses(batch)
+        self.log_dict(output.metrics(), prog_bar=True, sync_dist=True)
+        return self.by_tokens(output.loss, batch["labels"])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs loss and accuracy of the supervised tokens."""
+        output = self.losses(batch, balanced=False)
+        values = {"val/loss": output.token, "val/token_accuracy": output.accuracy}
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=learned_tokens(batch["labels"]))
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, embeddings: Tensor | None = None) -> list[str]:
+        """Generates greedily.
+
+        Args:
+            batch: Prompts, padded on the left.
+            embeddings: As in `forward`.
+
+        Returns:
+            B texts without special tokens.
+        """
+        self.set_reach(batch)
+        model: Any = self.model  # `generate` comes from a mixin that the stub of PreTrainedModel lacks
+        tokens = model.generate(
+            inputs_embeds=self.embed(batch["input_ids"]) if embeddings is None else embeddings,
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        self.close_reach()
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def save_pretrained(self, path: Path) -> None:
+        """Writes model and tokenizer in the transformers layout."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)

@@ -1,0 +1,296 @@
+"""The whole: images are encoded, projected, put between the words, and answered by the language model.
+
+Shapes: B batch, S sequence, I images, P placeholders of one image, C channels of the tower, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec
+from moextend_pl.models.delta import DeltaModule, inherited_names, load_delta
+from moextend_pl.models.encoder import VisionEncoder
+from moextend_pl.models.feature_cache import FeatureCache
+from moextend_pl.models.fusion import scatter_features
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.projector import Projector
+from moextend_pl.moe.extension.reach import check_task
+from moextend_pl.moe.touch import touch
+from moextend_pl.moe.upcycle import agreed_spec
+from moextend_pl.runs.manifest import Manifest, read_manifest
+from moextend_pl.samples.prompt import prompt_batch
+from moextend_pl.training.answers import AnswerMixin
+from moextend_pl.training.half_precision import default_dtype
+from moextend_pl.training.language_losses import LanguageOutput
+from moextend_pl.training.losses import image_router_losses, learned_tokens
+from moextend_pl.training.optim import OptimSpec
+from moextend_pl.training.stage import shapes_only
+
+log = logging.getLogger(__name__)
+
+ENCODE_TOGETHER = 16
+
+
+class MoExtend(AnswerMixin, DeltaModule):
+    """A vision tower, a projector and a mixture-of-experts language model as one.
+
+    Args:
+        encoder: The tower; frozen unless the training plan names `encoder`.
+        projector: From features to embeddings; its widths are filled in.
+        language: The language model; grown by the extension plan.
+        init_from: Run directory (or delta file) of an earlier stage whose new weights are the start.
+        cache_features: Whether features of a frozen tower are computed once an image and kept, up to 1 GiB.
+        optim: Optimizer of the stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: VisionEncoder,
+        projector: Projector,
+        language: MoELanguageModel,
+        init_from: str | None = None,
+        cache_features: bool = True,
+        optim: OptimSpec | None = None,
+    ) -> None:
+        super().__init__(optim)
+        self.encoder, self.projector, self.language = encoder, projector, language
+        self.init_from = Path(init_from) if init_from else None
+        self.cache_features = cache_features
+        self.features = FeatureCache()
+        self.inherited: set[str] = set()
+        if self.init_from is not None:
+            read_manifest(self.init_from)
+
+    @classmethod
+    def load(cls, run: str | Path) -> MoExtend:
+        """Loads the model of a finished run: its base, its extension plan and its delta.
+
+        Args:
+            run: Run directory with `manifest.json` and `delta.safetensors`.
+
+        Returns:
+            The model, built and in evaluation mode.
+
+        Raises:
+            UserError: If the directory holds no finished run or its base has changed.
+
+        Example:
+            model = MoExtend.load("runs/quickstart/3_extend")
+            model.generate(Image.open("shape.png"), "what color is the shape?")
+        """
+        manifest = read_manifest(Path(run))
+        parts = manifest.model_arguments()
+        for arguments in parts.values():
+            arguments["upcycle"] = UpcycleSpec.from_dict(arguments.get("upcycle"))
+        model = cls(
+            encoder=VisionEncoder(**parts["encoder"]),
+            projector=Projector(**parts["projector"]),
+            language=MoELanguageModel(**parts["language"]),
+            init_from=str(run),
+        )
+        # Nothing learns, so that images are encoded as they were when their tower was frozen.
+        model.train_plan = TrainPlan(parts=())
+        with default_dtype(manifest.torch_dtype):
+            model.configure_model()
+        return model.to(manifest.torch_dtype).eval()
+
+    def sample_spec(self) -> SampleSpec:
+        """Returns what the model asks of its data; tokenizer and image size have this one source."""
+        tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
+        side = int(self.encoder.config["image_size"])
+        options: dict[str, Any] = {"tokens_per_image": tokens, "image_size": side, **self.encoder.image_statistics}
+        return replace(self.language.sample_spec(), **options)
+
+    def build(self) -> None:
+        """Builds the three parts, upcycles and grows them, and reads the weights of `init_from`.
+
+        First the earlier stage's model, then its weights, then what changes: new experts copy what was learned.
+        """
+        manifest = None if self.init_from is None else read_manifest(self.init_from)
+        upcycled_before = [] if manifest is None else self._inherit_upcycling(manifest)
+        self.encoder.build_base()
+        self.encoder.eval()
+        self.projector.in_features, self.projector.out_features = self.encoder.channels, self.language.width
+        self.projector.build_base()
+        self.language.build_base()
+        for part in upcycled_before:
+            part.upcycle()
+        earlier = () if manifest is None else manifest.plans
+        for plan in earlier:
+            self.language.extend(plan)
+        if self.init_from is not None:
+            # Before the next extension, whose new experts may be copies of trained ones.
+            self.inherited = (inherited_names if shapes_only() else partial(load_delta, self))(self.init_from)
+        for part in self.upcyclable().values():
+            part.upcycle()
+        own = self.extension_plan
+        # A run with the plan that its start was trained with goes on with it.
+        if own is not None and not (earlier and own.same_growth(earlier[-1])):
+            if earlier and own.layers == earlier[-1].layers and own.task == earlier[-1].task:
+                log.warning(
+                    "the plan grows the same layers from the same sources once more, as another extension: its options "
+                    "are not those of %s. To go on with that extension, take its plan as it was.",
+                    self.init_from,
+                )
+            self.language.extend(own)
+
+    def _inherit_upcycling(self, manifest: Manifest) -> list[VisionEncoder | Projector | MoELanguageModel]:
+        """Returns the parts that the earlier stage had upcycled, to be upcycled alike."""
+        parts = []
+        for name, part in self.upcyclable().items():
+            earlier = UpcycleSpec.from_dict(manifest.model.get(name, {}).get("upcycle"))
+            if earlier is not None:
+                part.upcycle_spec = agreed_spec(earlier, part.upcycle_spec, f"{self.init_from}: the {name}")
+                parts.append(part)
+        return parts
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Returns `encoder`, `encoder_unread`, `projector` and the parts of the language model."""
+        encoder = {name: part for name, part in self.encoder.parts().items() if name != "heads"}
+        return {**encoder, **self.projector.parts(), **self.language.parts()}
+
+    @property
+    def plans(self) -> tuple[ExtensionPlan, ...]:
+        """The extension plans of the built model, first one first."""
+        return tuple(plan for plan, _ in self.language.extensions)
+
+    def frozen_parts(self) -> set[str]:
+        """Returns the parts of the language model that cannot learn."""
+        return self.language.frozen_parts()
+
+    def base_names(self) -> set[str]:
+        """Returns the names of the parameters that the base's own files hold; all others are new."""
+        parts = self.parts()
+        base = {id(p) for part in ("encoder", "encoder_unread", "language", "routers") for p in parts[part]}
+        base -= {id(p) for p in (*self.encoder.new_parameters(), *self.language.upcycled_parameters())}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in base}
+
+    def encode(self, pixels_I3HW: Tensor, image_keys: list[str]) -> Tensor:
+        """Encodes images, each only once where the tower is frozen.
+
+        Args:
+            pixels_I3HW: Normalised images.
+            image_keys: Their names.
+
+        Returns:
+            (I, P, C) features.
+        """
+        if self.encoder.watch.listening or any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            return self.encoder(pixels_I3HW)
+        known = self.features.known(image_keys)
+        missing = [n for n, key in enumerate(image_keys) if key not in known]
+        with torch.no_grad():
+            # Always the same number at a time: the last bit of a convolution may depend on it, and a
+            # resumed run, which meets the images in other company, has to see the same features.
+            for first in range(0, len(missing), ENCODE_TOGETHER):
+                chosen = missing[first : first + ENCODE_TOGETHER]
+                padded = pixels_I3HW.new_zeros(ENCODE_TOGETHER, *pixels_I3HW.shape[1:])
+                padded[: len(chosen)] = pixels_I3HW[chosen]
+                known.update(zip([image_keys[n] for n in chosen], self.encoder(padded).unbind(), strict=False))
+        if self.cache_features:
+            self.features.remember({key: known[key] for key in (image_keys[n] for n in missing)})
+        return torch.stack([known[key] for key in image_keys])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoExtend:
+        self.features.clear()  # of another device or type
+        super()._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> MoExtend:
+        """Changes the mode of all but a frozen tower, whose statistics of images are frozen too."""
+        super().train(mode)
+        self.encoder.train(mode and any(parameter.requires_grad for parameter in self.encoder.parameters()))
+        return self
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Embeds a batch with its image features in place.
+
+        Args:
+            batch: Ids with placeholders, and images.
+
+        Returns:
+            (B, S, D); projector and tower take part with a zero where the batch has no image, so that no
+            rank waits for their gradients.
+        """
+        embeddings_BSD = self.language.embed(batch["input_ids"])
+        has_image = len(batch["image_keys"]) > 0
+        encoder = self.encoder.parts()
+        zero = touch(
+            encoder["encoder_unread"] if has_image else [*self.encoder.parameters(), *self.projector.parameters()]
+        )
+        embeddings_BSD = embeddings_BSD if zero is None else embeddings_BSD + zero
+        if not has_image:
+            return embeddings_BSD
+        features_IPC = self.encode(batch["pixel_values"], batch["image_keys"])
+        is_image_BS = batch["input_ids"] == self.language.image_token_id
+        return scatter_features(embeddings_BSD, self.projector(features_IPC), is_image_BS)
+
+    def forward(self, batch: Batch) -> LanguageOutput:
+        """Computes the losses of a batch, those of the routers of tower and projector included."""
+        routing = {
+            name: part
+            for name, part in (("encoder", self.encoder), ("projector", self.projector))
+            if part.upcycle_spec is not None and any(parameter.requires_grad for parameter in part.parameters())
+        }
+        with ExitStack() as stack:
+            records = {name: stack.enter_context(part.watch.recording()) for name, part in routing.items()}
+            embeddings_BSD = self.embed(batch)
+        output = self.language.losses(batch, embeddings_BSD)
+        for name, part in routing.items():
+            spec, images = part.upcycle_spec, len(batch["image_keys"])
+            assert spec is not None
+            losses = image_router_losses(records[name], images, part.router_calls, spec, output.loss.device)
+            output = output.plus(name, losses, spec)
+        return output
+
+    def teardown(self, stage: str) -> None:
+        """Ends a fit, validate or test run."""
+        self.language.teardown(stage)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Learns to predict the supervised tokens."""
+        output = self(batch)
+        self.log_dict(output.metrics(), prog_bar=True, sync_dist=True)
+        return self.by_tokens(output.loss, batch["labels"])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs loss and accuracy of the supervised tokens."""
+        output = self.language.losses(batch, self.embed(batch), balanced=False)
+        values = {"val/loss": output.token, "val/token_accuracy": output.accuracy}
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=learned_tokens(batch["labels"]))
+
+    @torch.no_grad()
+    def answer(self, batch: Batch) -> list[str]:
+        """Generates greedily, one text for each prompt of the batch."""
+        return self.language.answer(batch, self.embed(batch))
+
+    def generate(self, image: Image.Image | None, question: str, task: str = "") -> str:
+        """Answers one question.
+
+        Args:
+            image: A picture, or None for a question about text alone.
+            question: The question, without any image mark.
+            task: Name of the task, where the model was extended for several.
+
+        Returns:
+            The answer.
+
+        Raises:
+            UserError: If the model was extended for other tasks.
+        """
+        check_task(self.plans, task, image is not None)
+        self.eval()
+        batch = prompt_batch(self.sample_spec(), image, question, self.device)
+        batch["tasks"] = [task]
+        return self.answer(batch)[0]

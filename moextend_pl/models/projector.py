@@ -1,0 +1,163 @@
+"""Maps image features into the embedding space of the language model.
+
+Shapes: I images, P tokens of an image, C channels of the tower, D width of the language model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moextend_pl.contracts import SampleSpec, UpcycleSpec, UserError
+from moextend_pl.moe.dense_mlp import read_mlp
+from moextend_pl.moe.upcycle import UpcycledMLP
+from moextend_pl.moe.watch import RouterWatch
+from moextend_pl.training.optim import OptimSpec
+from moextend_pl.training.stage import StageModule
+
+
+def merge_neighbours(features_IPC: Tensor, side: int) -> Tensor:
+    """Joins each square of neighbouring tokens into one token with all their channels (pixel shuffle).
+
+    Args:
+        features_IPC: Features of square grids, row by row; the grid's side is a multiple of `side`.
+        side: Side of the squares, s.
+
+    Returns:
+        (I, P / s^2, C * s^2).
+    """
+    images, tokens, channels = features_IPC.shape
+    grid = math.isqrt(tokens)
+    squares = features_IPC.reshape(images, grid // side, side, grid // side, side, channels)
+    return squares.permute(0, 1, 3, 2, 4, 5).reshape(images, tokens // side**2, channels * side**2)
+
+
+class Projector(StageModule):
+    """Linear map or small network between tower and language model.
+
+    Args:
+        kind: `linear`, or `mlpNx_gelu` for N linear maps with GELU between them (LLaVA-1.5: `mlp2x_gelu`).
+        merge: Side of the squares of tokens that are joined into one; 1 keeps them.
+        in_features: C; MoExtend fills it in from the tower.
+        out_features: D; MoExtend fills it in from the language model.
+        upcycle: How an `mlp2x_gelu` becomes a mixture of experts (CuMo's MLP-MoE); None leaves it dense.
+        optim: Optimizer, where the projector is trained alone.
+
+    Raises:
+        UserError: If `kind` is not known, or is to be upcycled and is no MLP of two layers, or `merge` is below 1.
+    """
+
+    layers: nn.Sequential | UpcycledMLP
+
+    def __init__(
+        self,
+        kind: str = "mlp2x_gelu",
+        merge: int = 1,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        upcycle: UpcycleSpec | None = None,
+        optim: OptimSpec | None = None,
+    ) -> None:
+        super().__init__(optim)
+        match = re.fullmatch(r"linear|mlp([1-9])x_gelu", kind)
+        if match is None:
+            raise UserError(f"Expected `projector.kind` to be linear or mlpNx_gelu with N in 1..9, got {kind!r}.")
+        self.depth = int(match[1] or 1)
+        if upcycle is not None and (self.depth != 2 or upcycle.layers not in (None, (0,))):
+            raise UserError(f"Expected `projector.upcycle` of the one MLP of kind mlp2x_gelu, got kind {kind!r}.")
+        if merge < 1:
+            raise UserError(f"Expected `projector.merge` of at least 1, got {merge}.")
+        self.kind, self.merge, self.upcycle_spec = kind, merge, upcycle
+        self.watch = RouterWatch()
+        self.in_features, self.out_features = in_features, out_features
+
+    def tokens_per_image(self, encoder_tokens: int) -> int:
+        """Returns the number of tokens that an image of the tower becomes.
+
+        Args:
+            encoder_tokens: P of the tower.
+
+        Raises:
+            UserError: If the grid does not divide into squares of side `merge`.
+        """
+        if math.isqrt(encoder_tokens) ** 2 != encoder_tokens or math.isqrt(encoder_tokens) % self.merge:
+            raise UserError(
+                f"Expected a square grid whose side divides by `projector.merge` = {self.merge}, got "
+                f"{encoder_tokens} tokens an image. Change `merge` or the tower's `pool`."
+            )
+        return encoder_tokens // self.merge**2
+
+    def build(self) -> None:
+        """Builds the layers, upcycled where that is asked for."""
+        self.build_base()
+        self.upcycle()
+
+    def upcycle(self) -> None:
+        """Turns the MLP into experts where that is asked for; does nothing the second time."""
+        if self.upcycle_spec is None or isinstance(self.layers, UpcycledMLP):
+            return
+        mlp = read_mlp(self.layers)
+        assert mlp is not None
+        self.layers = UpcycledMLP(mlp, self.upcycle_spec)
+        # In a list, so that it has a number as blocks have.
+        self.watch.attach(nn.ModuleList([self.layers]))
+
+    @property
+    def router_calls(self) -> int:
+        """Number of times that a router is called for an image."""
+        return len(self.num_experts)
+
+    @property
+    def num_experts(self) -> dict[int, int]:
+        """Number of experts of the upcycled MLP, which has the number 0; empty where it is dense."""
+        return {0: self.layers.gate.num_experts} if isinstance(self.layers, UpcycledMLP) else {}
+
+    def build_base(self) -> None:
+        """Builds the dense layers.
+
+        Raises:
+            UserError: If a width is not known.
+        """
+        if self.in_features is None or self.out_features is None:
+            raise UserError(
+                "Expected `in_features` and `out_features` of a projector on its own, got "
+                f"{self.in_features} and {self.out_features}."
+            )
+        widths = [self.in_features * self.merge**2] + [self.out_features] * self.depth
+        layers: list[nn.Module] = []
+        for n, (narrow, wide) in enumerate(itertools.pairwise(widths)):
+            layers += [nn.GELU()] * (n > 0) + [nn.Linear(narrow, wide)]
+        self.layers = nn.Sequential(*layers)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Returns the one part, `projector`."""
+        return {"projector": list(self.parameters())}
+
+    def sample_spec(self) -> SampleSpec:
+        """A projector alone reads features, not samples.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("A projector alone has no samples; train it inside MoExtend, or on pairs of tensors.")
+
+    def forward(self, features_IPC: Tensor) -> Tensor:
+        """Projects features.
+
+        Args:
+            features_IPC: Features of the tower.
+
+        Returns:
+            (I, P / merge^2, D).
+        """
+        return self.layers(merge_neighbours(features_IPC, self.merge) if self.merge > 1 else features_IPC)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Learns to map `features` (I, P, C) onto `targets` (I, P, D) by mean squared error."""
+        loss = F.mse_loss(self(batch["features"]), batch["targets"])
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        return loss

@@ -1,0 +1,225 @@
+"""Vision transformers of the transformers library: read at one block, without the blocks behind it.
+
+Shapes: I images, N tokens of one image, D width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
+
+from moextend_pl.contracts import UserError
+from moextend_pl.models.model_folder import read_config
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+MASK_TOKEN = "mask_token"
+
+
+def vision_config(folder: str) -> PreTrainedConfig:
+    """Returns the configuration of a vision model, or of the vision half of an image-text model.
+
+    Args:
+        folder: Folder with a `config.json`.
+    """
+    config = read_config(folder)
+    return getattr(config, "vision_config", config)
+
+
+def check_folder(folder: str) -> None:
+    """Refuses a folder without a transformers model.
+
+    Raises:
+        UserError: If it has no `config.json`.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(
+            f"Expected a transformers vision model in {folder}, found no config.json. Put the model there, correct "
+            "`encoder.name`, or name a timm model as `timm/<model>`."
+        )
+
+
+def make_timm(name: str, layer: int, options: dict[str, Any]) -> Any:
+    """Builds a timm model up to one of its feature levels, with random weights.
+
+    Args:
+        name: Of the model.
+        layer: Index of the level.
+        options: Further arguments of `timm.create_model`.
+
+    Raises:
+        UserError: If timm has no such model or level, or refuses the options.
+    """
+    if ":" not in name and not timm.is_model(name):  # a colon names another source of models
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean 'timm/{close[0]}'?" if close else "`timm.list_models()` lists them."
+        raise UserError(f"Expected `encoder.name` to be a model of timm, got '{name}'; {hint}")
+    try:
+        return timm.create_model(name, features_only=True, out_indices=(layer,), **options)
+    except (IndexError, AssertionError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"timm cannot build '{name}' with `layer` {layer} and `tower_args` {options}: {type(error).__name__} "
+            f"{error}. Correct them."
+        ) from error
+
+
+def make_tower(folder: str, with_weights: bool) -> Any:
+    """Builds a vision model.
+
+    Args:
+        folder: Folder of a transformers model.
+        with_weights: Whether its weights are read; else they are random.
+    """
+    if with_weights:
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+        return vision_half(AutoModel.from_pretrained(folder, **options))
+    return vision_half(AutoModel.from_config(read_config(folder), dtype=torch.float32))
+
+
+def vision_half(model: Any) -> Any:
+    """Returns the image side of a transformers model of images and texts (CLIP, SigLIP); another model as it is."""
+    return getattr(model, "vision_model", model) if hasattr(model.config, "vision_config") else model
+
+
+def image_statistics(*folders: str) -> dict[str, tuple[float, float, float]]:
+    """Returns `image_mean` and `image_std` that a transformers tower learned with.
+
+    Args:
+        folders: Where to look, the first one with the file first.
+
+    Raises:
+        UserError: If no folder says.
+    """
+    paths = [Path(folder) / PREPROCESSOR_FILE for folder in folders]
+    path = next((path for path in paths if path.is_file()), paths[0])
+    try:
+        facts = json.loads(path.read_text())
+        red_green_blue = {name: facts[name] for name in ("image_mean", "image_std")}
+        return {name: (float(r), float(g), float(b)) for name, (r, g, b) in red_green_blue.items()}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"Expected `image_mean` and `image_std` in {path}, got {error!r}. Take the file from where the tower's "
+            "weights come from."
+        ) from error
+
+
+def save_facts(tower: Any, path: Path, *folders: str) -> None:
+    """Writes the configuration of a transformers tower and the image statistics that it learned with, if it says.
+
+    Args:
+        tower: The tower.
+        path: Folder to write to.
+        folders: Where the statistics may lie, as for `image_statistics`.
+    """
+    tower.config.save_pretrained(path)
+    # A tower whose own folder does not say can still be saved; its data asks for the file when it is used.
+    with suppress(UserError):
+        (path / PREPROCESSOR_FILE).write_text(json.dumps(image_statistics(*folders), indent=2) + "\n")
+
+
+def cast_for(tower: nn.Module, pixels_I3HW: Tensor) -> Tensor:
+    """Returns images in the type of a tower's weights, to which nothing else brings them outside Lightning's loops."""
+    floating = (parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
+    return pixels_I3HW.to(next(floating, pixels_I3HW.dtype))
+
+
+def blocks_of(tower: nn.Module) -> nn.ModuleList:
+    """Returns the stack of transformer blocks, found as the longest list of modules.
+
+    Raises:
+        UserError: If the tower has no list of modules.
+    """
+    stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise UserError(f"Expected a vision transformer with a list of blocks, got {type(tower).__name__}.")
+    return max(stacks, key=len)
+
+
+class BlockReader:
+    """Reads the output of one block of a tower; what stands behind it is taken off.
+
+    Args:
+        tower: The tower, with all its blocks.
+        layer: Index of the hidden state to read, as transformers counts: -1 is the output of the last block,
+            -2 its input.
+        keep_unread: Whether blocks behind the one read stay and are computed, as the published code of
+            CuMo does, whose routers in them take part in the losses.
+
+    Raises:
+        UserError: If there is no such block.
+    """
+
+    def __init__(self, tower: nn.Module, layer: int, keep_unread: bool) -> None:
+        self.tower = tower
+        self._output: Tensor | None = None
+        blocks = blocks_of(tower)
+        read = layer if layer >= 0 else len(blocks) + 1 + layer
+        if not 1 <= read <= len(blocks):
+            raise UserError(f"Expected `encoder.layer` in 1..{len(blocks)} or -{len(blocks)}..-1, got {layer}.")
+        self.dropped = tuple(
+            f"{name}.{index}."
+            for name, module in tower.named_modules()
+            for index in range(read, len(blocks))
+            if module is blocks and not keep_unread
+        )
+        if not keep_unread:
+            del blocks[read:]
+        blocks[read - 1].register_forward_hook(self._keep)
+        self._last_read = blocks[read - 1]
+
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._output = output if isinstance(output, Tensor) else output[0]
+
+    def __call__(self, pixels_I3HW: Tensor) -> Tensor:
+        """Returns the hidden state, (I, N, D)."""
+        self.tower(pixel_values=pixels_I3HW)
+        output, self._output = self._output, None
+        assert output is not None
+        return output
+
+    def unread_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters that no feature depends on: all behind the block read, and what masks patches."""
+        named = list(self.tower.named_parameters())
+        last = {id(parameter) for parameter in self._last_read.parameters()}
+        end = max(place for place, (_, parameter) in enumerate(named) if id(parameter) in last) + 1
+        # DINO's tower has a token that stands for masked patches, which only its own training has.
+        masks = [parameter for name, parameter in named[:end] if name.rpartition(".")[2] == MASK_TOKEN]
+        return [*masks, *(parameter for _, parameter in named[end:])]
+
+    def optional_names(self) -> set[str]:
+        """Returns the names of unread parameters outside the blocks, which some published files leave out."""
+        unread = {id(parameter) for parameter in self.unread_parameters()}
+        unread -= {id(parameter) for parameter in blocks_of(self.tower).parameters()}
+        return {name for name, parameter in self.tower.named_parameters() if id(parameter) in unread}
+
+
+def load_tower(tower: nn.Module, path: Path, reader: BlockReader | None) -> None:
+    """Reads the weights of a tower.
+
+    Args:
+        tower: Built, without the blocks that nothing reads.
+        path: safetensors file; it may hold these blocks, and may lack what stands behind all blocks.
+        reader: Of a transformers tower; None for a timm one.
+
+    Raises:
+        UserError: If tensors are missing, unexpected or of another shape.
+    """
+    dropped, optional = (reader.dropped, reader.optional_names()) if reader else ((), set())
+    tensors = {name: t for name, t in load_file(path).items() if not any(map(name.startswith, dropped))}
+    expected = tower.state_dict()
+    wrong = [n for n, t in expected.items() if n in tensors and t.shape != tensors[n].shape]
+    wrong += sorted((expected.keys() - optional) ^ (tensors.keys() - optional))
+    if wrong:
+        raise UserError(
+            f"{path}: {len(wrong)} tensors are missing, unexpected or of another shape, for example {wrong[:3]}. "
+            "Save or convert the tower anew."
+        )
+    tower.load_state_dict(tensors, strict=False)

@@ -1,0 +1,104 @@
+"""Which tokens may reach the new experts of one extension.
+
+Shapes: B batch, S sequence, T tokens, N samples (B, but in packed rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moextend_pl.contracts import ExtensionPlan, UserError
+from moextend_pl.samples.packing import tokens_beside
+
+
+def reachable(
+    routing: str, task: str, is_image_BS: Tensor, tasks: Sequence[str] | None, documents_BS: Tensor | None = None
+) -> Tensor:
+    """Returns which tokens may reach the new experts of an extension.
+
+    Args:
+        routing: `open`, `masked` or `masked_tokens`, see `contracts.ExtensionPlan`.
+        task: The plan's task, or empty.
+        is_image_BS: True on image placeholders.
+        tasks: Names of tasks, one a sample; None if the samples have none.
+        documents_BS: Which sample each token belongs to, counted from 1; None where a row is one sample.
+
+    Returns:
+        A mask for `Reach.set`, (B,) or (B, S).
+    """
+    if routing == "open":
+        return is_image_BS.new_ones(len(is_image_BS))
+    mask = is_image_BS if routing == "masked_tokens" else tokens_beside(is_image_BS, documents_BS)
+    if not task:
+        return mask
+    if not tasks:
+        return torch.zeros_like(mask)
+    of_task_N = torch.tensor([name == task for name in tasks], device=mask.device)
+    if documents_BS is not None:
+        return mask & F.pad(of_task_N, (1, 0))[documents_BS]
+    return mask & (of_task_N if mask.dim() == 1 else of_task_N.unsqueeze(1))
+
+
+def check_task(plans: Sequence[ExtensionPlan], task: str, has_image: bool) -> None:
+    """Refuses a task under whose name a question would silently be answered by the base alone.
+
+    Args:
+        plans: Extension plans of the model.
+        task: Name of the question's task, or empty.
+        has_image: Whether a picture is asked about; without one no new expert is reached anyway.
+
+    Raises:
+        UserError: If the model was extended for no such task, or for tasks only and none is named.
+    """
+    known = sorted({plan.task for plan in plans if plan.routing != "open"} - {""})
+    needed = has_image and bool(plans) and all(plan.task and plan.routing != "open" for plan in plans)
+    if (known and task not in known) if task else needed:
+        raise UserError(f"Expected `task` to be one of {known}, for which the model was extended, got {task!r}.")
+
+
+class Reach:
+    """Which tokens of the current forward pass may reach the new experts of one extension.
+
+    One object is shared by all layers of an extension. A mask by sequence holds for a prompt, for each
+    cached decoding step after it, and for the beams of one prompt, which stand side by side. A mask by
+    token holds for the tokens it names; those generated after them may not reach new experts.
+    """
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+
+    def set(self, mask: Tensor | None) -> None:
+        """Declares the next forward passes.
+
+        Args:
+            mask: (B,) True for each sequence, or (B, S) for each token, that may reach new experts; None means
+                no token.
+        """
+        self._mask = mask if mask is not None and bool(mask.any()) else None
+
+    @property
+    def nowhere(self) -> bool:
+        """Whether no token may reach a new expert."""
+        return self._mask is None
+
+    def tokens(self, num_tokens: int) -> Tensor:
+        """Returns the mask by token.
+
+        Args:
+            num_tokens: T of the pass, a multiple of the number of sequences.
+
+        Returns:
+            (T,) booleans.
+        """
+        assert self._mask is not None
+        each, rest = divmod(num_tokens, self._mask.numel())
+        if self._mask.dim() == 1:
+            assert rest == 0, f"{num_tokens} tokens do not divide into the {len(self._mask)} sequences of the mask"
+            return self._mask.repeat_interleave(each)
+        if rest:  # a decoding step after the tokens of the mask
+            return torch.zeros(num_tokens, dtype=torch.bool, device=self._mask.device)
+        return self._mask.repeat_interleave(each, dim=0).flatten()

@@ -1,0 +1,174 @@
+"""Pictures of a run: expert usage, shift of the layers, loss curves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from moextend_pl.moe.usage import TOKEN_KINDS, usage_shares
+from moextend_pl.reports.report_text import accuracy_rows
+
+Counts = Mapping[str, Mapping[int, Tensor]]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def _shares(counts: Mapping[int, Tensor]) -> Tensor:
+    widest = max(len(c) for c in counts.values())
+    rows = torch.full((len(counts), widest), float("nan"), dtype=torch.float64)
+    for row, (_, count) in zip(rows, sorted(counts.items()), strict=True):
+        row[: len(count)] = usage_shares(count)
+    return rows
+
+
+def plot_usage(moments: Mapping[str, Counts], path: Path) -> None:
+    """Draws heat maps of expert usage, image tokens and text tokens apart where there are both.
+
+    Args:
+        moments: Counts by token kind and layer, for each moment shown (one row of maps each).
+        path: Where the PNG goes.
+    """
+    kinds = [kind for kind in TOKEN_KINDS if any(c.any() for m in moments.values() for c in m[kind].values())]
+    kinds = kinds or list(TOKEN_KINDS)
+    figure = Figure(figsize=(4.2 * len(kinds), 0.9 + 2.4 * len(moments)), layout="constrained")
+    axes = figure.subplots(len(moments), len(kinds), squeeze=False)
+    for row, (moment, counts) in zip(axes, moments.items(), strict=True):
+        for axis, kind in zip(row, kinds, strict=True):
+            shares = _shares(counts[kind])
+            layers = sorted(counts[kind])
+            image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            for y, values in enumerate(shares.tolist()):
+                for x, value in enumerate(values):
+                    if value == value:
+                        axis.text(
+                            x,
+                            y,
+                            f"{value:.2f}",
+                            ha="center",
+                            va="center",
+                            color="w" if value < 0.6 else "k",
+                            fontsize=7,
+                        )
+            axis.set(title=f"{kind} tokens, {moment}", xlabel="expert", ylabel="layer")
+            axis.set_xticks(range(shares.shape[1]))
+            axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="share of top-k selections")
+    _save(figure, path)
+
+
+def plot_scores(scores: Mapping[int, float], chosen: Iterable[int], rule: str, path: Path) -> None:
+    """Draws the score of every layer, the chosen ones marked.
+
+    Args:
+        scores: Score by layer.
+        chosen: Layers that the rule chose.
+        rule: Name of the rule.
+        path: Where the PNG goes.
+    """
+    chosen = set(chosen)
+    figure = Figure(figsize=(5, 2.8))
+    axis = figure.subplots()
+    colours = ["tab:orange" if layer in chosen else "lightgray" for layer in scores]
+    bars = axis.bar([str(layer) for layer in scores], list(scores.values()), color=colours)
+    axis.bar_label(bars, [f"{score:.3f}" for score in scores.values()], fontsize=7)
+    axis.set(xlabel="layer", ylabel="shift of usage", title=f"{rule}: extended layers in orange")
+    _save(figure, path)
+
+
+def read_metrics(path: Path, name: str) -> tuple[list[int], list[float]]:
+    """Reads one column of Lightning's `metrics.csv`.
+
+    Args:
+        path: The file.
+        name: Column.
+
+    Returns:
+        Steps and values, where the column has one.
+    """
+    with path.open(newline="") as file:
+        # A continued run took some steps twice; the last row of a step counts.
+        rows = {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+    return sorted(rows), [rows[step] for step in sorted(rows)]
+
+
+def plot_losses(runs: Mapping[str, Path], path: Path) -> None:
+    """Draws the training loss of several runs side by side.
+
+    Args:
+        runs: `metrics.csv` by the name of the run.
+        path: Where the PNG goes.
+    """
+    figure = Figure(figsize=(3.1 * len(runs), 2.6))
+    axes = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axis, (name, metrics) in zip(axes, runs.items(), strict=True):
+        axis.plot(*read_metrics(metrics, "train/loss"), linewidth=0.8, label="train")
+        steps, values = read_metrics(metrics, "val/loss")
+        if steps:
+            axis.plot(steps, values, "o-", markersize=3, label="val")
+        axis.set(title=name, xlabel="step", yscale="log")
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("loss")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def plot_accuracies(data: Mapping[str, Any], path: Path) -> None:
+    """Draws picture and text accuracy of every model of the quickstart.
+
+    Args:
+        data: What `report.json` holds.
+        path: Where the PNG goes.
+    """
+    rows = accuracy_rows(data)
+    figure = Figure(figsize=(7, 0.8 + 0.5 * len(rows)))
+    axis = figure.subplots()
+    places = range(len(rows))
+    for shift, colour, label, column in ((-0.18, "tab:orange", "pictures", 1), (0.18, "tab:blue", "text", 2)):
+        bars = axis.barh(
+            [y + shift for y in places], [row[column] or 0.0 for row in rows], 0.34, color=colour, label=label
+        )
+        axis.bar_label(
+            bars, ["-" if row[column] is None else f"{row[column]:.3f}" for row in rows], fontsize=8, padding=2
+        )
+    axis.set_yticks(list(places), [row[0] for row in rows])
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.12), xlabel="exact-match accuracy on the test split")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def plot_answers(datamodule: Any, predictions: Path, path: Path, count: int = 8) -> None:
+    """Shows pictures with question, answer and truth.
+
+    Args:
+        datamodule: Its first test loader holds the pictures.
+        predictions: Answers to that loader's questions, as `WritePredictions` wrote them.
+        path: Where the PNG goes.
+        count: Number of pictures.
+    """
+    with predictions.open() as file:
+        answers = {row["key"]: row for row in map(json.loads, file)}
+    batch = next(iter(datamodule.test_dataloader()[0]))
+    spec = datamodule.sample_spec()
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (spec.image_mean, spec.image_std))
+    # The first question of a picture says much the same of every picture; later ones differ more.
+    chosen = list(range(0, len(batch["keys"]), max(len(batch["keys"]) // count, 1)))[:count]
+    figure = Figure(figsize=(2.2 * 4, 2.7 * (count // 4)))
+    for axis, place in zip(figure.subplots(count // 4, 4).flat, chosen, strict=True):
+        row = answers[batch["keys"][place]]
+        axis.imshow((batch["pixel_values"][place] * std + mean).clamp(0, 1).permute(1, 2, 0))
+        mark = "right" if row["correct"] else f"wrong, truth: {row['answer']}"
+        axis.set_title(f"{row['prompt']}\n{row['prediction']} ({mark})", fontsize=7)
+        axis.axis("off")
+    figure.tight_layout()
+    _save(figure, path)

@@ -1,0 +1,142 @@
+"""What a finished run says of itself: what its delta belongs to, and how to build the model again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moextend_pl.contracts import ExtensionPlan, UserError
+from moextend_pl.runs.atomic import write_json
+from moextend_pl.samples.templates import NAMED_TEMPLATES
+
+log = logging.getLogger(__name__)
+
+DELTA_FILE = "delta.safetensors"
+MANIFEST_FILE, MANIFEST_SCHEMA = "manifest.json", 2
+PACKAGES = ("torch", "lightning", "transformers", "timm", "safetensors")
+# Arguments of the model's parts that are folders; a manifest names them relative to its own.
+FOLDERS = {"encoder": ("path", "name"), "language": ("base",)}
+# Arguments of the language model that are places too, where they are given; a template may also be one of ours by name.
+FILES = ("tokenizer", "chat_template")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a delta belongs to.
+
+    Attributes:
+        plans: Extension plans of the model, first one first.
+        model: Arguments of tower, projector and language model; folders relative to the run directory.
+        trained: Names of the tensors that learned.
+        frozen: SHA-256 of every tensor that did not, by its name in the base.
+        delta_sha256: SHA-256 of the delta file.
+        versions: Versions of Python and of the packages that matter.
+        dtype: Type of the weights; the base is read in it again.
+        run: Where the manifest was read from.
+    """
+
+    plans: tuple[ExtensionPlan, ...]
+    model: dict[str, dict[str, Any]]
+    trained: list[str]
+    frozen: dict[str, str]
+    delta_sha256: str
+    versions: dict[str, str]
+    dtype: str = "float32"
+    run: Path = field(default=Path(), compare=False)
+
+    def save(self) -> None:
+        """Writes the manifest into its run directory."""
+        data = {"schema": MANIFEST_SCHEMA, **asdict(self), "plans": [plan.to_dict() for plan in self.plans]}
+        data.pop("run")
+        write_json(self.run / MANIFEST_FILE, data)
+
+    def model_arguments(self) -> dict[str, dict[str, Any]]:
+        """Returns the arguments of the three parts, with folders that can be opened from here."""
+        arguments = {part: dict(values) for part, values in self.model.items()}
+        for part in FOLDERS:
+            if part not in arguments:
+                raise UserError(
+                    f"{self.run} holds no {part}; it can be the start of a stage, but not a model by itself."
+                )
+            arguments[part][_folder_name(arguments[part], part)] = str(self.folder(part))
+        for name in _places(arguments["language"]):
+            arguments["language"][name] = os.path.normpath(self.run / arguments["language"][name])
+        return arguments
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def folder(self, part: str) -> Path:
+        """Returns the folder of `encoder` or `language`, as it can be opened from here."""
+        return Path(os.path.normpath(self.run / self.model[part][_folder_name(self.model[part], part)]))
+
+
+def _folder_name(arguments: Mapping[str, Any], part: str) -> str:
+    return next(name for name in FOLDERS[part] if arguments.get(name))
+
+
+def relative_arguments(arguments: dict[str, dict[str, Any]], run: Path) -> dict[str, dict[str, Any]]:
+    """Returns arguments of the model's parts with their folders and files named from a run directory."""
+    told = {part: dict(values) for part, values in arguments.items()}
+    for part in FOLDERS:
+        name = _folder_name(told[part], part)
+        told[part][name] = os.path.relpath(told[part][name], run)
+    for name in _places(told["language"]):
+        told["language"][name] = os.path.relpath(told["language"][name], run)
+    return told
+
+
+def _places(language: Mapping[str, Any]) -> list[str]:
+    return [name for name in FILES if language.get(name) not in (None, *NAMED_TEMPLATES)]
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that matter."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def manifest_path(run: Path) -> Path:
+    """Returns where the manifest of a run directory, or of a delta file in one, lies."""
+    return (run if run.is_dir() else run.parent) / MANIFEST_FILE
+
+
+def read_manifest(run: Path) -> Manifest:
+    """Reads the manifest of a finished run.
+
+    Args:
+        run: Run directory, or a delta file in one.
+
+    Raises:
+        UserError: If there is none, or it is of another schema.
+    """
+    path = manifest_path(run)
+    if not path.is_file():
+        raise UserError(f"Expected a finished run in {run}, found no {MANIFEST_FILE}. Run that stage to its end first.")
+    names = ("model", "trained", "frozen", "delta_sha256", "versions")
+    try:
+        data = json.loads(path.read_text())
+        if data.get("schema") != MANIFEST_SCHEMA:
+            raise UserError(
+                f"{path}: expected schema {MANIFEST_SCHEMA}, got {data.get('schema')!r}. Train the stage again."
+            )
+        plans = tuple(ExtensionPlan.from_dict(plan, origin=str(path)) for plan in data["plans"])
+        dtype = str(data.get("dtype", "float32"))
+        if not all(isinstance(values, dict) for values in (data["frozen"], *dict(data["model"]).values())):
+            raise TypeError("`model` and `frozen` are no mappings")
+        return Manifest(plans=plans, run=path.parent, dtype=dtype, **{name: data[name] for name in names})
+    except UserError:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}). Train the stage again.") from error

@@ -1,0 +1,172 @@
+"""Optimizer and learning-rate schedule of a stage, over the parameters that learn and no others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from moextend_pl.contracts import TrainPlan, UserError
+from moextend_pl.training.master_adamw import MasterAdamW
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """Numbers of AdamW and its schedule.
+
+    Attributes:
+        lr: Highest learning rate.
+        weight_decay: Decoupled weight decay.
+        betas: Decay rates of the two moments.
+        warmup_fraction: Share of all steps over which the rate rises linearly from 0.
+        schedule: What follows the warm-up: `cosine`, `linear` or `constant`.
+        final_fraction: Share of `lr` that is left at the last step of `cosine` and `linear`.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_fraction: float = 0.03
+    schedule: str = "cosine"
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"Expected `optim.lr` > 0, got {self.lr}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"Expected `optim.weight_decay` >= 0, got {self.weight_decay}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"Expected `optim.betas` in [0, 1), got {list(self.betas)}.")
+        if not 0 <= self.final_fraction <= 1:
+            raise UserError(f"Expected `optim.final_fraction` in [0, 1], got {self.final_fraction}.")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"Expected `optim.schedule` in {list(SCHEDULES)}, got {self.schedule!r}.")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise UserError(f"Expected `optim.warmup_fraction` in [0, 1], got {self.warmup_fraction}.")
+
+
+def learning_rate_factor(step: int, total_steps: int, spec: OptimSpec) -> float:
+    """Returns the share of `spec.lr` in force at a step.
+
+    Args:
+        step: Optimizer steps taken so far.
+        total_steps: Optimizer steps of the whole run.
+        spec: The schedule.
+
+    Returns:
+        A factor in [0, 1].
+
+    Example:
+        >>> learning_rate_factor(50, 100, OptimSpec(warmup_fraction=0.0))
+        0.5
+    """
+    warmup = round(spec.warmup_fraction * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if spec.schedule == "constant":
+        return 1.0
+    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if spec.schedule == "cosine" else 1 - progress
+    return spec.final_fraction + (1 - spec.final_fraction) * left
+
+
+def check_steps(total_steps: int) -> None:
+    """Refuses a run without an end.
+
+    Args:
+        total_steps: `trainer.max_steps`.
+
+    Raises:
+        UserError: If it is not set.
+    """
+    if total_steps <= 0:
+        raise UserError(f"Expected `trainer.max_steps` > 0, got {total_steps}. Set it in the stage file.")
+
+
+def check_learnable(frozen: Collection[str], plan: TrainPlan | None) -> None:
+    """Refuses a plan that asks a part to learn that cannot, before any weight is read.
+
+    Args:
+        frozen: Names of the parts that cannot learn.
+        plan: Names of the parts that learn; None asks for none by name.
+
+    Raises:
+        UserError: If the plan names one of them.
+    """
+    asked = sorted(set(plan.parts) & set(frozen)) if plan is not None else []
+    if asked:
+        raise UserError(
+            f"The part {asked[0]!r} is held in 4 bits (`quantize`) and cannot learn. Remove it from `TrainOnly.parts`, "
+            "or remove `quantize`."
+        )
+
+
+def apply_train_plan(
+    parts: Mapping[str, list[nn.Parameter]], plan: TrainPlan | None, frozen: Collection[str] = ()
+) -> None:
+    """Lets the planned parts learn and freezes all others.
+
+    Args:
+        parts: Every parameter of the model in exactly one part.
+        plan: Names of the parts that learn; None lets everything learn that can.
+        frozen: Names of the parts that cannot.
+
+    Raises:
+        UserError: If the plan names a part that the model does not have, or one without parameters.
+    """
+    names = set(parts) - set(frozen) if plan is None else set(plan.parts)
+    for name in sorted(names):
+        if name not in parts:
+            raise UserError(f"Expected parts to train among {sorted(parts)}, got {name!r}. Correct `TrainOnly.parts`.")
+        if plan is not None and not parts[name]:
+            raise UserError(
+                f"The part {name!r} has no parameters in this run. New experts, routers and calibration exist only "
+                "under an extension plan: add the ExpertExtension callback with `plan`, or correct `TrainOnly.parts`."
+            )
+    for name, parameters in parts.items():
+        for parameter in parameters:
+            parameter.requires_grad_(name in names)
+
+
+def check_partition(module: nn.Module, parts: Mapping[str, list[nn.Parameter]]) -> None:
+    """Asserts that every parameter of the module is in exactly one part."""
+    listed = [id(parameter) for parameters in parts.values() for parameter in parameters]
+    missing = [name for name, parameter in module.named_parameters() if id(parameter) not in set(listed)]
+    assert len(listed) == len(set(listed)), "a parameter is in two parts of the model"
+    assert not missing, f"parameters in no part of the model: {missing[:5]}"
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], spec: OptimSpec, total_steps: int, fused: bool = True
+) -> tuple[Optimizer, LambdaLR]:
+    """Builds AdamW over the learning parameters, with its schedule; with master copies in fp32 where they are half.
+
+    Args:
+        parameters: Parameters of the model; frozen ones are left out.
+        spec: Numbers of optimizer and schedule.
+        total_steps: Optimizer steps of the whole run.
+        fused: Whether one call updates all parameters.
+
+    Returns:
+        The optimizer, and the scheduler to be stepped once after each optimizer step.
+
+    Raises:
+        UserError: If nothing learns or the number of steps is not set.
+    """
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    if not learning:
+        raise UserError("Expected at least one part that learns, got none. List parts in `TrainOnly.parts`.")
+    check_steps(total_steps)
+    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in learning):
+        master = MasterAdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+        return master, LambdaLR(master, lambda step: learning_rate_factor(step, total_steps, spec))
+    # `fused` updates all parameters in one call; a tiny model spends its step in calls, not in arithmetic.
+    optimizer = AdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=fused)
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, spec))

@@ -1,0 +1,156 @@
+"""What every LightningModule of the project shares: declared plans, applied once, saved without the frozen base."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moextend_pl.contracts import ExtensionPlan, SampleSpec, TrainPlan, UserError
+from moextend_pl.training.losses import learned_tokens
+from moextend_pl.training.optim import (
+    OptimSpec,
+    apply_train_plan,
+    build_optimizer,
+    check_learnable,
+    check_partition,
+    check_steps,
+)
+
+log = logging.getLogger(__name__)
+
+
+def shapes_only() -> bool:
+    """Tells whether networks are being built on the meta device: shapes, no weights, no file is read."""
+    return torch.get_default_device().type == "meta"
+
+
+class StageModule(LightningModule):
+    """A module that one stage trains: callbacks declare plans in `setup`, `configure_model` applies them.
+
+    The networks are built in `configure_model` and not in the constructor, so that a configuration can
+    be checked, and a plan declared, before any weight is read. Building twice does nothing.
+
+    Args:
+        optim: Optimizer and schedule of the stage.
+    """
+
+    def __init__(self, optim: OptimSpec | None = None) -> None:
+        super().__init__()
+        self.optim = optim or OptimSpec()
+        self.train_plan: TrainPlan | None = None
+        self.extension_plan: ExtensionPlan | None = None
+        # Checkpoints hold no frozen weights; `on_load_checkpoint` checks the keys instead.
+        self.strict_loading = False
+        self.init_seed = 0
+        self._built = False
+        self._tokens = 0
+
+    @abstractmethod
+    def build(self) -> None:
+        """Builds the networks with the weights that the stage starts from, and applies the extension plan."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Returns every parameter of the module, in exactly one named part."""
+
+    def frozen_parts(self) -> set[str]:
+        """Returns the parts that can never learn, whatever the plan; needs no built networks."""
+        return set()
+
+    @abstractmethod
+    def sample_spec(self) -> SampleSpec:
+        """Returns what the module asks of its data; needs no built networks."""
+
+    def setup(self, stage: str) -> None:
+        """Refuses a run without an end, on which the schedule rests, before any weight is read.
+
+        Raises:
+            UserError: If `trainer.max_steps` is not set.
+        """
+        if stage == "fit":
+            check_steps(self.trainer.max_steps)
+
+    def configure_model(self) -> None:
+        """Builds, grows and freezes, once."""
+        if self._built:
+            return
+        check_learnable(self.frozen_parts(), self.train_plan)
+        # Fresh weights must not depend on what else drew random numbers, on any rank or after a restart.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.init_seed)
+            self.build()
+        check_partition(self, self.parts())
+        apply_train_plan(self.parts(), self.train_plan, self.frozen_parts())
+        self._built = True
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Builds the optimizer over what learns; the number of steps is `trainer.max_steps`."""
+        # Under mixed precision Lightning refuses to clip gradients of a fused optimizer.
+        fused = "mixed" not in str(self.trainer.precision)
+        optimizer, scheduler = build_optimizer(self.parameters(), self.optim, self.trainer.max_steps, fused)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def by_tokens(self, loss: Tensor, labels_BS: Tensor) -> Tensor:
+        """Weighs a batch by its learned tokens where a step is accumulated over several batches.
+
+        A mean of their means would give a token of a batch with few of them more weight, and the loss of a step
+        would depend on how its samples are cut into batches.
+
+        Args:
+            loss: Mean over the learned tokens of the batch on all ranks.
+            labels_BS: Its labels.
+
+        Returns:
+            What a training step returns; `on_before_optimizer_step` divides the gradients again.
+        """
+        if self._trainer is None or self.trainer.accumulate_grad_batches == 1:
+            return loss
+        tokens = learned_tokens(labels_BS)
+        self._tokens += tokens
+        return loss * tokens
+
+    def on_train_start(self) -> None:
+        """Forgets the batches of a step that an earlier run did not finish."""
+        self._tokens = 0
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divides accumulated gradients by the tokens of all batches of the step; before they are clipped."""
+        if not self._tokens:
+            return
+        # Lightning has divided each loss by the number of batches.
+        factor = self.trainer.accumulate_grad_batches / self._tokens
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        self._tokens = 0
+
+    def checkpoint_names(self) -> set[str]:
+        """Returns the names of the tensors that a checkpoint holds: all but the frozen parameters."""
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        return set(self.state_dict()) - frozen
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves frozen parameters out: they are read from the base again."""
+        names = self.checkpoint_names()
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another model or plan, before any weight is read.
+
+        Raises:
+            UserError: If the names of its tensors are not those that this run saves.
+        """
+        expected, got = self.checkpoint_names(), set(checkpoint["state_dict"])
+        if expected != got:
+            raise UserError(
+                f"The checkpoint does not fit this run: it lacks {sorted(expected - got)[:3]} and has unexpected "
+                f"{sorted(got - expected)[:3]}. Resuming needs the same extension plan and the same trained parts; "
+                "start a new stage with `init_from` and another `trainer.default_root_dir`."
+            )

@@ -1,0 +1,37 @@
+"""The README stays a page for strangers, and every link of it and of the docs leads somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from source import ROOT
+
+README_LINES = 160
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def links(page: Path) -> list[str]:
+    """Returns the links of a page that lead to files."""
+    found = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    return [link for link in found if "://" not in link]
+
+
+def test_readme_fits_a_strangers_patience() -> None:
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= README_LINES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    assert [link for link in links(page) if not (page.parent / link).exists()] == []
+
+
+def test_readme_leads_to_every_page() -> None:
+    assert {f"docs/{page.name}" for page in PAGES[2:]} <= set(links(PAGES[0]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_stage_files_and_scripts_named_are_here(page: Path) -> None:
+    named = re.findall(r"(?:configs|benchmarks|tests|notebooks)/[\w./-]+", page.read_text(encoding="utf-8"))
+    assert [name for name in named if "$" not in name and not (ROOT / name.rstrip(".")).exists()] == []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from moextend_pl.contracts import ExtensionPlan, LayerGrowth, UpcycleSpec, UserError
+    from moextend_pl.contracts import ExtensionPlan, LayerGrowth, TrainPlan, UpcycleSpec, UserError
     from moextend_pl.models.encoder import VisionEncoder
     from moextend_pl.models.language import MoELanguageModel
     from moextend_pl.models.moextend import MoExtend
@@ -46,6 +46,7 @@ __all__ = [
     "Projector",
     "RandomRule",
     "ShiftRule",
+    "TrainPlan",
     "UpcycleSpec",
     "UserError",
     "VisionEncoder",
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "contracts": ("ExtensionPlan", "LayerGrowth", "UpcycleSpec", "UserError"),
+    "contracts": ("ExtensionPlan", "LayerGrowth", "TrainPlan", "UpcycleSpec", "UserError"),
     "models.encoder": ("VisionEncoder",),
     "models.language": ("MoELanguageModel",),
     "models.moextend": ("MoExtend",),

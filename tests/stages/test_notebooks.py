@@ -23,5 +23,7 @@ def test_notebook_runs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit notebooks without outputs"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
-    answers = [cell for cell in notebook.cells if "model.generate(None" in cell.source]
-    assert answers[0].outputs[0]["data"]["text/plain"] == "'blue'"
+    (answer,) = [cell for cell in notebook.cells if "model.generate(None" in cell.source]
+    assert answer.outputs[0]["data"]["text/plain"] == "'blue'"
+    same = [cell for cell in notebook.cells if cell.source.endswith("\nsame")]
+    assert all(cell.outputs[-1]["data"]["text/plain"] == "True" for cell in same)

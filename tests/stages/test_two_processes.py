@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.stages import PARTS, end, finish, launched_by, metrics, start, write_stage
 from helpers.tiny_world import TinyWorld, make_plan, perturb
 from safetensors.torch import load_file

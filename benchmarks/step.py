@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from datamodules.word_tokenizer import word_tokenizer
 from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, LayerGrowth, TrainPlan
+from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.fusion import scatter_features
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.projector import Projector
@@ -123,7 +124,7 @@ def language_model(case: Case, size: Size) -> MoELanguageModel:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         word_tokenizer(["a word"]).save_pretrained(folder)
-        model = MoELanguageModel(config=config, tokenizer=folder, experts_implementation=case.implementation)
+        model = MoELanguageModel(base=config, tokenizer=folder, compute=ComputeSpec(case.implementation))
         if case.first_extended is not None:
             layers = range(case.first_extended, size.layers)
             model.extension_plan = ExtensionPlan(layers=tuple(LayerGrowth(layer, (1,)) for layer in layers))

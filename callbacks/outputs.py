@@ -55,7 +55,7 @@ class SavePretrained(Callback):
 
     def setup(self, trainer: Trainer, pl_module: VisionEncoder | MoELanguageModel, stage: str) -> None:
         """Refuses a model that cannot be written, before it is built."""
-        if getattr(pl_module, "quantize", None) is not None:
+        if isinstance(pl_module, MoELanguageModel) and pl_module.compute.quantize is not None:
             raise UserError("SavePretrained cannot write a 4-bit model. Remove `quantize`, or use SaveDelta.")
         if not hasattr(pl_module, "save_pretrained"):
             raise UserError(f"SavePretrained writes a tower or a language model, got {type(pl_module).__name__}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,28 +31,53 @@ FORMER_KEYS = ("model_type", "rope_theta", "partial_rotary_factor", "attn_implem
 _KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")
 
 
-def check_options(
-    base: str | None, config: dict[str, Any] | None, tokenizer: str | None, quantize: str | None, upcycled: bool
-) -> None:
+@dataclass(frozen=True)
+class ComputeSpec:
+    """How a language model computes, and in how many bits it holds what is frozen.
+
+    Attributes:
+        experts_implementation: `moextend`, the numbers of `grouped_mm` but for frozen experts; or one of transformers.
+        quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; None as they are.
+        activation_checkpointing: Whether layers compute their activations again in the backward pass.
+    """
+
+    experts_implementation: str = dispatch.FROZEN_EXPERTS
+    quantize: str | None = None
+    activation_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: Longest answer in test and predict runs.
+    """
+
+    max_new_tokens: int = 8
+
+
+def check_options(base: str | dict[str, Any], tokenizer: str | None, compute: ComputeSpec, upcycled: bool) -> None:
     """Refuses options of a language model that do not fit together, before anything is read.
 
     Args:
-        base: Folder of the base.
-        config: Configuration of a new model.
+        base: Folder of the base, or the configuration of a new model.
         tokenizer: Folder of the tokenizer.
-        quantize: `nf4` or None.
+        compute: How it is to compute.
         upcycled: Whether MLPs become experts.
 
     Raises:
-        UserError: If neither or both of `base` and `config` are given, or one lacks what it needs.
+        UserError: If a new model lacks what it needs, the folder holds none, or `compute` is not possible.
     """
-    if (base is None) == (config is None):
-        raise UserError("Expected exactly one of `base` (a folder) and `config` (a new model), not both or neither.")
-    if tokenizer is None and base is None:
-        raise UserError("Expected `tokenizer` for a model built from `config`, got none. Name its folder.")
-    if config is not None and "model_type" not in config:
-        raise UserError(f"Expected `model_type` in `language.config`, for example mixtral, got {sorted(config)}.")
-    check_base(base, quantize, upcycled)
+    if isinstance(base, dict):
+        if tokenizer is None:
+            raise UserError(
+                "Expected `tokenizer` for a model whose `base` is a configuration, got none. Name its folder."
+            )
+        if "model_type" not in base:
+            raise UserError(f"Expected `model_type` in `language.base`, for example mixtral, got {sorted(base)}.")
+    check_base(None if isinstance(base, dict) else base, compute.quantize, upcycled)
+    check_implementation(compute.experts_implementation)
 
 
 def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -> None:
@@ -73,7 +99,7 @@ def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -
     if quantize is None:
         return
     if base is None:
-        raise UserError("`quantize` is for a frozen `base`, got a new model from `config`. Remove `quantize`.")
+        raise UserError("`quantize` is for a frozen `base`, got the configuration of a new model. Remove `quantize`.")
     if upcycled:
         raise UserError(
             "Expected `quantize` or an upcycled language model, got both: upcycled experts learn, 4-bit weights do "
@@ -148,10 +174,10 @@ def new_config(config: dict[str, Any], words: PreTrainedTokenizerBase) -> PreTra
     try:
         made = AutoConfig.for_model(**{"vocab_size": len(words), **ids, **config})
     except Exception as error:  # whatever checks the fields of a configuration has exceptions of its own
-        raise UserError(f"`language.config`: {' '.join(str(error).split())}. Correct it.") from error
+        raise UserError(f"`language.base`: {' '.join(str(error).split())}. Correct it.") from error
     experts, chosen = (getattr(made, name, None) for name in ("num_experts", "num_experts_per_tok"))
     if isinstance(experts, int) and isinstance(chosen, int) and not 1 <= chosen <= experts:
-        raise UserError(f"Expected `num_experts_per_tok` of `language.config` in 1..{experts}, got {chosen}.")
+        raise UserError(f"Expected `num_experts_per_tok` of `language.base` in 1..{experts}, got {chosen}.")
     return made
 
 
@@ -161,14 +187,14 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(kind, list(CONFIG_MAPPING), n=1)
         hint = f"did you mean '{close[0]}'?" if close else "name a model of transformers, for example mixtral."
-        raise UserError(f"`language.config`: transformers has no model type '{kind}'; {hint}")
+        raise UserError(f"`language.base`: transformers has no model type '{kind}'; {hint}")
     default = CONFIG_MAPPING[kind]()
     known = {*vars(default), *default.attribute_map, *(getattr(default, "rope_parameters", None) or {}), *FORMER_KEYS}
     for key in config:
         if key not in known and not hasattr(default, key):
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ". Leave it out."
-            raise UserError(f"`language.config`: the model type '{kind}' does not know '{key}'{hint}")
+            raise UserError(f"`language.base`: the model type '{kind}' does not know '{key}'{hint}")
 
 
 def logits_of(model: PreTrainedModel, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:

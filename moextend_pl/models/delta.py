@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moextend_pl.contracts import ExtensionPlan, UserError
+from moextend_pl.models.base_model import ComputeSpec, GenerationSpec
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.projector import Projector
@@ -32,6 +34,7 @@ from moextend_pl.runs.manifest import (
     relative_arguments,
     versions,
 )
+from moextend_pl.training.language_losses import RouterWeights
 from moextend_pl.training.stage import StageModule
 
 log = logging.getLogger(__name__)
@@ -82,15 +85,36 @@ def model_arguments(model: DeltaModule) -> dict[str, dict[str, Any]]:
             "base": language.base,
             "tokenizer": language.tokenizer_path,
             "chat_template": language.chat_template,
-            "experts_implementation": language.experts_implementation,
-            "quantize": language.quantize,
-            "balance_weight": language.balance_weight,
-            "max_new_tokens": language.max_new_tokens,
+            "experts_implementation": language.compute.experts_implementation,
+            "quantize": language.compute.quantize,
+            "balance_weight": language.router_losses.balance,
+            "max_new_tokens": language.generation.max_new_tokens,
             "dense": language.dense,
         },
     }
     for name, part in model.upcyclable().items():
         arguments[name]["upcycle"] = asdict(part.upcycle_spec) if part.upcycle_spec else None
+    return arguments
+
+
+def language_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a language model whose options stand side by side, as in a manifest.
+
+    Args:
+        facts: Options by name, those of groups included.
+    """
+    arguments = dict(facts)
+    losses = {"balance_weight": "balance", "z_weight": "z", "balance_choices": "choices"}
+    compute = dict.fromkeys(field.name for field in fields(ComputeSpec))
+    generation = dict.fromkeys(field.name for field in fields(GenerationSpec))
+    for group, kind, names in (
+        ("router_losses", RouterWeights, losses),
+        ("compute", ComputeSpec, compute),
+        ("generation", GenerationSpec, generation),
+    ):
+        given = {names[name] or name: arguments.pop(name) for name in names if name in arguments}
+        if given:
+            arguments[group] = kind(**given)
     return arguments
 
 
@@ -201,7 +225,7 @@ def check_base(manifest: Manifest, model: DeltaModule) -> None:
         UserError: If a frozen tensor differs.
     """
     shorter = torch.get_default_dtype().itemsize < manifest.torch_dtype.itemsize
-    if shorter or manifest.model.get("language", {}).get("quantize") != model.language.quantize:
+    if shorter or manifest.model.get("language", {}).get("quantize") != model.language.compute.quantize:
         log.warning("%s: its base was of another type, so that it cannot be compared with the one here", manifest.run)
         return
     new = {name for name, _ in model.named_parameters()} - model.base_names()

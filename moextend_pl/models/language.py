@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec, UpcycleSpec, UserError
 from moextend_pl.models import base_model
+from moextend_pl.models.base_model import ComputeSpec, GenerationSpec
 from moextend_pl.models.model_folder import read_config
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks, list_blocks
@@ -38,51 +39,40 @@ class MoELanguageModel(AnswerMixin, StageModule):
     """A causal language model with mixture-of-experts layers; trained alone by next-token prediction.
 
     Args:
-        base: Folder of a transformers model with its tokenizer.
-        config: Configuration of a model built from scratch instead; needs `model_type`.
+        base: Folder of a transformers model with its tokenizer, or the configuration of a new model, with `model_type`.
         tokenizer: Folder of the tokenizer; by default that of the base.
         chat_template: `inst` (MoExtend's), a file with a Jinja template, or null for the tokenizer's own.
-        experts_implementation: `moextend`, the numbers of `grouped_mm` but for frozen experts; or one of transformers.
-        quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; null as they are.
-        activation_checkpointing: Whether layers compute their activations again in the backward pass.
-        balance_weight: Weight of the balance loss; MoExtend uses 0.001, CuMo 0.1. Replaced by `upcycle.balance`.
-        z_weight: Weight of the router z-loss; CuMo uses 0.01. Replaced by `upcycle.z`.
-        balance_choices: How many of a token's choices the balance loss counts; CuMo counts 1, None counts all.
         dense: Whether the base is meant to be a model without experts.
         upcycle: How the MLPs of a dense base become mixtures of experts; None leaves them dense.
-        max_new_tokens: Longest generated answer in test and predict runs.
+        router_losses: Weights of the router losses; `upcycle` replaces them by its own.
+        compute: Implementation of the experts, 4 bits, activation checkpointing.
+        generation: How answers are generated in test and predict runs.
         optim: Optimizer, where the model is trained alone.
 
     Raises:
-        UserError: If neither or both of `base` and `config` are given, a folder is missing, or `quantize` cannot be.
+        UserError: If a folder is missing, or the options do not fit together.
     """
 
     def __init__(
         self,
         *,
-        base: str | None = None,
-        config: dict[str, Any] | None = None,
+        base: str | dict[str, Any],
         tokenizer: str | None = None,
         chat_template: str | None = None,
-        experts_implementation: str = dispatch.FROZEN_EXPERTS,
-        quantize: str | None = None,
-        activation_checkpointing: bool = False,
-        balance_weight: float = 0.001,
-        z_weight: float = 0.0,
-        balance_choices: int | None = None,
         dense: bool = False,
         upcycle: UpcycleSpec | None = None,
-        max_new_tokens: int = 8,
+        router_losses: RouterWeights | None = None,
+        compute: ComputeSpec | None = None,
+        generation: GenerationSpec | None = None,
         optim: OptimSpec | None = None,
     ) -> None:
         super().__init__(optim)
-        base_model.check_options(base, config, tokenizer, quantize, upcycle is not None)
-        base_model.check_implementation(experts_implementation)
-        self.base, self.config, self.quantize = base, dict(config or {}), quantize
-        self.tokenizer_path, self.chat_template = tokenizer or str(base), chat_template
-        self.experts_implementation, self.activation_checkpointing = experts_implementation, activation_checkpointing
-        self.balance_weight, self.max_new_tokens = balance_weight, max_new_tokens
-        self.z_weight, self.balance_choices, self.dense = z_weight, balance_choices, dense
+        self.router_losses = router_losses or RouterWeights()
+        self.compute, self.generation = compute or ComputeSpec(), generation or GenerationSpec()
+        base_model.check_options(base, tokenizer, self.compute, upcycle is not None)
+        self.base = None if isinstance(base, dict) else base
+        self.config = dict(base) if isinstance(base, dict) else {}
+        self.tokenizer_path, self.chat_template, self.dense = tokenizer or str(base), chat_template, dense
         self.upcycle_spec = upcycle
         self.extensions: list[tuple[ExtensionPlan, Reach]] = []
         self.watch = RouterWatch()
@@ -135,17 +125,19 @@ class MoELanguageModel(AnswerMixin, StageModule):
             config = self.model_config()
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
         else:
-            self.model = base_model.load_base(self.base, self.quantize, self.dense or self.upcycle_spec is not None)
+            self.model = base_model.load_base(
+                self.base, self.compute.quantize, self.dense or self.upcycle_spec is not None
+            )
         self._exact = exact_places(self.model)
         if not self.dense and self.upcycle_spec is None:
             find_blocks(self.model)
-            dispatch.use(self.model, self.experts_implementation)
+            dispatch.use(self.model, self.compute.experts_implementation)
         elif list_blocks(self.model):
             raise UserError(
                 f"Expected a dense base for `language.dense` or `language.upcycle`, got {type(self.model).__name__}, "
                 "which has experts. Remove the two, or name another base."
             )
-        if self.activation_checkpointing:
+        if self.compute.activation_checkpointing:
             checkpoint_activations(self.model)
         self.model.train()
         self.watch.attach(self.model)
@@ -157,7 +149,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
     def upcycle(self) -> None:
         """Turns the MLPs of a dense model into experts where that is asked for; does nothing the second time."""
         if self.upcycle_spec is not None:
-            base_model.check_base(self.base, self.quantize, upcycled=True)
+            base_model.check_base(self.base, self.compute.quantize, upcycled=True)
             upcycle(self.model, self.upcycle_spec)
             self.watch.attach(self.model)
 
@@ -193,7 +185,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
 
     def frozen_parts(self) -> set[str]:
         """Returns `language` where the base is in 4 bits, which no gradient can change."""
-        return set() if self.quantize is None else {"language"}
+        return set() if self.compute.quantize is None else {"language"}
 
     def open_to_text(self, is_open: bool) -> None:
         """Lets all tokens reach new experts, or forbids it again, whatever the plans say."""
@@ -253,8 +245,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         with self.watch.recording() as records:
             logits_AV = self(batch, embeddings, learned_BS)
         masks = counted_tokens(self.model, records, sample_tokens(batch).reshape(-1))
-        weights = RouterWeights(self.balance_weight, self.z_weight, self.balance_choices).replaced_by(self.upcycle_spec)
-        weights = weights if balanced else RouterWeights()
+        weights = self.router_losses.replaced_by(self.upcycle_spec) if balanced else RouterWeights(balance=0.0)
         return language_losses(logits_AV, labels_BS[learned_BS], records, masks, weights)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -285,7 +276,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         tokens = model.generate(
             inputs_embeds=self.embed(batch["input_ids"]) if embeddings is None else embeddings,
             attention_mask=batch["attention_mask"],
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.generation.max_new_tokens,
             do_sample=False,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec
-from moextend_pl.models.delta import DeltaModule, inherited_names, load_delta
+from moextend_pl.models.delta import DeltaModule, inherited_names, language_arguments, load_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.feature_cache import FeatureCache
 from moextend_pl.models.fusion import scatter_features
@@ -96,7 +96,7 @@ class MoExtend(AnswerMixin, DeltaModule):
         model = cls(
             encoder=VisionEncoder(**parts["encoder"]),
             projector=Projector(**parts["projector"]),
-            language=MoELanguageModel(**parts["language"]),
+            language=MoELanguageModel(**language_arguments(parts["language"])),
             init_from=str(run),
         )
         # Nothing learns, so that images are encoded as they were when their tower was frozen.

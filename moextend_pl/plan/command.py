@@ -126,7 +126,6 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
 
     gpu = choose_gpu(options.gpu, options.gpu_tflops, options.gpu_memory)
     stage = read_stage(stage_options)
-    language = getattr(stage.module, "language", stage.module)
     shape = read_shape(stage.module, stage.compute_dtype.itemsize)
     run = run_shape(
         stage.config,
@@ -135,8 +134,8 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
         encoded_together=ENCODE_TOGETHER,
         compute_bytes=stage.compute_dtype.itemsize,
         cast_copies=stage.is_mixed,
-        nf4=getattr(language, "quantize", None) == "nf4",
-        recompute=getattr(language, "activation_checkpointing", False),
+        nf4=stage.compute.quantize == "nf4",
+        recompute=stage.compute.activation_checkpointing,
     )
     time = None
     if options.tokens_per_second:

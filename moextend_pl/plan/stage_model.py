@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from moextend_pl.cli.config_files import StageArguments, prepare_arguments
 from moextend_pl.cli.stage import MoExtendCLI, plain_config, replace_plan
 from moextend_pl.contracts import PLAN_FILE, UserError
+from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.encoder import TIMM
 from moextend_pl.runs.manifest import MANIFEST_FILE
 from moextend_pl.runs.preflight import PLAN_ARGUMENTS
@@ -48,6 +49,12 @@ class StageModel:
     def compute_dtype(self) -> torch.dtype:
         """Type in which values outside the experts are computed."""
         return DTYPES[self.precision.partition("-")[0]]
+
+    @property
+    def compute(self) -> ComputeSpec:
+        """How its language model computes, if it has one."""
+        compute: ComputeSpec = getattr(getattr(self.module, "language", self.module), "compute", ComputeSpec())
+        return compute
 
     @property
     def is_mixed(self) -> bool:

@@ -74,8 +74,8 @@ def text_logits_identical(model: MoExtend, base: Path, batches: Any) -> bool:
         batches: Batches of text without images.
     """
     stock = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype=torch.float32).eval()
-    if model.language.experts_implementation != FROZEN_EXPERTS:  # which equals the default of transformers
-        stock.set_experts_implementation(model.language.experts_implementation)
+    if model.language.compute.experts_implementation != FROZEN_EXPERTS:  # which equals the default of transformers
+        stock.set_experts_implementation(model.language.compute.experts_implementation)
     model.eval()
     return all(_same_logits(model, stock, batch) for batch in batches)
 

@@ -59,12 +59,12 @@ class RouterWeights:
     """Weights of the router losses.
 
     Attributes:
-        balance: Of the balance loss.
-        z: Of the z-loss.
-        choices: How many of a token's choices the balance loss counts; None counts all.
+        balance: Of the balance loss; MoExtend uses 0.001, CuMo 0.1.
+        z: Of the router z-loss; CuMo uses 0.01.
+        choices: How many of a token's choices the balance loss counts; CuMo counts 1, None counts all.
     """
 
-    balance: float = 0.0
+    balance: float = 0.001
     z: float = 0.0
     choices: int | None = None
 

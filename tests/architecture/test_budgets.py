@@ -9,7 +9,7 @@ from source import ROOMS, Function, functions, line_count, own_arguments, trees
 
 FILE_LINES, FILE_LINES_HARD = 300, 400
 FUNCTION_LINES, FUNCTION_LINES_HARD = 40, 60
-ARGUMENTS = 7
+ARGUMENTS = 9
 DOCSTRING_SHARE = 0.95
 FORBIDDEN_NAMES = ("utils.py", "helpers.py", "misc.py", "common.py")
 
@@ -20,10 +20,8 @@ LONGER: dict[str, str] = {
 # "path::Class.function" -> why it takes more arguments
 _YAML_KEYS = "its arguments are the keys of a stage file; grouping them would only nest the YAML deeper"
 MORE_ARGUMENTS: dict[str, str] = {
-    "callbacks/expert_extension.py::ExpertExtension.__init__": _YAML_KEYS,
     "datamodules/image_text.py::ImageTextShards.__init__": _YAML_KEYS,
     "moextend_pl/models/encoder.py::VisionEncoder.__init__": _YAML_KEYS,
-    "moextend_pl/models/language.py::MoELanguageModel.__init__": _YAML_KEYS,
 }
 
 

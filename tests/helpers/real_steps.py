@@ -83,11 +83,11 @@ def _run_shape(model: MoExtend, batch: Batch, dtype: torch.dtype) -> RunShape:
         images=len(batch["image_keys"]) / sequences,
         encoded_together=ENCODE_TOGETHER,
         compute_bytes=dtype.itemsize,
-        nf4=model.language.quantize == "nf4",
+        nf4=model.language.compute.quantize == "nf4",
         new_share=float((torch.cat(grown) >= experts).float().mean()) if grown else None,
         learned=predicted_positions(model, batch) / sequences,
         on_cpu=True,
-        recompute=model.language.activation_checkpointing,
+        recompute=model.language.compute.activation_checkpointing,
     )
 
 

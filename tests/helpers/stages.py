@@ -98,7 +98,7 @@ def write_stage(
 
 def model_section(world: TinyWorld, stage: str, init_from: Path | None) -> dict[str, Any]:
     """Returns what a stage's config says about its model."""
-    language = {"base": str(world.base), "balance_weight": 0.1}
+    language = {"base": str(world.base), "router_losses": {"balance": 0.1}}
     whole = {
         "encoder": {"path": str(world.encoder)},
         "projector": {"kind": "mlp2x_gelu"},

@@ -23,6 +23,8 @@ from datamodules.image_text import ImageTextShards
 from datamodules.shards import Entry, conversation, write_shards
 from datamodules.word_tokenizer import word_tokenizer
 from moextend_pl.contracts import Batch, ExtensionPlan, LayerGrowth, TrainPlan, UpcycleSpec
+from moextend_pl.models.base_model import ComputeSpec
+from moextend_pl.models.delta import language_arguments
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
@@ -157,7 +159,7 @@ class TinyWorld:
         return MoExtend(
             encoder=VisionEncoder(path=str(self.vit), scales=list(scales), upcycle=upcycle.get("encoder")),
             projector=Projector(kind="mlp2x_gelu", upcycle=upcycle.get("projector")),
-            language=MoELanguageModel(**base, quantize=quantize, upcycle=upcycle.get("language")),
+            language=MoELanguageModel(**base, compute=ComputeSpec(quantize=quantize), upcycle=upcycle.get("language")),
             init_from=str(init_from) if init_from else None,
         )
 
@@ -167,7 +169,7 @@ class TinyWorld:
 
     def language(self, plan: ExtensionPlan | None = None, **options: Any) -> MoELanguageModel:
         """Returns the language model, grown by the plan and built, in evaluation mode."""
-        model = MoELanguageModel(base=str(self.base), **options)
+        model = MoELanguageModel(base=str(self.base), **language_arguments(options))
         model.extension_plan = plan
         model.configure_model()
         return model.eval()
@@ -183,7 +185,7 @@ class TinyWorld:
         return MoExtend(
             encoder=VisionEncoder(path=str(self.encoder)),
             projector=Projector(kind="mlp2x_gelu"),
-            language=MoELanguageModel(base=str(self.base), **options),
+            language=MoELanguageModel(base=str(self.base), **language_arguments(options)),
             init_from=str(init_from) if init_from else None,
         )
 

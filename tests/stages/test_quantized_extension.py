@@ -25,7 +25,7 @@ from moextend_pl.runs.fingerprints import frozen_tensors
 from moextend_pl.runs.manifest import read_manifest
 from moextend_pl.runs.preflight import CHECKPOINT_FOLDER, LAST_CHECKPOINT
 
-QUANTIZE = ("--model.init_args.language.quantize", "nf4")
+QUANTIZE = ("--model.init_args.language.compute.quantize", "nf4")
 STEPS = 40
 
 
@@ -45,7 +45,7 @@ def run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path
 @torch.no_grad()
 def test_text_is_answered_as_by_the_same_packed_base_bit_for_bit(run: Path, tiny_world: TinyWorld) -> None:
     loaded, base = MoExtend.load(run), tiny_world.model(parts=(), quantize="nf4")
-    assert loaded.language.quantize == "nf4"
+    assert loaded.language.compute.quantize == "nf4"
     text, images = tiny_world.batch(base, "ttt"), tiny_world.batch(base, "iti")
     assert torch.equal(loaded.language(text), base.language(text))
     got, expected = (m.language(images, m.embed(images)) for m in (loaded, base))

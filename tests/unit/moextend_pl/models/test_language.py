@@ -214,7 +214,7 @@ def test_model_from_scratch_takes_ids_from_its_tokenizer(tiny_world: TinyWorld, 
         "model_type": "mixtral", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3,
     }  # fmt: skip
-    model = MoELanguageModel(config=config, tokenizer=str(tiny_world.base))
+    model = MoELanguageModel(base=config, tokenizer=str(tiny_world.base))
     model.configure_model()
     assert model.model.config.vocab_size == len(model.tokenizer)
     assert model.model.config.eos_token_id == model.tokenizer.eos_token_id
@@ -236,25 +236,21 @@ def test_answers_of_left_padded_prompts_equal_those_of_each_prompt_alone(tiny_wo
 
 
 def test_wrong_arguments_are_refused(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="exactly one of `base`"):
-        MoELanguageModel()
-    with pytest.raises(UserError, match="exactly one of `base`"):
-        MoELanguageModel(base=str(tiny_world.base), config={"model_type": "mixtral"})
     with pytest.raises(UserError, match=r"found no config\.json"):
         MoELanguageModel(base=str(tmp_path))
     with pytest.raises(UserError, match="Expected `tokenizer`"):
-        MoELanguageModel(config={"model_type": "mixtral"})
+        MoELanguageModel(base={"model_type": "mixtral"})
     with pytest.raises(UserError, match="Expected a tokenizer folder"):
-        _ = MoELanguageModel(config={"model_type": "mixtral"}, tokenizer=str(tmp_path / "none")).tokenizer
+        _ = MoELanguageModel(base={"model_type": "mixtral"}, tokenizer=str(tmp_path / "none")).tokenizer
 
 
 def test_a_misspelt_way_to_compute_experts_and_a_model_without_a_type_are_refused(tiny_world: TinyWorld) -> None:
     with pytest.raises(UserError, match="`experts_implementation` to be one of .*'moextend'.*, got 'groupedmm'"):
-        MoELanguageModel(base=str(tiny_world.base), experts_implementation="groupedmm")
-    with pytest.raises(UserError, match=r"Expected `model_type` in `language.config`.*got \['hidden_size'\]"):
-        MoELanguageModel(config={"hidden_size": 8}, tokenizer=str(tiny_world.base))
-    model = MoELanguageModel(config={"model_type": "mixtrall"}, tokenizer=str(tiny_world.base))
-    with pytest.raises(UserError, match="`language.config`: .*mixtrall"):
+        tiny_world.language(experts_implementation="groupedmm")
+    with pytest.raises(UserError, match=r"Expected `model_type` in `language.base`.*got \['hidden_size'\]"):
+        MoELanguageModel(base={"hidden_size": 8}, tokenizer=str(tiny_world.base))
+    model = MoELanguageModel(base={"model_type": "mixtrall"}, tokenizer=str(tiny_world.base))
+    with pytest.raises(UserError, match="`language.base`: .*mixtrall"):
         model.model_config()
 
 
@@ -265,7 +261,7 @@ def test_a_misspelt_way_to_compute_experts_and_a_model_without_a_type_are_refuse
         ({"colour": 3}, "does not know 'colour'. Leave it out."),
         ({"model_type": "mixtrl"}, "no model type 'mixtrl'; did you mean 'mixtral'?"),
         ({"hidden_size": "big"}, "expected int, got str"),
-        ({"num_experts_per_tok": 9}, "`num_experts_per_tok` of `language.config` in 1..3, got 9"),
+        ({"num_experts_per_tok": 9}, "`num_experts_per_tok` of `language.base` in 1..3, got 9"),
         ({"num_experts_per_tok": 0}, "in 1..3, got 0"),
     ],
 )
@@ -274,14 +270,14 @@ def test_configuration_that_transformers_would_take_without_a_word_is_refused(
 ) -> None:
     config = {"model_type": "mixtral", "num_local_experts": 3, "rope_theta": 1e4, **change}
     with pytest.raises(UserError) as caught:
-        MoELanguageModel(config=config, tokenizer=str(tiny_world.base)).model_config()
+        MoELanguageModel(base=config, tokenizer=str(tiny_world.base)).model_config()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_key_by_its_general_name_is_accepted(tiny_world: TinyWorld) -> None:
     config = {"model_type": "mixtral", "num_experts": 3, "rope_theta": 5e3, "num_experts_per_tok": 3}
-    made = MoELanguageModel(config=config, tokenizer=str(tiny_world.base)).model_config()
+    made = MoELanguageModel(base=config, tokenizer=str(tiny_world.base)).model_config()
     assert (made.num_local_experts, made.rope_parameters["rope_theta"]) == (3, 5e3)
 
 

@@ -387,7 +387,7 @@ def test_impossible_wishes_are_refused_before_anything_is_read(
     check_base(base, "nf4")
     with pytest.raises(UserError, match=r"null or one of \['nf4'\], got 'int8'"):
         check_base(base, "int8")
-    with pytest.raises(UserError, match="for a frozen `base`, got a new model"):
+    with pytest.raises(UserError, match="for a frozen `base`, got the configuration of a new model"):
         check_base(None, "nf4")
     monkeypatch.setattr(base_model, "find_spec", lambda name: None)
     check_base(base, None)

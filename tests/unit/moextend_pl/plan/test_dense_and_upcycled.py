@@ -9,6 +9,7 @@ from helpers.tiny_world import TinyWorld, build_tiny_world, tiny_mixtral, tiny_t
 from transformers import MistralConfig, MistralForCausalLM
 
 from moextend_pl.contracts import UpcycleSpec
+from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
@@ -47,7 +48,10 @@ def cumo(world: TinyWorld, specs: dict[str, UpcycleSpec], recompute: bool = Fals
         encoder=VisionEncoder(path=str(world.vit), scales=[1, 2], upcycle=specs.get("encoder")),
         projector=Projector(kind="mlp2x_gelu", upcycle=specs.get("projector")),
         language=MoELanguageModel(
-            base=str(world.dense), dense=True, upcycle=specs.get("language"), activation_checkpointing=recompute
+            base=str(world.dense),
+            dense=True,
+            upcycle=specs.get("language"),
+            compute=ComputeSpec(activation_checkpointing=recompute),
         ),
     )
 

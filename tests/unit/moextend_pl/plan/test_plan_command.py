@@ -197,7 +197,9 @@ def test_base_that_is_quantised_already_is_said_and_not_quantised_again(
     option = f"--model.language.base={tmp_path}"
     assert f"{tmp_path} is quantised already" in plan(tmp_path, option, "--gpu", "rtx4090")["notes"][-1]
     assert "nf4" not in capsys.readouterr().out
-    assert "is quantised already" in error_of(capsys, "--config", EXTEND, option, "--model.language.quantize=nf4")
+    assert "is quantised already" in error_of(
+        capsys, "--config", EXTEND, option, "--model.language.compute.quantize=nf4"
+    )
 
 
 def test_activation_checkpointing_trades_activations_for_operations(
@@ -205,7 +207,7 @@ def test_activation_checkpointing_trades_activations_for_operations(
 ) -> None:
     plain = plan(tmp_path)
     assert "computed again" not in capsys.readouterr().out
-    recomputing = plan(tmp_path, "--model.init_args.language.activation_checkpointing=true")
+    recomputing = plan(tmp_path, "--model.init_args.language.compute.activation_checkpointing=true")
     assert "forward, computed again" in capsys.readouterr().out
     assert recomputing["memory"]["activations"] < 0.3 * plain["memory"]["activations"]
     assert sum(recomputing["operations"].values()) > 1.2 * sum(plain["operations"].values())

@@ -189,7 +189,7 @@ def test_each_text_has_the_same_loss_packed_and_alone_in_qwen3(tiny_world):
     default = AutoConfig.for_model("qwen3_moe")
     of_words = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
     sizes = {name: value for name, value in SMALL.items() if hasattr(default, name) and name not in of_words}
-    language = MoELanguageModel(config={"model_type": "qwen3_moe", **sizes}, tokenizer=str(tiny_world.base))
+    language = MoELanguageModel(base={"model_type": "qwen3_moe", **sizes}, tokenizer=str(tiny_world.base))
     language.configure_model()
     language.eval()
     samples = samples_of(tiny_world, language, "ttttt")

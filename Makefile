@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-slow check shape newest constraints clean install
+.PHONY: quickstart test test-slow check docs shape newest constraints clean install
 
 quickstart: $(STAMP)
 	$(BIN)/python -m moextend_pl quickstart $(ARGS)
@@ -21,6 +21,10 @@ check: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# The pages that are read off the code: errors and configuration.
+docs: $(STAMP)
+	$(BIN)/python docs/make.py
 
 shape: $(STAMP)
 	$(BIN)/python benchmarks/shape.py

@@ -98,6 +98,12 @@ class LayerRule(ABC):
 
 
 class _Fractional(LayerRule):
+    """Chooses a share of the layers.
+
+    Args:
+        fraction: p, share of the mixture-of-experts layers, rounded down.
+    """
+
     def __init__(self, fraction: float = 0.5) -> None:
         if not 0 < fraction <= 1:
             raise UserError(f"Expected `fraction` in (0, 1], got {fraction}. Set `rule.init_args.fraction`.")
@@ -125,7 +131,12 @@ class DivergenceRule(_Fractional):
 
 
 class RandomRule(_Fractional):
-    """Layers drawn at random, to compare the other rules with."""
+    """Layers drawn at random, to compare the other rules with.
+
+    Args:
+        fraction: Share of the layers.
+        seed: Seed of the draw.
+    """
 
     def __init__(self, fraction: float = 0.5, seed: int = 0) -> None:
         super().__init__(fraction)
@@ -155,7 +166,11 @@ class FirstLayers(_Fractional):
 
 
 class IntervalLayers(LayerRule):
-    """Every n-th mixture-of-experts layer, starting with the first."""
+    """Every n-th mixture-of-experts layer, starting with the first.
+
+    Args:
+        step: n.
+    """
 
     def __init__(self, step: int = 2) -> None:
         if step < 1:
@@ -168,7 +183,11 @@ class IntervalLayers(LayerRule):
 
 
 class ExplicitLayers(LayerRule):
-    """The layers named by the user."""
+    """The layers named by the user.
+
+    Args:
+        layers: 0-based indices of decoder layers, dense ones counted.
+    """
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = sorted(set(layers))

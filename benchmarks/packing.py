@@ -42,6 +42,7 @@ from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.models.projector import Projector
+from moextend_pl.models.tower import FeatureSpec
 
 SCALE = 9
 LONGEST = 2048 // SCALE
@@ -116,7 +117,7 @@ def build_model(folder: Path, size: Size) -> MoExtend:
     MixtralForCausalLM(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     model = MoExtend(
-        encoder=VisionEncoder(name="timm/test_resnet", layer=2, pool=1, image_size=IMAGE_SIDE),
+        encoder=VisionEncoder(name="timm/test_resnet", features=FeatureSpec(layer=2), image_size=IMAGE_SIDE),
         projector=Projector(kind="mlp2x_gelu"),
         language=MoELanguageModel(base=str(folder / "base")),
         cache_features=False,

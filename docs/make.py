@@ -26,6 +26,7 @@ import moextend_pl  # noqa: E402
 from datamodules.mixture import ShardSet  # noqa: E402
 from datamodules.streaming import StreamOptions  # noqa: E402
 from moextend_pl.models.base_model import ComputeSpec, GenerationSpec  # noqa: E402
+from moextend_pl.models.tower import FeatureSpec  # noqa: E402
 from moextend_pl.training.language_losses import RouterWeights  # noqa: E402
 
 PACKAGES = ("moextend_pl", "datamodules", "callbacks")
@@ -36,6 +37,7 @@ SECTIONS: dict[str, list[Any]] = {
     "Models": [getattr(moextend_pl, name) for name in ("MoExtend", "VisionEncoder", "Projector", "MoELanguageModel")],
     "Groups inside of models": [
         *(getattr(moextend_pl, name) for name in ("OptimSpec", "UpcycleSpec")),
+        FeatureSpec,
         RouterWeights,
         ComputeSpec,
         GenerationSpec,

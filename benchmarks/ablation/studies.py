@@ -204,7 +204,7 @@ CUMO = Study(
     base=("0_vision", "0_language"),
     stages=("1_pretrain", "2_prefinetune", STAGE_3),
     # One scale: a tower that learns at two costs five times as much, in every row alike.
-    seeded={"seed_everything": SEED, "data.init_args.seed": SEED, "model.init_args.encoder.scales": [1]},
+    seeded={"seed_everything": SEED, "data.init_args.seed": SEED, "model.init_args.encoder.features.scales": [1]},
     defaults={"built up": "and upcycled tower (CuMo)", "experts": "2 of 4", "losses": "balance and z"},
     variants=(
         _stage_3("built up", "dense, tower frozen", _without("encoder", "projector"), FROZEN_TOWER),

@@ -24,6 +24,7 @@ from moextend_pl.convert.published import (
     language_entries,
 )
 from moextend_pl.convert.shapes import ACTIVATION
+from moextend_pl.models.delta import encoder_arguments
 from moextend_pl.models.encoder import WEIGHTS_FILE, VisionEncoder
 from moextend_pl.models.tower import make_tower, vision_config
 from moextend_pl.moe.dense_mlp import DenseMLP
@@ -81,7 +82,9 @@ def _encoder(manifest: Manifest, layout: str) -> VisionEncoder | None:
         return None
     arguments = dict(manifest.model["encoder"])
     arguments["path" if arguments.get("path") else "name"] = str(manifest.folder("encoder"))
-    encoder = VisionEncoder(**{**arguments, "upcycle": UpcycleSpec.from_dict(arguments.get("upcycle"))})
+    encoder = VisionEncoder(
+        **encoder_arguments({**arguments, "upcycle": UpcycleSpec.from_dict(arguments.get("upcycle"))})
+    )
     if encoder.upcycle_spec is not None and layout != "cumo":
         raise UserError(f"{manifest.run}: the tower is upcycled, for which the layout {layout} has no place. Use cumo.")
     config = None if encoder.is_timm else vision_config(encoder.folder)

@@ -24,6 +24,7 @@ from moextend_pl.models.base_model import ComputeSpec, GenerationSpec
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.projector import Projector
+from moextend_pl.models.tower import FeatureSpec
 from moextend_pl.runs.atomic import write_atomically
 from moextend_pl.runs.fingerprints import WRAPPED, file_sha256, fingerprints, frozen_tensors, tensor_sha256
 from moextend_pl.runs.manifest import (
@@ -97,22 +98,36 @@ def model_arguments(model: DeltaModule) -> dict[str, dict[str, Any]]:
     return arguments
 
 
+def encoder_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a tower whose options stand side by side, as in a manifest.
+
+    Args:
+        facts: Options by name, those of groups included.
+    """
+    return _grouped(facts, {"features": (FeatureSpec, {})})
+
+
 def language_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a language model whose options stand side by side, as in a manifest.
 
     Args:
         facts: Options by name, those of groups included.
     """
+    losses = {"balance": "balance_weight", "z": "z_weight", "choices": "balance_choices"}
+    groups = {
+        "router_losses": (RouterWeights, losses),
+        "compute": (ComputeSpec, {}),
+        "generation": (GenerationSpec, {}),
+    }
+    return _grouped(facts, groups)
+
+
+def _grouped(facts: Mapping[str, Any], groups: Mapping[str, tuple[Any, dict[str, str]]]) -> dict[str, Any]:
+    """Puts options into their groups: group -> (its class, names of its fields among the options where they differ)."""
     arguments = dict(facts)
-    losses = {"balance_weight": "balance", "z_weight": "z", "balance_choices": "choices"}
-    compute = dict.fromkeys(field.name for field in fields(ComputeSpec))
-    generation = dict.fromkeys(field.name for field in fields(GenerationSpec))
-    for group, kind, names in (
-        ("router_losses", RouterWeights, losses),
-        ("compute", ComputeSpec, compute),
-        ("generation", GenerationSpec, generation),
-    ):
-        given = {names[name] or name: arguments.pop(name) for name in names if name in arguments}
+    for group, (kind, names) in groups.items():
+        known = {field.name: names.get(field.name, field.name) for field in fields(kind)}
+        given = {field: arguments.pop(name) for field, name in known.items() if name in arguments}
         if given:
             arguments[group] = kind(**given)
     return arguments

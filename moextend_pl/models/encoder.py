@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from moextend_pl.contracts import Batch, SampleSpec, UpcycleSpec, UserError
 from moextend_pl.models import tower as towers
 from moextend_pl.models.multiscale import checked_scales, encode_scales
+from moextend_pl.models.tower import FeatureSpec
 from moextend_pl.models.tower_grid import patches_side, pooled_side, timm_side
 from moextend_pl.moe.blocks import list_blocks
 from moextend_pl.moe.upcycle import agreed_spec, upcycle, upcycled_mlps
@@ -41,15 +42,11 @@ class VisionEncoder(StageModule):
         name: `timm/<model>` for a timm model, or the folder of a transformers vision model, or of a CLIP or SigLIP
             model, of which the image side is taken.
         path: Folder written by `save_pretrained`; it replaces all other arguments of the tower, but for
-            `scales`, `upcycle` and `reference` where they are given too.
-        layer: For timm the index of the feature level, for transformers the index of the hidden state. Blocks
-            behind it are not built.
-        pool: Side of the squares over which the feature grid is averaged.
+            `upcycle`, `scales` and `reference` where they are given too.
         image_size: Side in pixels.
         tower_args: Further arguments of `timm.create_model`.
-        scales: Scales at which an image is encoded; their channels stand side by side (S2). By default [1].
+        features: What is read of the tower.
         upcycle: How the MLPs of the tower become mixtures of experts; None leaves them dense.
-        reference: Whether blocks that nothing reads are kept and computed, as in the published code of CuMo.
         tokenizer: Folder of a tokenizer; needed only to train the tower alone.
         embedding_dim: Width of the space shared with captions when the tower is trained alone.
         optim: Optimizer of the contrastive training.
@@ -60,13 +57,10 @@ class VisionEncoder(StageModule):
         *,
         name: str | None = None,
         path: str | None = None,
-        layer: int = -2,
-        pool: int = 1,
         image_size: int = 224,
         tower_args: dict[str, Any] | None = None,
-        scales: list[int] | None = None,
+        features: FeatureSpec | None = None,
         upcycle: UpcycleSpec | None = None,
-        reference: bool = False,
         tokenizer: str | None = None,
         embedding_dim: int = 64,
         optim: OptimSpec | None = None,
@@ -75,10 +69,11 @@ class VisionEncoder(StageModule):
         self.path = Path(path) if path else None
         self.tokenizer_path = tokenizer
         self.embedding_dim = embedding_dim
+        features = features or FeatureSpec()
         own: dict[str, Any] = {
             "name": name,
-            "layer": layer,
-            "pool": pool,
+            "layer": features.layer,
+            "pool": features.pool,
             "image_size": image_size,
             "tower_args": tower_args or {},
         }
@@ -89,8 +84,8 @@ class VisionEncoder(StageModule):
             raise UserError(f"Expected `encoder.image_size` of at least 1, got {self.config['image_size']}.")
         if not self.is_timm:
             towers.check_folder(self.folder)
-        self.config["reference"] = reference or bool(self.config.get("reference"))
-        self.config["scales"] = checked_scales(scales or self.config.get("scales") or [1])
+        self.config["reference"] = features.reference or bool(self.config.get("reference"))
+        self.config["scales"] = checked_scales(features.scales or self.config.get("scales") or [1])
         self.stored_upcycle = UpcycleSpec.from_dict(self.config.get("upcycle"))
         self.upcycle_spec = agreed_spec(self.stored_upcycle, upcycle, f"{path}: the tower")
         self.watch = RouterWatch()

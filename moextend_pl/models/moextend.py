@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec
-from moextend_pl.models.delta import DeltaModule, inherited_names, language_arguments, load_delta
+from moextend_pl.models.delta import DeltaModule, encoder_arguments, inherited_names, language_arguments, load_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.feature_cache import FeatureCache
 from moextend_pl.models.fusion import scatter_features
@@ -94,7 +94,7 @@ class MoExtend(AnswerMixin, DeltaModule):
         for arguments in parts.values():
             arguments["upcycle"] = UpcycleSpec.from_dict(arguments.get("upcycle"))
         model = cls(
-            encoder=VisionEncoder(**parts["encoder"]),
+            encoder=VisionEncoder(**encoder_arguments(parts["encoder"])),
             projector=Projector(**parts["projector"]),
             language=MoELanguageModel(**language_arguments(parts["language"])),
             init_from=str(run),

@@ -21,7 +21,7 @@ def checked_scales(scales: Sequence[int]) -> list[int]:
         UserError: If one is no whole number from 1.
     """
     if any(scale < 1 for scale in scales):
-        raise UserError(f"Expected `encoder.scales` of whole numbers from 1, got {list(scales)}.")
+        raise UserError(f"Expected `encoder.features.scales` of whole numbers from 1, got {list(scales)}.")
     return list(scales)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,24 @@ from moextend_pl.models.model_folder import read_config
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 MASK_TOKEN = "mask_token"
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What is read of a tower.
+
+    Attributes:
+        layer: For timm the index of the feature level, for transformers the index of the hidden state. Blocks
+            behind it are not built.
+        pool: Side of the squares over which the feature grid is averaged.
+        scales: Scales at which an image is encoded; their channels stand side by side (S2). By default [1].
+        reference: Whether blocks that nothing reads are kept and computed, as in the published code of CuMo.
+    """
+
+    layer: int = -2
+    pool: int = 1
+    scales: list[int] | None = None
+    reference: bool = False
 
 
 def vision_config(folder: str) -> PreTrainedConfig:
@@ -163,7 +182,9 @@ class BlockReader:
         blocks = blocks_of(tower)
         read = layer if layer >= 0 else len(blocks) + 1 + layer
         if not 1 <= read <= len(blocks):
-            raise UserError(f"Expected `encoder.layer` in 1..{len(blocks)} or -{len(blocks)}..-1, got {layer}.")
+            raise UserError(
+                f"Expected `encoder.features.layer` in 1..{len(blocks)} or -{len(blocks)}..-1, got {layer}."
+            )
         self.dropped = tuple(
             f"{name}.{index}."
             for name, module in tower.named_modules()

@@ -78,5 +78,5 @@ def pooled_side(side: int, pool: int) -> int:
         UserError: If no square fits.
     """
     if not 1 <= pool <= side:
-        raise UserError(f"Expected `encoder.pool` in 1..{side}, the side of the tower's grid, got {pool}.")
+        raise UserError(f"Expected `encoder.features.pool` in 1..{side}, the side of the tower's grid, got {pool}.")
     return side // pool

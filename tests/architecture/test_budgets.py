@@ -21,7 +21,6 @@ LONGER: dict[str, str] = {
 _YAML_KEYS = "its arguments are the keys of a stage file; grouping them would only nest the YAML deeper"
 MORE_ARGUMENTS: dict[str, str] = {
     "datamodules/image_text.py::ImageTextShards.__init__": _YAML_KEYS,
-    "moextend_pl/models/encoder.py::VisionEncoder.__init__": _YAML_KEYS,
 }
 
 

@@ -21,7 +21,7 @@ from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.models.projector import Projector
-from moextend_pl.models.tower import PREPROCESSOR_FILE
+from moextend_pl.models.tower import PREPROCESSOR_FILE, FeatureSpec
 from moextend_pl.training.stage import StageModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -69,7 +69,9 @@ def workplace(quickstart: Path, tiny_world: TinyWorld) -> Path:
         AutoModel.from_config(config).save_pretrained(tower)
         (tower / PREPROCESSOR_FILE).write_text('{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}')
         model = MoExtend(
-            encoder=VisionEncoder(**arguments["encoder"]),
+            encoder=VisionEncoder(
+                **{**arguments["encoder"], "features": FeatureSpec(**arguments["encoder"]["features"])}
+            ),
             projector=Projector(**arguments["projector"]),
             language=MoELanguageModel(base=str(base)),
         )

@@ -9,7 +9,7 @@ from helpers.tiny_world import TinyWorld
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from moextend_pl.contracts import TrainPlan
-from moextend_pl.models.delta import language_arguments, save_delta
+from moextend_pl.models.delta import encoder_arguments, language_arguments, save_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
@@ -23,7 +23,7 @@ DATA = ("llava_558k", "allava_caption", "cumo_1649k")
 
 def _save_runs(runs: dict[Path, list[str]], encoder: dict, language: dict) -> None:
     model = MoExtend(
-        encoder=VisionEncoder(**encoder),
+        encoder=VisionEncoder(**encoder_arguments(encoder)),
         projector=Projector(kind="mlp2x_gelu"),
         language=MoELanguageModel(**language_arguments(language)),
     )

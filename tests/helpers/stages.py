@@ -107,7 +107,7 @@ def model_section(world: TinyWorld, stage: str, init_from: Path | None) -> dict[
     }
     upcycle = {"experts": 4, "top_k": 2}
     if stage == "instruction":
-        whole["encoder"] = {"path": str(world.vit), "scales": [1, 2], "upcycle": upcycle}
+        whole["encoder"] = {"path": str(world.vit), "features": {"scales": [1, 2]}, "upcycle": upcycle}
         whole["projector"] = {"kind": "mlp2x_gelu", "upcycle": {**upcycle, "counting": "paper"}}
         whole["language"] = {"base": str(world.dense), "upcycle": upcycle}
     alone = {

@@ -24,11 +24,12 @@ from datamodules.shards import Entry, conversation, write_shards
 from datamodules.word_tokenizer import word_tokenizer
 from moextend_pl.contracts import Batch, ExtensionPlan, LayerGrowth, TrainPlan, UpcycleSpec
 from moextend_pl.models.base_model import ComputeSpec
-from moextend_pl.models.delta import language_arguments
+from moextend_pl.models.delta import encoder_arguments, language_arguments
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.models.projector import Projector
+from moextend_pl.models.tower import FeatureSpec
 from moextend_pl.samples.collate import collate_generation, collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.turns import Turn
@@ -157,7 +158,9 @@ class TinyWorld:
         """Returns CuMo before its networks are built; `upcycle` holds specs by part."""
         base = {"base": str(self.dense), "dense": True} if dense else {"base": str(self.base)}
         return MoExtend(
-            encoder=VisionEncoder(path=str(self.vit), scales=list(scales), upcycle=upcycle.get("encoder")),
+            encoder=VisionEncoder(
+                path=str(self.vit), features=FeatureSpec(scales=list(scales)), upcycle=upcycle.get("encoder")
+            ),
             projector=Projector(kind="mlp2x_gelu", upcycle=upcycle.get("projector")),
             language=MoELanguageModel(**base, compute=ComputeSpec(quantize=quantize), upcycle=upcycle.get("language")),
             init_from=str(init_from) if init_from else None,
@@ -247,7 +250,7 @@ def build_tiny_world(root: Path) -> TinyWorld:
         (world.encoder, {"name": "timm/test_resnet", "layer": 2}),
         (world.vit, {"name": "timm/vit_tiny_patch16_224", "layer": -2, "tower_args": vit}),
     ):
-        tower = VisionEncoder(**options, pool=2, image_size=SIDE)
+        tower = VisionEncoder(**encoder_arguments({**options, "pool": 2}), image_size=SIDE)
         tower.init_seed = 5
         tower.configure_model()
         tower.save_pretrained(folder)

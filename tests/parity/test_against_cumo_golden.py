@@ -17,6 +17,7 @@ from moextend_pl.convert.incoming import convert_in
 from moextend_pl.convert.outgoing import convert_out
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.projector import Projector
+from moextend_pl.models.tower import FeatureSpec
 from moextend_pl.moe.upcycle import upcycle
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.training.losses import RouterLosses, image_router_losses
@@ -88,7 +89,7 @@ def test_multi_scale_tower_through_the_converter(fixtures: Path, tmp_path: Path)
     torch.save(tower, tmp_path / "clip.bin")
     convert_in(tmp_path / "clip.bin", tmp_path / "run", "cumo", heads=4)
     path = str(tmp_path / "run" / "encoder")
-    encoder = VisionEncoder(path=path, scales=[1, 3], reference=True)
+    encoder = VisionEncoder(path=path, features=FeatureSpec(scales=[1, 3], reference=True))
     encoder.configure_model()
     with encoder.watch.recording() as records:
         features = encoder.eval()(golden["pixel_values"])
@@ -109,7 +110,7 @@ def test_features_of_the_last_block_reach_no_loss_but_its_router_does(fixtures: 
     tower = {name.removeprefix("tower."): t for name, t in golden.items() if name.startswith("tower.")}
     save_file(tower, tmp_path / "clip.safetensors")
     convert_in(tmp_path / "clip.safetensors", tmp_path / "run", "cumo", heads=4)
-    encoder = VisionEncoder(path=str(tmp_path / "run" / "encoder"), reference=True)
+    encoder = VisionEncoder(path=str(tmp_path / "run" / "encoder"), features=FeatureSpec(reference=True))
     encoder.configure_model()
     last = encoder.tower.encoder.layers[2]
     with encoder.watch.recording() as records:

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from moextend_pl.contracts import TrainPlan, UpcycleSpec, UserError
 from moextend_pl.convert.files import TensorFiles
-from moextend_pl.models.delta import save_delta
+from moextend_pl.models.delta import encoder_arguments, save_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
@@ -32,7 +32,9 @@ def save_clip(folder: Path, **changes: object) -> None:
 def train(world: TinyWorld, run: Path, tower: dict, spec: UpcycleSpec | None = SPEC, **changes: object) -> MoExtend:
     """A run as the recipes of CuMo make it: all parts learn, then the delta is saved."""
     model = MoExtend(
-        encoder=VisionEncoder(**{**tower, "image_size": SIDE, "scales": [1, 2], "upcycle": spec, **changes}),
+        encoder=VisionEncoder(
+            **encoder_arguments({**tower, "image_size": SIDE, "scales": [1, 2], "upcycle": spec, **changes})
+        ),
         projector=Projector(upcycle=spec),
         language=MoELanguageModel(base=str(world.dense), dense=True),
     )

@@ -20,6 +20,7 @@ from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.models.projector import Projector
+from moextend_pl.models.tower import FeatureSpec
 from moextend_pl.moe.nf4 import NF4Weight
 from moextend_pl.runs.fingerprints import frozen_tensors
 
@@ -248,8 +249,8 @@ def test_impossible_projectors_and_towers_are_refused(tiny_world: TinyWorld, tmp
         Projector("linear", upcycle=SPEC)
     with pytest.raises(UserError, match="found none in"):
         VisionEncoder(path=str(tiny_world.encoder), upcycle=SPEC).configure_model()
-    with pytest.raises(UserError, match=r"Expected `encoder.scales` of whole numbers from 1, got \[0\]"):
-        VisionEncoder(path=str(tiny_world.vit), scales=[0])
+    with pytest.raises(UserError, match=r"Expected `encoder.features.scales` of whole numbers from 1, got \[0\]"):
+        VisionEncoder(path=str(tiny_world.vit), features=FeatureSpec(scales=[0]))
     tower = VisionEncoder(path=str(tiny_world.vit), upcycle=SPEC)
     tower.configure_model()
     tower.save_pretrained(tmp_path)
@@ -263,7 +264,9 @@ def test_impossible_projectors_and_towers_are_refused(tiny_world: TinyWorld, tmp
 
 @torch.no_grad()
 def test_scales_stand_side_by_side_and_the_first_is_the_plain_tower(tiny_world: TinyWorld) -> None:
-    one, two = (VisionEncoder(path=str(tiny_world.vit), scales=scales) for scales in ([1], [1, 2]))
+    one, two = (
+        VisionEncoder(path=str(tiny_world.vit), features=FeatureSpec(scales=scales)) for scales in ([1], [1, 2])
+    )
     for encoder in (one, two):
         encoder.configure_model()
         encoder.eval()

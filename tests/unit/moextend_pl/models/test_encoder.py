@@ -26,10 +26,10 @@ from transformers import (
 )
 
 from moextend_pl.contracts import Batch, UserError
-from moextend_pl.models.delta import save_delta
+from moextend_pl.models.delta import encoder_arguments, save_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.moextend import MoExtend
-from moextend_pl.models.tower import PREPROCESSOR_FILE
+from moextend_pl.models.tower import PREPROCESSOR_FILE, FeatureSpec
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 PIXELS = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
@@ -48,7 +48,7 @@ def save_siglip(folder: Path) -> SiglipVisionModel:
 
 
 def timm_options(**changes: object) -> dict:
-    return {"name": "timm/test_resnet", "layer": 2, "image_size": SIDE, **changes}
+    return encoder_arguments({"name": "timm/test_resnet", "layer": 2, "image_size": SIDE, **changes})
 
 
 @pytest.fixture
@@ -61,7 +61,9 @@ def make(tmp_path: Path) -> Callable[[str], VisionEncoder]:
         if kind == "timm groupnorm":
             return VisionEncoder(**timm_options(layer=1, pool=4, tower_args={"norm_layer": "groupnorm1"}))
         {"clip": save_clip, "siglip": save_siglip}[kind.split()[0]](tmp_path / "hf")
-        return VisionEncoder(name=str(tmp_path / "hf"), image_size=SIDE, pool=2 if "pooled" in kind else 1)
+        return VisionEncoder(
+            name=str(tmp_path / "hf"), image_size=SIDE, features=FeatureSpec(pool=2 if "pooled" in kind else 1)
+        )
 
     return tower
 
@@ -105,8 +107,8 @@ def test_tower_of_another_image_size_is_refused_before_it_is_built(save: Callabl
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pool": 0}, r"`encoder.pool` in 1\.\.4, .* got 0"),
-        ({"pool": 5}, r"`encoder.pool` in 1\.\.4, .* got 5"),
+        ({"pool": 0}, r"`encoder.features.pool` in 1\.\.4, .* got 0"),
+        ({"pool": 5}, r"`encoder.features.pool` in 1\.\.4, .* got 5"),
         ({"name": "timm/test_vit", "layer": -2, "image_size": 100}, "does not take images of .* 100: Input height"),
         ({"name": "timm/swin_tiny_patch4_window7_224", "image_size": 224}, r"square grid .* got \(14, 14, 384\)"),
     ],
@@ -168,7 +170,7 @@ def test_tower_in_bf16_takes_pixels_in_single_precision(make: Callable, kind: st
 @torch.no_grad()
 def test_features_are_the_chosen_hidden_state_without_class_token(save: Callable, layer: int, tmp_path: Path) -> None:
     model = save(tmp_path)
-    encoder = VisionEncoder(name=str(tmp_path), layer=layer, image_size=SIDE)
+    encoder = VisionEncoder(name=str(tmp_path), features=FeatureSpec(layer=layer), image_size=SIDE)
     encoder.configure_model()
     expected = model(PIXELS, output_hidden_states=True).hidden_states[layer]
     expected = expected[:, 1:] if isinstance(model, CLIPVisionModel) else expected
@@ -189,7 +191,7 @@ def test_of_a_model_of_images_and_texts_the_image_side_is_taken(kind: str, tmp_p
     vision = {**SIZES, "image_size": SIDE, "patch_size": 8}
     whole = build(config(text_config=text, vision_config=vision, **more)).eval()
     whole.save_pretrained(tmp_path)
-    encoder = VisionEncoder(name=str(tmp_path), layer=-2, image_size=SIDE)
+    encoder = VisionEncoder(name=str(tmp_path), features=FeatureSpec(layer=-2), image_size=SIDE)
     encoder.configure_model()
     expected = whole.vision_model(PIXELS, output_hidden_states=True).hidden_states[-2]
     torch.testing.assert_close(encoder.eval()(PIXELS), expected[:, -16:])
@@ -213,7 +215,7 @@ def test_pixels_are_normalised_as_the_transformers_tower_learned(tiny_world: Tin
 def test_run_with_a_transformers_tower_is_loaded_again_from_its_delta(tiny_world: TinyWorld, tmp_path: Path) -> None:
     save_siglip(tmp_path / "weights")
     model = tiny_world.unbuilt()
-    model.encoder = VisionEncoder(name=str(tmp_path / "weights"), layer=1, image_size=SIDE)
+    model.encoder = VisionEncoder(name=str(tmp_path / "weights"), features=FeatureSpec(layer=1), image_size=SIDE)
     model.configure_model()
     manifest = save_delta(model, tmp_path / "run")
     assert manifest.model["encoder"]["name"] == "../weights"
@@ -349,11 +351,13 @@ def test_learning_tower_is_encoded_anew_with_gradients(tiny_world: TinyWorld) ->
 def test_tower_that_cannot_be_is_refused_before_it_is_built(options: dict[str, Any], words: str) -> None:
     arguments: dict[str, Any] = {"name": "timm/resnet10t", "layer": 1, "image_size": 64, **options}
     with pytest.raises(UserError) as caught:
-        _ = VisionEncoder(**arguments).tokens_per_image
+        _ = VisionEncoder(**encoder_arguments(arguments)).tokens_per_image
     assert words in str(caught.value)
 
 
 def test_tokenizer_that_is_not_there_is_not_looked_for_elsewhere(tmp_path: Path) -> None:
-    tower = VisionEncoder(name="timm/resnet10t", layer=1, image_size=64, tokenizer=str(tmp_path / "nowhere"))
+    tower = VisionEncoder(
+        name="timm/resnet10t", features=FeatureSpec(layer=1), image_size=64, tokenizer=str(tmp_path / "nowhere")
+    )
     with pytest.raises(UserError, match="Expected a tokenizer folder at .*nowhere"):
         tower.sample_spec()

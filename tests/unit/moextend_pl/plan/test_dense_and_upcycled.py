@@ -14,6 +14,7 @@ from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.models.projector import Projector
+from moextend_pl.models.tower import FeatureSpec
 from moextend_pl.plan.cost import memory
 from moextend_pl.plan.operations import operations
 
@@ -45,7 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 def cumo(world: TinyWorld, specs: dict[str, UpcycleSpec], recompute: bool = False) -> MoExtend:
     return MoExtend(
-        encoder=VisionEncoder(path=str(world.vit), scales=[1, 2], upcycle=specs.get("encoder")),
+        encoder=VisionEncoder(path=str(world.vit), features=FeatureSpec(scales=[1, 2]), upcycle=specs.get("encoder")),
         projector=Projector(kind="mlp2x_gelu", upcycle=specs.get("projector")),
         language=MoELanguageModel(
             base=str(world.dense),

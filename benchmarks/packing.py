@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from datamodules.image_text import ImageTextShards
+from datamodules.options import ReadingSpec, RowSpec
 from datamodules.shards import Entry, conversation, write_shards
 from datamodules.word_tokenizer import word_tokenizer
 from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, LayerGrowth, SampleSpec, TrainPlan
@@ -161,7 +162,11 @@ def picture(generator: np.random.Generator) -> bytes:
 def batches(spec: SampleSpec, folder: str, size: Size, num_workers: int, **options: Any) -> Iterator[Batch]:
     """Returns the endless training batches of a datamodule."""
     data = ImageTextShards(
-        train=folder, spec=spec, batch_size=size.rows, max_length=LONGEST, num_workers=num_workers, **options
+        train=folder,
+        spec=spec,
+        batch_size=size.rows,
+        rows=RowSpec(max_length=LONGEST, **options),
+        reading=ReadingSpec(num_workers=num_workers),
     )
     data.setup("fit")
     return iter(data.train_dataloader())

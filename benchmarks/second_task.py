@@ -27,6 +27,7 @@ from lightning.pytorch import Trainer
 from datamodules import ImageTextShards
 from datamodules.easy_vqa import COLOURS, Picture, pictures_of, vqa_entries
 from datamodules.mixture import ShardSet
+from datamodules.options import RowSpec
 from datamodules.sets import SPLITS
 from datamodules.shards import write_shards
 from moextend_pl import MoExtend, cli
@@ -105,7 +106,7 @@ def extend(base: Path, out: Path, task: str, start: Path, steps: int) -> Path:
 def test_data(out: Path, model: MoExtend) -> ImageTextShards:
     """Returns the official test questions of both tasks."""
     sets = {task: ShardSet(str(out / "data" / task / "test"), task=task) for task in TASKS}
-    return ImageTextShards(test=sets, turns="single", batch_size=500, spec=model.sample_spec())
+    return ImageTextShards(test=sets, rows=RowSpec(turns="single"), batch_size=500, spec=model.sample_spec())
 
 
 def evaluate(out: Path, model: MoExtend) -> dict[str, dict[str, float]]:

@@ -35,9 +35,9 @@ def check_options(
         UserError: If packing has no length of a row, there are no or unused buckets, or a number is out of its range.
     """
     for name, value, least in (
-        ("max_length", max_length, 1),
-        ("num_workers", num_workers, 0),
-        ("val_samples", val_samples, 1),
+        ("rows.max_length", max_length, 1),
+        ("reading.num_workers", num_workers, 0),
+        ("evaluation.samples", val_samples, 1),
     ):
         if value is not None and value < least:
             raise UserError(f"Expected `{name}` of the data module of at least {least}, got {value}. Raise it.")

@@ -8,13 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 
-from datamodules.bad_samples import MAX_BAD_SAMPLES, BadSampleBook
+from datamodules.bad_samples import BadSampleBook
 from datamodules.batching import BatchPlan, BucketBatches, EndlessBatches, PackedBatches, PlainBatches, check_options
 from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
 from datamodules.lengths import unit_lengths
 from datamodules.mixture import Sets, ShardSet, shard_sets, training_order
+from datamodules.options import EvaluationSpec, ReadingSpec, RowSpec
 from datamodules.order import EveryUnitOnce, shuffled, slice_of_rank
-from datamodules.streaming import StreamOptions
 from moextend_pl.contracts import SampleSpec, UserError, run_directory
 from moextend_pl.samples.conversation import ConversationEncoder
 
@@ -36,20 +36,9 @@ class ImageTextShards(pl.LightningDataModule):
         test: Name -> folder; each gets a generation loader of its own, in the order of `test_names`.
         predict: As `test`, for `trainer.predict`; names in `predict_names`.
         batch_size: Rows of a batch over all ranks together.
-        eval_batch_size: The same for validation, test and predict; `batch_size` if None.
-        turns: `together` (a sample is a whole conversation) or `single` (each question with its answer is
-            a sample; for sets whose questions do not depend on each other).
-        max_length: Longest sequence; longer ones are cut, but never inside an image. None for no limit.
-        packing: Whether a row of a training batch holds as many samples as fit into `max_length` tokens, each
-            attending to itself only, instead of one. `batch_size` stays the number of rows.
-        bucket: Batches whose samples are sorted by length together, so that little is padded; 1 for none.
-        num_workers: Processes that read and encode.
-        seed: Seed of the order.
-        val_samples: Validate on this many samples only, drawn once; None for all.
-        max_bad_samples: How many different samples of the training and validation sets may be damaged; each is
-            replaced by a placeholder without weight and listed in `bad_samples.jsonl` of the run directory. Tests and
-            predictions allow none, since they would measure something else.
-        streaming: Cache and patience for folders that are addresses, such as `s3://bucket/train`.
+        rows: What a row holds, and in which order.
+        evaluation: How much is validated, tested and predicted at once.
+        reading: How samples are read.
         spec: What the model asks of its data; asked from the trainer's module if None.
 
     Example::
@@ -62,8 +51,7 @@ class ImageTextShards(pl.LightningDataModule):
               - {path: data/text, weight: 0.1}
             test: {vqa: data/vqa/test}
             batch_size: 16
-            max_length: 2048
-            packing: true
+            rows: {max_length: 2048, packing: true}
     """
 
     def __init__(
@@ -74,36 +62,26 @@ class ImageTextShards(pl.LightningDataModule):
         predict: dict[str, str | ShardSet] | None = None,
         *,
         batch_size: int = 64,
-        eval_batch_size: int | None = None,
-        turns: str = "together",
-        max_length: int | None = None,
-        packing: bool = False,
-        bucket: int = 1,
-        num_workers: int = 0,
-        seed: int = 0,
-        val_samples: int | None = None,
-        max_bad_samples: int = MAX_BAD_SAMPLES,
-        streaming: StreamOptions | None = None,
+        rows: RowSpec | None = None,
+        evaluation: EvaluationSpec | None = None,
+        reading: ReadingSpec | None = None,
         spec: SampleSpec | None = None,
     ) -> None:
         super().__init__()
-        self.train = train
-        self.val = val
-        self.test = test or {}
-        self.predict = predict or {}
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.turns = turns
-        self.max_length = max_length
-        self.packing = packing
-        self.bucket = bucket
-        self.num_workers = num_workers
-        self.seed = seed
-        self.val_samples = val_samples
-        self.max_bad_samples = max_bad_samples
-        self.streaming = streaming
+        self.train, self.val = train, val
+        self.test, self.predict = test or {}, predict or {}
+        self.rows, self.reading = rows or RowSpec(), reading or ReadingSpec()
+        self.evaluation = evaluation or EvaluationSpec()
+        self.batch_size, asked = batch_size, self.evaluation.batch_size
+        self.eval_batch_size = batch_size if asked is None else asked
         self.spec = spec
-        check_options(packing, bucket, max_length, num_workers, val_samples)
+        check_options(
+            self.rows.packing,
+            self.rows.bucket,
+            self.rows.max_length,
+            self.reading.num_workers,
+            self.evaluation.samples,
+        )
         self._tables: dict[tuple[ShardSet, ...], UnitTable] = {}
         self._plan: BatchPlan | None = None
         self._start = 0
@@ -181,7 +159,7 @@ class ImageTextShards(pl.LightningDataModule):
         """Returns the endless loader; every iteration over it starts at the first sample not yet consumed."""
         self._plan = self._plan or self._training_plan()
         batches = EndlessBatches(self._plan, *self._ranks(), consumed=lambda: self.consumed)
-        return BatchLoader(self._training_set(), batches, self.num_workers, self._book())
+        return BatchLoader(self._training_set(), batches, self.reading.num_workers, self._book())
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         """Returns a loader of training-like batches, once over the validation set; none if there is none."""
@@ -189,8 +167,8 @@ class ImageTextShards(pl.LightningDataModule):
             return []
         table = self._table(self.val, "val")
         units = np.arange(len(table))
-        if self.val_samples is not None:
-            units = np.sort(shuffled(len(table), self.seed)[: self.val_samples])
+        if self.evaluation.samples is not None:
+            units = np.sort(shuffled(len(table), self.rows.seed)[: self.evaluation.samples])
         return self._once(table, units, generation=False)
 
     def test_dataloader(self) -> list[BatchLoader]:
@@ -207,9 +185,9 @@ class ImageTextShards(pl.LightningDataModule):
             return {}
         weights = [one.weight for one in shard_sets(self.train)]
         data = self._table(self.train, "train").fingerprint() + (f" mixed {weights}" if any(weights) else "")
-        state = {"schema": STATE_SCHEMA, "consumed": self.consumed, "seed": self.seed, "data": data}
+        state = {"schema": STATE_SCHEMA, "consumed": self.consumed, "seed": self.rows.seed, "data": data}
         # A window of buckets can be taken up at the border of a batch only; other plans go on at any sample.
-        return {**state, "bucket": [self.bucket, self.batch_size]} if self.bucket > 1 else state
+        return {**state, "bucket": [self.rows.bucket, self.batch_size]} if self.rows.bucket > 1 else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up where a checkpoint stopped.
@@ -236,33 +214,33 @@ class ImageTextShards(pl.LightningDataModule):
             raise UserError(f"Expected a folder of shards under `{name}` of the data module, got none. Set it.")
         if found not in self._tables:
             folders, tasks = [one.path for one in found], [one.task for one in found]
-            self._tables[found] = UnitTable(folders, self.turns, tasks, self.streaming)
+            self._tables[found] = UnitTable(folders, self.rows.turns, tasks, self.reading.streaming)
         return self._tables[found]
 
     def _dataset(self, table: UnitTable, *, generation: bool = False, packed: bool = False) -> ConversationDataset:
-        encoder = ConversationEncoder(self.sample_spec(), self.max_length)
+        encoder = ConversationEncoder(self.sample_spec(), self.rows.max_length)
         return ConversationDataset(table, encoder, generation, packed)
 
     def _training_set(self) -> ConversationDataset:
-        return self._dataset(self._table(self.train, "train"), packed=self.packing)
+        return self._dataset(self._table(self.train, "train"), packed=self.rows.packing)
 
     def _training_plan(self) -> BatchPlan:
         obstacle = self.sample_spec().packing_obstacle
-        if self.packing and obstacle:
+        if self.rows.packing and obstacle:
             raise UserError(f"Expected a model whose samples can be packed, but {obstacle}. Set `packing: false`.")
         sizes = self._table(self.train, "train").sizes_by_folder()
-        order = training_order(shard_sets(self.train), sizes, self.seed)
+        order = training_order(shard_sets(self.train), sizes, self.rows.seed)
         if not self._needs_lengths:
             return PlainBatches(order, self.batch_size)
         run = run_directory(self.trainer) if self.trainer else None
-        lengths = unit_lengths(self._training_set(), run, self.num_workers)
-        if self.packing and self.max_length is not None:
-            return PackedBatches(order, lengths, self.batch_size, self.max_length)
-        return BucketBatches(order, lengths, self.batch_size, self.bucket)
+        lengths = unit_lengths(self._training_set(), run, self.reading.num_workers)
+        if self.rows.packing and self.rows.max_length is not None:
+            return PackedBatches(order, lengths, self.batch_size, self.rows.max_length)
+        return BucketBatches(order, lengths, self.batch_size, self.rows.bucket)
 
     @property
     def _needs_lengths(self) -> bool:
-        return self.packing or self.bucket > 1
+        return self.rows.packing or self.rows.bucket > 1
 
     def _generations(self, sets: dict[str, str | ShardSet], name: str) -> list[BatchLoader]:
         if not sets:
@@ -273,11 +251,11 @@ class ImageTextShards(pl.LightningDataModule):
     def _once(self, table: UnitTable, units: np.ndarray, generation: bool) -> BatchLoader:
         batches = EveryUnitOnce(units, self.eval_batch_size, *self._ranks())
         book = None if generation else self._book()
-        return BatchLoader(self._dataset(table, generation=generation), batches, self.num_workers, book)
+        return BatchLoader(self._dataset(table, generation=generation), batches, self.reading.num_workers, book)
 
     def _book(self) -> BadSampleBook:
         folder = getattr(self.trainer, "default_root_dir", None)
-        return BadSampleBook(self.max_bad_samples, Path(folder) if folder else None)
+        return BadSampleBook(self.reading.max_bad_samples, Path(folder) if folder else None)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

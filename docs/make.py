@@ -24,6 +24,7 @@ import callbacks  # noqa: E402
 import datamodules  # noqa: E402
 import moextend_pl  # noqa: E402
 from datamodules.mixture import ShardSet  # noqa: E402
+from datamodules.options import EvaluationSpec, ReadingSpec, RowSpec  # noqa: E402
 from datamodules.streaming import StreamOptions  # noqa: E402
 from moextend_pl.models.base_model import ComputeSpec, GenerationSpec  # noqa: E402
 from moextend_pl.models.tower import FeatureSpec  # noqa: E402
@@ -42,7 +43,7 @@ SECTIONS: dict[str, list[Any]] = {
         ComputeSpec,
         GenerationSpec,
     ],
-    "Data": [datamodules.ImageTextShards, ShardSet, StreamOptions],
+    "Data": [datamodules.ImageTextShards, ShardSet, RowSpec, EvaluationSpec, ReadingSpec, StreamOptions],
     "Callbacks": [getattr(callbacks, name) for name in callbacks.__all__],
     "Layer rules": [getattr(moextend_pl, name) for name in RULES],
     "Extension plan (a file of its own)": [moextend_pl.ExtensionPlan, moextend_pl.LayerGrowth],

@@ -113,7 +113,7 @@ MOEXTEND_SCENES = Study(
     data_folder="runs/scenes/data",
     base=("0_vision", "0_language"),
     stages=("1_align", "2_probe", "3_extend"),
-    seeded={"seed_everything": SEED, "data.init_args.seed": SEED},
+    seeded={"seed_everything": SEED, "data.init_args.rows.seed": SEED},
     defaults={
         "layer rule": "shift",
         "calibration": "additive",
@@ -162,8 +162,8 @@ MOEXTEND_SCENES = Study(
         "trainer.limit_test_batches": 1,
         "trainer.limit_predict_batches": 1,
         "data.init_args.batch_size": 4,
-        "data.init_args.eval_batch_size": 8,
-        "data.init_args.val_samples": 8,
+        "data.init_args.evaluation.batch_size": 8,
+        "data.init_args.evaluation.samples": 8,
     },
 )
 
@@ -204,7 +204,7 @@ CUMO = Study(
     base=("0_vision", "0_language"),
     stages=("1_pretrain", "2_prefinetune", STAGE_3),
     # One scale: a tower that learns at two costs five times as much, in every row alike.
-    seeded={"seed_everything": SEED, "data.init_args.seed": SEED, "model.init_args.encoder.features.scales": [1]},
+    seeded={"seed_everything": SEED, "data.init_args.rows.seed": SEED, "model.init_args.encoder.features.scales": [1]},
     defaults={"built up": "and upcycled tower (CuMo)", "experts": "2 of 4", "losses": "balance and z"},
     variants=(
         _stage_3("built up", "dense, tower frozen", _without("encoder", "projector"), FROZEN_TOWER),

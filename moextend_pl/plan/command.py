@@ -44,7 +44,7 @@ def options_parser() -> argparse.ArgumentParser:
     add("--price", type=float, help="US dollars for one GPU and hour")
     add("--mfu", type=float, default=DEFAULT_MFU, help="share of the speed that is reached (default %(default)s)")
     add("--tokens-per-second", type=float, help="measured on one GPU; replaces --mfu")
-    add("--length", type=int, help="tokens of a padded sequence (default: `data.max_length`)")
+    add("--length", type=int, help="tokens of a padded sequence (default: `data.rows.max_length`)")
     add("--mean-length", type=float, help="tokens of a mean sequence, for operations and time (default: --length)")
     add("--json", type=Path, help="also write all numbers to this file")
     return parser
@@ -95,7 +95,8 @@ def uncounted(stage: StageModel, shape: ModelShape) -> list[str]:
 
     learning = [part for part in (shape.tower, shape.projector) if part is not None and part.learns]
     notes = [MIXED] if learning and stage.is_mixed else []
-    if ((stage.config.get("data") or {}).get("init_args") or {}).get("packing"):
+    data = (stage.config.get("data") or {}).get("init_args") or {}
+    if (data.get("rows") or {}).get("packing"):
         notes.append(PACKED)
     strategy = stage.config["trainer"].get("strategy") or "auto"
     name = str(strategy.get("class_path") if isinstance(strategy, dict) else strategy).rpartition(".")[2]

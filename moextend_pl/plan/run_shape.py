@@ -66,11 +66,11 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
     """
     trainer, data = config["trainer"], (config.get("data") or {}).get("init_args") or {}
     batch, steps = data.get("batch_size"), trainer.get("max_steps") or 0
-    length = wishes.length or data.get("max_length")
+    length = wishes.length or (data.get("rows") or {}).get("max_length")
     if not isinstance(batch, int) or batch < 1:
         raise UserError(f"Expected `data.batch_size`, sequences of a batch over all GPUs, got {batch!r}.")
     if not isinstance(length, int) or length < 1:
-        raise UserError(f"Expected `data.max_length` or `--length`, tokens of a padded sequence, got {length!r}.")
+        raise UserError(f"Expected `data.rows.max_length` or `--length`, tokens of a padded sequence, got {length!r}.")
     if steps < 1:
         raise UserError(f"Expected `trainer.max_steps` > 0, got {steps}. Set it in the stage file.")
     mean_length = wishes.mean_length or float(length)
@@ -89,7 +89,7 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
     if shape.tokens_per_image >= length:
         raise UserError(
             f"Expected sequences longer than the {shape.tokens_per_image} tokens of an image, got {length}. Change "
-            "`data.max_length` or `--length`."
+            "`data.rows.max_length` or `--length`."
         )
     # More GPUs take fewer micro-batches each, and smaller ones only where there are not enough for all.
     share = accumulate * batch // gpus

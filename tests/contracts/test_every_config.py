@@ -29,7 +29,14 @@ STAGES = sorted(path for path in CONFIGS.rglob("*.yaml") if "model" in (yaml.saf
 # Layers that no one starts, because they name no run directory.
 RUNNABLE = [path for path in STAGES if "default_root_dir" in yaml.safe_load(path.read_text()).get("trainer", {})]
 SMALL = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
-SMALL += ["--data.init_args.batch_size", "4", "--data.init_args.num_workers", "0", "--trainer.accelerator", "cpu"]
+SMALL += [
+    "--data.init_args.batch_size",
+    "4",
+    "--data.init_args.reading.num_workers",
+    "0",
+    "--trainer.accelerator",
+    "cpu",
+]
 SMALL += ["--trainer.accumulate_grad_batches", "1"]
 FULL_SIZE = sorted(path.parent for path in CONFIGS.glob("*/recipe.yaml"))
 TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from helpers.data_options import grouped
 from PIL import Image
 
 from datamodules import ImageTextShards
@@ -63,7 +64,7 @@ GOOD = [("good.json", conversation_json()), ("good.png", plain_image(1))]
 
 def rank(folder: Path, spec: SampleSpec, number: int, world: int, run: Path, **options: Any) -> ImageTextShards:
     """A data module as a trainer of several processes would hold it."""
-    module = ImageTextShards(train=str(folder), spec=spec, **{"batch_size": 4, **options})
+    module = ImageTextShards(**grouped(train=str(folder), spec=spec, **{"batch_size": 4, **options}))
     module.trainer = SimpleNamespace(
         global_rank=number,
         world_size=world,

@@ -86,7 +86,7 @@ def write_stage(
                 "train": world.data(settings["train"]),
                 "val": settings["val"],
                 "batch_size": settings["batch_size"],
-                "turns": "single",
+                "rows": {"turns": "single"},
             },
         },
     }

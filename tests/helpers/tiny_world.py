@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.data_options import grouped
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -224,7 +225,7 @@ class TinyWorld:
     def datamodule(self, train: str | None = "mixed", **options: Any) -> ImageTextShards:
         """Returns a datamodule over shard sets of this world; `val` is the test split of `vqa`."""
         settings: dict[str, Any] = {"batch_size": 4, "turns": "single", "val": self.data("vqa", "test"), **options}
-        return ImageTextShards(train=self.data(train) if train else None, **settings)
+        return ImageTextShards(**grouped(train=self.data(train) if train else None, **settings))
 
 
 def pixels_of(data: bytes, side: int) -> torch.Tensor:

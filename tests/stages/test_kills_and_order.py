@@ -55,7 +55,7 @@ def has_trained(run: Path, batches: int) -> Callable[[], bool]:
 
 
 def start_options(ranks: int, workers: int) -> list[str]:
-    options = ["--data.init_args.num_workers", str(workers)]
+    options = ["--data.init_args.reading.num_workers", str(workers)]
     return [*options, "--trainer.devices", str(ranks), "--trainer.strategy", "ddp"] if ranks > 1 else options
 
 

@@ -109,7 +109,7 @@ def test_the_defaults_of_the_table_are_those_of_the_stage_files(ablation: Simple
 def test_seeds_reach_every_stage_of_their_own_and_no_other(plan: Any) -> None:
     for name in ("seed1/1_align/default", "seed1/2_probe/default", "seed1/3_extend/init-copy"):
         assert file_of(plan, name)["seed_everything"] == 1
-        assert file_of(plan, name)["data"]["init_args"]["seed"] == 1
+        assert file_of(plan, name)["data"]["init_args"]["rows"]["seed"] == 1
     assert "seed_everything" not in file_of(plan, "base/0_language")
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.data_options import grouped
 
 from datamodules import ImageTextShards
 from datamodules.bad_samples import BAD_SAMPLES_FILE, BadSample, BadSampleBook, placeholder
@@ -166,7 +167,9 @@ def test_a_run_lists_bad_samples_in_its_directory_and_stops_beyond_the_budget(tm
             enable_model_summary=False,
             accelerator="cpu",
         )
-        data = ImageTextShards(train=str(tmp_path / "s"), batch_size=4, num_workers=workers, max_bad_samples=budget)
+        data = ImageTextShards(
+            **grouped(train=str(tmp_path / "s"), batch_size=4, num_workers=workers, max_bad_samples=budget)
+        )
         trainer.fit(module, datamodule=data)
         return module
 
@@ -185,7 +188,7 @@ def test_a_bad_sample_in_a_packed_row_takes_none_of_the_others_with_it(tmp_path,
     images = [picture(n) if n not in (1, 4) else picture(n)[:-30] for n in range(6)]
     write_shards([Entry(f"k{n}", question, (images[n],)) for n in range(6)], tmp_path / "s")
     module = ImageTextShards(
-        train=str(tmp_path / "s"), spec=spec, batch_size=2, packing=True, max_length=36, num_workers=workers
+        **grouped(train=str(tmp_path / "s"), spec=spec, batch_size=2, packing=True, max_length=36, num_workers=workers)
     )
     module.trainer = SimpleNamespace(
         global_rank=0,

@@ -128,9 +128,9 @@ def test_first_fit_is_the_textbooks():
         ((True, 1, None), "max_length"),
         ((False, 0, 5), "at least 1"),
         ((True, 4, 5), "packing: true"),
-        ((False, 1, 0), "`max_length` of the data module of at least 1, got 0"),
-        ((False, 1, None, -1), "`num_workers` of the data module of at least 0, got -1"),
-        ((False, 1, None, 0, -5), "`val_samples` of the data module of at least 1, got -5"),
+        ((False, 1, 0), "`rows.max_length` of the data module of at least 1, got 0"),
+        ((False, 1, None, -1), "`reading.num_workers` of the data module of at least 0, got -1"),
+        ((False, 1, None, 0, -5), "`evaluation.samples` of the data module of at least 1, got -5"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, word):

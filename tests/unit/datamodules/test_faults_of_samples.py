@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.data_options import grouped
 from helpers.faulty_shards import (
     GOOD,
     bad_lines,
@@ -183,7 +184,7 @@ def test_row_28_marks_that_do_not_fit_the_images_are_told_with_both_counts(tar_f
 
 def test_tests_and_predictions_allow_no_bad_sample(tar_folder, spec):
     folder = tar_folder([("b.json", conversation_json()), *GOOD])
-    module = ImageTextShards(test={"x": str(folder)}, spec=spec, max_bad_samples=5)
+    module = ImageTextShards(**grouped(test={"x": str(folder)}, spec=spec, max_bad_samples=5))
     module.setup("test")
     with pytest.raises(UserError, match=r"0.tar: b: "):
         list(module.test_dataloader()[0])

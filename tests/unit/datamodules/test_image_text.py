@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from helpers.data_options import grouped
 
 from datamodules import ImageTextShards
 from datamodules.dataset import ConversationDataset
@@ -51,7 +52,7 @@ def trainer(tmp_path, steps, **options):
 
 
 def data(folder, **options):
-    return ImageTextShards(**{"train": str(folder), "batch_size": 4, "turns": "single", **options})
+    return ImageTextShards(**grouped(**{"train": str(folder), "batch_size": 4, "turns": "single", **options}))
 
 
 def run(tmp_path, folder, spec, steps, ckpt=None, save_at=None, trainer_options=None, **options):
@@ -196,7 +197,7 @@ def test_a_mixture_is_resumed_with_the_same_weights_only(tmp_path, folder, spec)
 
 
 def test_samples_carry_the_task_of_their_set(tmp_path, folder, spec):
-    module = ImageTextShards(train=two_sets(tmp_path, folder), batch_size=21, turns="single", spec=spec)
+    module = ImageTextShards(**grouped(train=two_sets(tmp_path, folder), batch_size=21, turns="single", spec=spec))
     module.setup("fit")
     batch = next(iter(module.train_dataloader()))
     assert {key[0] for key in batch["keys"]} == {"s", "t"}
@@ -250,7 +251,7 @@ def test_a_damaged_sample_counts_as_short_and_is_reported_when_it_is_due(tmp_pat
     tar = tmp_path / "s" / "00000.tar"
     tar.write_bytes(tar.read_bytes().replace(b'{"conversations"', b'{"conversaXions"', 1))
     module = ImageTextShards(
-        train=str(tmp_path / "s"), spec=spec, batch_size=1, packing=True, max_length=20, max_bad_samples=0
+        **grouped(train=str(tmp_path / "s"), spec=spec, batch_size=1, packing=True, max_length=20, max_bad_samples=0)
     )
     module.setup("fit")
     with pytest.raises(UserError, match="00000.tar"):
@@ -334,7 +335,7 @@ def test_validation_batches_are_training_like(folder, spec):
 def test_tests_and_predictions_are_generation_batches_one_loader_a_set(tmp_path, folder, spec):
     sets = {"first": str(folder), "second": str(folder)}
     module = Ledger(spec)
-    shards = ImageTextShards(test=sets, predict=sets, batch_size=4, turns="single")
+    shards = ImageTextShards(**grouped(test=sets, predict=sets, batch_size=4, turns="single"))
     assert shards.test_names == shards.predict_names == ["first", "second"]
     trainer(tmp_path, 1).test(module, datamodule=shards, verbose=False)
     assert {number for number, _ in module.tested} == {0, 1}
@@ -360,7 +361,7 @@ def test_what_is_missing_is_told_at_setup(tmp_path, folder, spec):
         ({"predict": {"x": str(tmp_path / "none")}}, None),
     ):
         with pytest.raises(UserError, match=r"none.*cwd"):
-            ImageTextShards(spec=spec, **options).setup(stage)
+            ImageTextShards(**grouped(spec=spec, **options)).setup(stage)
     with pytest.raises(UserError, match="sample_spec"):
         ImageTextShards(train=str(folder)).setup("fit")
 

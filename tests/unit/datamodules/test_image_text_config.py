@@ -10,7 +10,7 @@ from datamodules.mixture import ShardSet
 def test_it_is_built_from_a_configuration(folder):
     parser = ArgumentParser()
     parser.add_subclass_arguments(pl.LightningDataModule, "data")
-    arguments = {"train": [str(folder)], "test": {"x": str(folder)}, "turns": "single", "batch_size": 2}
+    arguments = {"train": [str(folder)], "test": {"x": str(folder)}, "rows": {"turns": "single"}, "batch_size": 2}
     config = parser.parse_object({"data": {"class_path": "datamodules.ImageTextShards", "init_args": arguments}})
     assert "spec" not in config.as_dict()["data"]["init_args"] or config.data.init_args.spec is None
     found = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config).data

@@ -137,7 +137,7 @@ def test_weights_that_are_there_win_over_the_files_beside_the_stage(
         (["--gpus", "3"], "cannot be shared by 3 GPUs"),
         (["--length", "500"], "Expected sequences longer than the 576 tokens of an image, got 500."),
         (["--model.encoder.image_size", "224"], "Expected `encoder.image_size` 336,"),
-        (["--data.max_length", "null"], "Expected `data.max_length` or `--length`"),
+        (["--data.init_args.rows", "{max_length: null}"], "Expected `data.rows.max_length` or `--length`"),
         (["--trainer.max_steps", "-1"], "Expected `trainer.max_steps` > 0, got -1."),
         (["--gpuz", "h200"], "there is no option '--gpuz'"),
     ],
@@ -185,7 +185,7 @@ def test_stage_of_the_language_model_alone_is_planned(tmp_path: Path) -> None:
 def test_what_the_arithmetic_leaves_out_is_said(tmp_path: Path) -> None:
     plain = plan(tmp_path)["notes"]
     assert plan(tmp_path, "--trainer.strategy=ddp")["notes"] == plain
-    assert plan(tmp_path, "--data.packing=true")["notes"] == [*plain, PACKED]
+    assert plan(tmp_path, "--data.rows.packing=true")["notes"] == [*plain, PACKED]
     assert "`trainer.strategy` fsdp is not counted" in plan(tmp_path, "--trainer.strategy=fsdp")["notes"][-1]
 
 

@@ -34,4 +34,5 @@ def test_readme_leads_to_every_page() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_stage_files_and_scripts_named_are_here(page: Path) -> None:
     named = re.findall(r"(?:configs|benchmarks|tests|notebooks)/[\w./-]+", page.read_text(encoding="utf-8"))
-    assert [name for name in named if "$" not in name and not (ROOT / name.rstrip(".")).exists()] == []
+    theirs = [name for name in named if "my_model" not in name]  # a person's own copy
+    assert [name for name in theirs if not (ROOT / name.rstrip(".")).exists()] == []

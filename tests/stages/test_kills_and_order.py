@@ -22,7 +22,7 @@ from moextend_pl import cli
 pytestmark = pytest.mark.slow
 PLANS = {
     "plain": {},
-    "packing": {"packing": True, "max_length": 40, "batch_size": 2},
+    "packing": {"rows": {"packing": True, "max_length": 40}, "batch_size": 2},
     "mixture": {"train": [{"path": "text", "weight": 2.0}, {"path": "vqa", "weight": 1.0}]},
 }
 UNEVEN = (1, 50, 3, 17, 8, 29, 12)
@@ -103,7 +103,8 @@ def test_row_17_uneven_shards_are_seen_once_on_two_ranks_in_training_and_validat
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
     uneven_shards(tmp_path / "uneven")
-    data = {"train": str(tmp_path / "uneven"), "val": str(tmp_path / "uneven"), "batch_size": 8, "eval_batch_size": 14}
+    sets = {name: str(tmp_path / "uneven") for name in ("train", "val")}
+    data = {**sets, "batch_size": 8, "evaluation": {"batch_size": 14}}
     one, two = (stage_file(tiny_world, tmp_path / name, sum(UNEVEN) // 8, **data) for name in ("one", "two"))
     for config in (one, two):
         content = yaml.safe_load(config.read_text())

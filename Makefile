@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-slow check docs shape newest constraints clean install
+.PHONY: quickstart test test-slow coverage check docs shape newest constraints clean install
 
 quickstart: $(STAMP)
 	$(BIN)/python -m moextend_pl quickstart $(ARGS)
@@ -16,6 +16,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# What tests with ARGS="--cov --cov-report=" recorded (and slow tests with --cov-append): fails below 95 % of lines.
+coverage: $(STAMP)
+	$(BIN)/python benchmarks/covered.py
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .
@@ -55,5 +59,5 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 # Leaves runs/ alone: it holds results.
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	find moextend_pl datamodules callbacks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
-"""Writes the pages that are read off the code: `make docs`.
+"""Writes the pages that are read off the code: `make docs`, and with the table of families `make families`.
 
-`errors.md` has every sentence that a user's mistake can end in, `configuration.md` every key of a stage file.
-A test holds both current.
+`errors.md` has every sentence that a user's mistake can end in, `configuration.md` every key of a stage file,
+`families.md` what is measured on a tiny model of every family. Tests hold them current.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 from docstring_parser import parse
 
 ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks")]
+
+import pages  # noqa: E402
 
 import callbacks  # noqa: E402
 import datamodules  # noqa: E402
@@ -124,10 +125,14 @@ def configuration_page() -> str:
 
 
 def main() -> None:
-    """Writes the pages."""
+    """Writes the pages; `--families` the table of families, which takes a model of each, beside them."""
     folder = Path(__file__).parent
     (folder / ERRORS).write_text(errors_page(), encoding="utf-8")
     (folder / CONFIGURATION).write_text(configuration_page(), encoding="utf-8")
+    if "--families" in sys.argv[1:]:
+        from helpers import family_table
+
+        pages.put(folder / "families.md", "make families", family_table.table())
 
 
 if __name__ == "__main__":

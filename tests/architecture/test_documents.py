@@ -36,3 +36,9 @@ def test_stage_files_and_scripts_named_are_here(page: Path) -> None:
     named = re.findall(r"(?:configs|benchmarks|tests|notebooks)/[\w./-]+", page.read_text(encoding="utf-8"))
     theirs = [name for name in named if "my_model" not in name]  # a person's own copy
     assert [name for name in theirs if not (ROOT / name.rstrip(".")).exists()] == []
+
+
+def test_readme_counts_the_families_of_the_table() -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    (count,) = re.findall(r"^(\d+ of the \d+) families of transformers \d+\.\d+", page, re.MULTILINE)
+    assert f"{count} mixture-of-experts families" in PAGES[0].read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
     python benchmarks/block.py --json block.json
     python benchmarks/block.py --quick
+    python benchmarks/block.py --threads 2 --write
 
 Compares the block of this project (frozen experts, new expert, router row and calibration that learn) with the
 same block written as a plain loop from the equations of MoExtend (arXiv 2408.03511, section 2) and with
@@ -32,6 +33,14 @@ from moextend_pl.moe.extension.reach import Reach
 
 SOURCE = 1
 BASELINE = "plain loop, all learns"
+# Columns of docs/speed.md and the cases whose speed stands there.
+ON_PAGE = {
+    "`moextend`": "extended, moextend",
+    "`grouped_mm`": "extended, grouped_mm",
+    "single stack": "extended, single stack",
+    "plain loop, same frozen base": "plain loop, frozen base",
+    "transformers eager, all learns": "transformers eager, all learns",
+}
 
 
 @dataclass(frozen=True)
@@ -217,9 +226,27 @@ def compare(shape: Shape, dtype: str, share: float | None, options: argparse.Nam
     ]  # fmt: skip
 
 
+def page_rows(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows of the page: one for each size with a random router, its cases beside each other."""
+    by_size: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row["new"] == "natural":
+            by_size.setdefault((row["E"], row["k"], row["dtype"], row["T"]), {})[row["case"]] = row
+    found: dict[str, list[Row]] = {}
+    for (experts, top_k, dtype, tokens), cases in by_size.items():
+        block = f"{experts} experts, top {top_k}"
+        rows_of_block = found.setdefault(block, [])
+        rows_of_block.append({
+            "block": "" if rows_of_block else block, "tokens": tokens, "type": dtype,
+            **{title: f"{cases[case]['speed']:.2f}x" for title, case in ON_PAGE.items()},
+            "kept for backward against transformers": f"{cases['extended, moextend']['kept']:.2f}",
+        })  # fmt: skip
+    return [row for rows_of_block in found.values() for row in rows_of_block]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one table and returns the exit code."""
-    options = parse(__doc__.splitlines()[0], argv)
+    options = parse(__doc__.splitlines()[0], argv, on_page=True)
     # Few large experts and many small ones; the largest numbers of tokens with more shares of the new expert.
     grid, shares = [(COARSE, (32, 512, 2048)), (FINE, (32, 1024))], (None, 0.0, 0.1, 0.5)
     if options.quick:
@@ -232,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sized = Shape(shape.experts, shape.top_k, shape.inner, shape.width, count)
                 for share in shares if count == tokens[-1] and shape is grid[0][0] else shares[:1]:
                     rows += compare(sized, dtype, share, options)
-    return finish(__doc__.splitlines()[0], {"one block, forward and backward": rows}, options)
+    return finish(__doc__.splitlines()[0], {"one block, forward and backward": rows}, options, page_rows(rows))
 
 
 if __name__ == "__main__":

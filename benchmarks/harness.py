@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
 import transformers
 from torch import Tensor
@@ -22,11 +24,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from moextend_pl.runs.atomic import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SPEED = pages.DOCS / "speed.md"
 Row = dict[str, Any]
 
 
-def parse(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the options that every benchmark has, and sets the number of threads."""
+def parse(description: str, argv: Sequence[str] | None = None, on_page: bool = False) -> argparse.Namespace:
+    """Reads the options that every benchmark has, and sets the number of threads.
+
+    Args:
+        description: What the benchmark answers.
+        argv: Options; by default those of the command line.
+        on_page: Whether it has a table in `docs/speed.md`, and so the option to write it.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes and two rounds: does it work?")
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="by default both")
@@ -35,7 +44,12 @@ def parse(description: str, argv: Sequence[str] | None = None) -> argparse.Names
     parser.add_argument("--rounds", type=int, help="timed rounds; by default 7, with --quick 2")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of this process only")
     parser.add_argument("--json", type=Path, help="file for the rows and the machine")
+    parser.set_defaults(write=False)
+    if on_page:
+        parser.add_argument("--write", action="store_true", help="put the table for the page into docs/speed.md")
     options = parser.parse_args(argv)
+    if options.write and (options.quick or options.dtype):
+        parser.error("--write needs the full sizes and both types: leave --quick and --dtype out")
     options.dtype = options.dtype or sorted(DTYPES, reverse=True)
     options.rounds = options.rounds or (2 if options.quick else 7)
     torch.set_num_threads(options.threads)
@@ -165,13 +179,27 @@ def _cell(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def finish(question: str, sections: Mapping[str, Sequence[Row]], options: argparse.Namespace) -> int:
-    """Prints every section as a table, writes the JSON if asked for, and returns the exit code."""
+def finish(
+    question: str, sections: Mapping[str, Sequence[Row]], options: argparse.Namespace, page: Sequence[Row] = ()
+) -> int:
+    """Prints every section as a table, writes what is asked for, and returns the exit code.
+
+    Args:
+        question: What the benchmark answers.
+        sections: Rows by title.
+        options: As read by `parse`.
+        page: Rows as `docs/speed.md` has them, below the mark with the name of the script.
+    """
     facts = machine(options)
     print(question)
     print(", ".join(f"{key} {value}" for key, value in facts.items() if key != "cpu_flags"))
     for title, rows in sections.items():
         print(f"\n{title}\n{table(rows)}")
+    if page:
+        markdown = pages.grid([*page[0]], [[str(value) for value in row.values()] for row in page])
+        print(f"\nfor docs/speed.md\n{markdown}")
+        if options.write:
+            pages.put(SPEED, Path(sys.argv[0]).name, markdown)
     if options.json is not None:
         write_json(options.json, {"question": question, "machine": facts, "sections": dict(sections)})
         print(f"\nwritten to {options.json}")

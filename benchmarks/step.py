@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --json step.json
     python benchmarks/step.py --quick
+    python benchmarks/step.py --threads 2 --rounds 5 --write
 
 A random Mixtral behind a projector, on sequences of which a quarter is image and an eighth is learned. Every
 case starts from the same weights and, as new experts start as copies that change nothing, computes the same
@@ -56,19 +57,20 @@ class Case:
     first_extended: int | None = None
     projector: bool = True
     label_only: bool = True
+    on_page: bool = False
 
 
 def cases(size: Size) -> list[Case]:
     """Returns the cases; the first is the one that others are compared with."""
     frozen, half = dispatch.FROZEN_EXPERTS, size.layers // 2
     return [
-        Case("full, transformers eager", "eager", label_only=False),
-        Case("full, transformers grouped_mm", "grouped_mm", label_only=False),
-        Case("full, label-only loss", "grouped_mm"),
-        Case("extended all + projector", frozen, 0, label_only=False),
-        Case("extended all + projector, label-only loss", frozen, 0),
-        Case("extended upper half, projector frozen", frozen, half, projector=False, label_only=False),
-        Case("extended upper half, projector frozen, label-only loss", frozen, half, projector=False),
+        Case("full fine-tuning, transformers eager", "eager", label_only=False, on_page=True),
+        Case("full fine-tuning, transformers grouped_mm", "grouped_mm", label_only=False),
+        Case("full fine-tuning, loss at labels only", "grouped_mm", on_page=True),
+        Case("all layers extended, projector learns", frozen, 0, label_only=False),
+        Case("all layers extended, projector learns, loss at labels only", frozen, 0, on_page=True),
+        Case("upper half extended, projector frozen", frozen, half, projector=False, label_only=False),
+        Case("upper half extended, projector frozen, loss at labels only", frozen, half, projector=False, on_page=True),
         Case("the same with grouped_mm", "grouped_mm", half, projector=False),
     ]
 
@@ -186,12 +188,28 @@ def _peak(model: Trained, batch: Batch, features: Tensor) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def page_rows(rows: Sequence[Row], size: Size) -> list[Row]:
+    """Returns the rows of the page: one for each of its cases, both types beside each other; none if one is missing."""
+    measured = {(row["case"], row["dtype"]): row for row in rows}
+    if len(measured) < len(cases(size)) * len(DTYPES):
+        return []
+    return [
+        {
+            "step": name, **{dtype: f"{measured[name, dtype]['speed']:.2f}x" for dtype in DTYPES},
+            "kept for backward, fp32": f"{measured[name, 'fp32']['kept_MB']:.0f} MB",
+            "optimizer and gradients, fp32": f"{measured[name, 'fp32']['state_MB']:.0f} MB",
+            "executed GFLOP": f"{measured[name, 'fp32']['GFLOP']:.1f}",
+        }
+        for name in (case.name for case in cases(size) if case.on_page)
+    ]  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one table and returns the exit code."""
-    options = parse(__doc__.splitlines()[0], argv)
+    options = parse(__doc__.splitlines()[0], argv, on_page=True)
     size = Size(layers=2, width=32, inner=32, vocabulary=64, batch=2, sequence=32) if options.quick else Size()
     rows = [row for dtype in options.dtype for row in compare(size, dtype, options)]
-    return finish(__doc__.splitlines()[0], {f"one step of {size}": rows}, options)
+    return finish(__doc__.splitlines()[0], {f"one step of {size}": rows}, options, page_rows(rows, size))
 
 
 if __name__ == "__main__":

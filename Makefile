@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-slow coverage check docs families shape newest constraints clean install
+.PHONY: quickstart test test-slow coverage check docs families picture shape newest constraints clean install
 
 quickstart: $(STAMP)
 	$(BIN)/python -m moextend_pl quickstart $(ARGS)
@@ -33,6 +33,11 @@ docs: $(STAMP)
 # The same, and the table of families: measured on a tiny model of each, a minute.
 families: $(STAMP)
 	$(BIN)/python docs/make.py --families
+
+# The picture of the README, from a finished quickstart; another one: make picture RUN=folder.
+RUN ?= runs/quickstart
+picture: $(STAMP)
+	$(BIN)/python docs/picture.py $(RUN)
 
 shape: $(STAMP)
 	$(BIN)/python benchmarks/shape.py

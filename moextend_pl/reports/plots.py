@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from moextend_pl.reports.report_text import accuracy_rows
 Counts = Mapping[str, Mapping[int, Tensor]]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
@@ -63,7 +65,7 @@ def plot_usage(moments: Mapping[str, Counts], path: Path) -> None:
             axis.set_xticks(range(shares.shape[1]))
             axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     figure.colorbar(image, ax=axes.ravel().tolist(), label="share of top-k selections")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_scores(scores: Mapping[int, float], chosen: Iterable[int], rule: str, path: Path) -> None:
@@ -82,7 +84,7 @@ def plot_scores(scores: Mapping[int, float], chosen: Iterable[int], rule: str, p
     bars = axis.bar([str(layer) for layer in scores], list(scores.values()), color=colours)
     axis.bar_label(bars, [f"{score:.3f}" for score in scores.values()], fontsize=7)
     axis.set(xlabel="layer", ylabel="shift of usage", title=f"{rule}: extended layers in orange")
-    _save(figure, path)
+    save(figure, path)
 
 
 def read_metrics(path: Path, name: str) -> tuple[list[int], list[float]]:
@@ -119,7 +121,7 @@ def plot_losses(runs: Mapping[str, Path], path: Path) -> None:
         axis.legend(fontsize=7)
     axes[0].set_ylabel("loss")
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_accuracies(data: Mapping[str, Any], path: Path) -> None:
@@ -132,19 +134,24 @@ def plot_accuracies(data: Mapping[str, Any], path: Path) -> None:
     rows = accuracy_rows(data)
     figure = Figure(figsize=(7, 0.8 + 0.5 * len(rows)))
     axis = figure.subplots()
-    places = range(len(rows))
-    for shift, colour, label, column in ((-0.18, "tab:orange", "pictures", 1), (0.18, "tab:blue", "text", 2)):
-        bars = axis.barh(
-            [y + shift for y in places], [row[column] or 0.0 for row in rows], 0.34, color=colour, label=label
-        )
-        axis.bar_label(
-            bars, ["-" if row[column] is None else f"{row[column]:.3f}" for row in rows], fontsize=8, padding=2
-        )
-    axis.set_yticks(list(places), [row[0] for row in rows])
-    axis.invert_yaxis()
-    axis.set(xlim=(0, 1.12), xlabel="exact-match accuracy on the test split")
+    bars_of_accuracy(axis, rows)
+    axis.set(xlabel="exact-match accuracy on the test split")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-    _save(figure, path)
+    save(figure, path)
+
+
+def bars_of_accuracy(axis: Axes, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Draws two bars a row: its second entry is the accuracy on pictures, its third that on text, None for none."""
+    for shift, colour, label, column in ((-0.18, "tab:orange", "pictures", 1), (0.18, "tab:blue", "text", 2)):
+        values = [row[column] for row in rows]
+        bars = axis.barh(
+            [y + shift for y in range(len(rows))], [value or 0.0 for value in values], 0.34, color=colour, label=label
+        )
+        texts = ["-" if value is None else f"{value:.3f}" for value in values]
+        axis.bar_label(bars, texts, fontsize=8, padding=2)
+    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.12))
 
 
 def plot_answers(datamodule: Any, predictions: Path, path: Path, count: int = 8) -> None:
@@ -171,4 +178,4 @@ def plot_answers(datamodule: Any, predictions: Path, path: Path, count: int = 8)
         axis.set_title(f"{row['prompt']}\n{row['prediction']} ({mark})", fontsize=7)
         axis.axis("off")
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from source import ROOT
 
-README_LINES = 160
+README_LINES, PICTURE_BYTES = 160, 200_000
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -20,6 +20,12 @@ def links(page: Path) -> list[str]:
 
 def test_readme_fits_a_strangers_patience() -> None:
     assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= README_LINES
+
+
+def test_readme_shows_one_picture_that_loads_fast() -> None:
+    (picture,) = re.findall(r"!\[.+?\]\((.+?)\)", PAGES[0].read_text(encoding="utf-8"))
+    assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / picture).stat().st_size <= PICTURE_BYTES
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

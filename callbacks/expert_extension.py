@@ -191,15 +191,7 @@ class ExpertExtension(Callback):
             self._write(run_directory(trainer), plan, after)
 
     def choose(self, before: Counts, after: Counts) -> ExtensionPlan:
-        """Applies the rule.
-
-        Args:
-            before: Counts by token kind and layer before the probe.
-            after: The same after it.
-
-        Returns:
-            The plan with its report.
-        """
+        """Applies the rule to counts by token kind and layer, from before the probe and from after it."""
         assert self.rule is not None
         layers = self.rule.choose(before["all"], after["all"])
         used = after["all"] if self.source == "after" else before["all"]

@@ -103,11 +103,7 @@ class Report:
         tokens = self.options.tokenizer is not None
         return {
             "place": self.place,
-            "shards": len(self.shards),
-            "samples": sum(map(len, self.shards)),
-            "images": sum(shard.images for shard in self.shards),
-            "turns": sum(int(shard.turns.sum()) for shard in self.shards),
-            "bytes": sum(shard.size for shard in self.shards),
+            **contents(self.shards),
             "sound_shards": found.sound_shards,
             "sound_samples": found.sound_samples,
             "formats": dict(sorted(found.formats.items())),
@@ -144,17 +140,21 @@ class Report:
         return [*out, f"{len(data['problems'])} problem(s)" if data["problems"] else "ok"]
 
 
+def contents(shards: list[Shard]) -> dict[str, int]:
+    """Returns how much a shard set holds."""
+    return {
+        "shards": len(shards),
+        "samples": sum(map(len, shards)),
+        "images": sum(shard.images for shard in shards),
+        "turns": sum(int(shard.turns.sum()) for shard in shards),
+        "bytes": sum(shard.size for shard in shards),
+    }
+
+
 def totals(place: str | Path, shards: list[Shard]) -> str:
     """Returns one line with all that a shard set holds."""
-    counts = [
-        len(shards),
-        sum(map(len, shards)),
-        sum(s.images for s in shards),
-        sum(int(s.turns.sum()) for s in shards),
-    ]
-    size = sum(shard.size for shard in shards) / 2**20
-    words = zip(counts, ("shards", "samples", "images", "turns"), strict=True)
-    return f"{place}: {', '.join(f'{count} {word}' for count, word in words)}, {size:.1f} MiB"
+    *words, (_, size) = contents(shards).items()
+    return f"{place}: {', '.join(f'{count} {word}' for word, count in words)}, {size / 2**20:.1f} MiB"
 
 
 def histogram(lengths: list[int]) -> dict[str, int]:
@@ -164,12 +164,7 @@ def histogram(lengths: list[int]) -> dict[str, int]:
 
 
 def audit(place: str | Path, options: AuditOptions, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Reads, decodes and, with a tokenizer, encodes every sample.
-
-    Args:
-        place: Folder or address.
-        options: How thorough to be.
-        progress: Is told how many samples of how many are done.
+    """Reads, decodes and, with a tokenizer, encodes every sample; tells `progress` how many of how many are done.
 
     Raises:
         UserError: If there is no valid index, or the tokenizer cannot be used.

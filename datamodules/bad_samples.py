@@ -53,12 +53,7 @@ class Placeholder(Sample):
 
 
 def placeholder(filler: Sample, bad: BadSample) -> Placeholder:
-    """Returns what stands for a bad sample.
-
-    Args:
-        filler: An empty sample of the same model.
-        bad: The sample, with the reason.
-    """
+    """Returns what stands for a bad sample, made from an empty sample of the same model."""
     if not bool((filler.labels == IGNORE_INDEX).all()) or len(filler.pixel_values):
         raise ValueError("expected a filler with nothing to learn and no image")
     return Placeholder(bad.key, filler.input_ids, filler.labels, filler.pixel_values, [], bad=bad)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
+from datamodules.options import EvaluationSpec, ReadingSpec, RowSpec
 from datamodules.order import FILLER, EndlessOrder, shuffled, slice_of_rank
 from moextend_pl.contracts import UserError
 
@@ -19,34 +20,25 @@ Row = int | tuple[int, ...]
 """What becomes a row of a batch: a unit, or in packed batches several."""
 
 
-def check_options(
-    packing: bool, bucket: int, max_length: int | None, num_workers: int = 0, val_samples: int | None = None
-) -> None:
+def check_options(rows: RowSpec, reading: ReadingSpec, evaluation: EvaluationSpec) -> None:
     """Refuses options of batches that cannot be used, or not together.
-
-    Args:
-        packing: Whether a row holds several samples.
-        bucket: Batches of which the samples are sorted by length together.
-        max_length: Longest sequence, and in packed batches the room of a row.
-        num_workers: Processes that read samples.
-        val_samples: Samples to validate on; None for all.
 
     Raises:
         UserError: If packing has no length of a row, there are no or unused buckets, or a number is out of its range.
     """
     for name, value, least in (
-        ("rows.max_length", max_length, 1),
-        ("reading.num_workers", num_workers, 0),
-        ("evaluation.samples", val_samples, 1),
+        ("rows.max_length", rows.max_length, 1),
+        ("reading.num_workers", reading.num_workers, 0),
+        ("evaluation.samples", evaluation.samples, 1),
     ):
         if value is not None and value < least:
             raise UserError(f"Expected `{name}` of the data module of at least {least}, got {value}. Raise it.")
-    if packing and max_length is None:
+    if rows.packing and rows.max_length is None:
         raise UserError("Expected `max_length`, the tokens of a packed row, got none. Set it, or `packing: false`.")
-    if bucket < 1 or (packing and bucket > 1):
+    if rows.bucket < 1 or (rows.packing and rows.bucket > 1):
         raise UserError(
-            f"Expected `bucket` of at least 1, and of 1 where samples are packed, got {bucket} with "
-            f"`packing: {str(packing).lower()}`."
+            f"Expected `bucket` of at least 1, and of 1 where samples are packed, got {rows.bucket} with "
+            f"`packing: {str(rows.packing).lower()}`."
         )
 
 

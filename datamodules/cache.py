@@ -43,13 +43,7 @@ class ShardCache:
         self.limit = limit
 
     def open(self, address: str, size: int, sha256: str, options: StreamOptions) -> int:
-        """Returns an open handle of a file, after downloading it if needed.
-
-        Args:
-            address: Where it comes from.
-            size: Its bytes.
-            sha256: Its digest.
-            options: How to download.
+        """Returns an open handle of a file with this size and digest, after downloading it if needed.
 
         Raises:
             ShardError: If it cannot be fetched, is another file, or does not fit, or the folder cannot be used.
@@ -158,12 +152,7 @@ class Source:
         return path.read_bytes()
 
     def open(self, file: str, size: int, sha256: str) -> int:
-        """Returns an open handle of a file.
-
-        Args:
-            file: Its name in the folder.
-            size: Its bytes, according to the index.
-            sha256: Its digest, according to the index.
+        """Returns an open handle of a file that the index gives this size and digest.
 
         Raises:
             ShardError: If it cannot be read or fetched, or has another size.

@@ -30,9 +30,6 @@ FOLDER = "folder, or the address of a remote one"
 def main(argv: list[str]) -> int:
     """Runs one `shards` command.
 
-    Args:
-        argv: What follows `shards` on the command line.
-
     Returns:
         0 if all is well, 1 if `check` found something wrong.
 

@@ -196,8 +196,7 @@ class ConversationDataset(Dataset[Sample]):
     def __getitems__(self, rows: Sequence[Any]) -> list[Sample] | list[list[Sample]] | Failure:
         """Returns the samples of a batch, or the first mistake met; torch's fetcher calls this.
 
-        Args:
-            rows: A unit a row, or several where samples are packed.
+        A row is a unit, or several where samples are packed.
         """
         try:
             if self.packed:

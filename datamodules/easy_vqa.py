@@ -70,14 +70,7 @@ class Scene:
 
 
 def derive_scene(questions: Iterable[tuple[str, str]], key: str = "image") -> Scene | None:
-    """Finds colour and shape of an image by reasoning over its questions and answers.
-
-    Args:
-        questions: Pairs of question and answer.
-        key: Name of the image, for the error message.
-
-    Returns:
-        The scene, or None where the questions leave it open.
+    """Finds colour and shape of an image by reasoning over its questions and answers; None where they leave it open.
 
     Raises:
         UserError: If the answers contradict each other.
@@ -162,14 +155,7 @@ def pictures_of(package: ModuleType, split: str) -> list[Picture]:
 
 
 def build_easy_vqa(out: Path, samples_per_shard: int = 1000) -> dict[str, list[Shard]]:
-    """Builds the three shard sets, each with `train`, `val` and `test`, and the tokenizer of their train texts.
-
-    Args:
-        out: Folder to write; takes its place only when all is written.
-        samples_per_shard: Samples of each shard but the last.
-
-    Returns:
-        `set/split` -> its shards.
+    """Builds the three shard sets, each with `train`, `val` and `test`, and a tokenizer; see `write_sets`.
 
     Raises:
         UserError: If the package is not installed or damaged, or the folder holds something else.

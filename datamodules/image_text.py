@@ -75,13 +75,7 @@ class ImageTextShards(pl.LightningDataModule):
         self.batch_size, asked = batch_size, self.evaluation.batch_size
         self.eval_batch_size = batch_size if asked is None else asked
         self.spec = spec
-        check_options(
-            self.rows.packing,
-            self.rows.bucket,
-            self.rows.max_length,
-            self.reading.num_workers,
-            self.evaluation.samples,
-        )
+        check_options(self.rows, self.reading, self.evaluation)
         self._tables: dict[tuple[ShardSet, ...], UnitTable] = {}
         self._plan: BatchPlan | None = None
         self._start = 0

@@ -43,19 +43,11 @@ class _Chunks(Dataset[np.ndarray | Failure]):
 
 
 def unit_lengths(dataset: ConversationDataset, run: Path | None, num_workers: int) -> np.ndarray:
-    """Returns the tokens of each unit, as training would encode it.
+    """Returns the tokens of each unit, (n,) int32, as training would encode it.
 
     Kept for each folder as `lengths-<fingerprint>.npy` beside its shards or, where that folder cannot be
     written to, in the run directory. The fingerprint covers shards, tokenizer and chat template, tokens of an
     image, longest sequence, and what a unit is.
-
-    Args:
-        dataset: Training samples.
-        run: The run directory, if there is one.
-        num_workers: Processes that count.
-
-    Returns:
-        (n,) int32.
     """
     table = dataset.table
     bounds = np.cumsum([0] + [sum(sizes) for sizes in table.sizes_by_folder()]).tolist()

@@ -58,13 +58,10 @@ def read_annotations(path: Path) -> tuple[bytes, list[Any]]:
 
 
 def unique_keys(items: Sequence[Any]) -> tuple[list[str], int]:
-    """Returns a key for each entry, and how many of them are not the entry's `id`.
+    """Returns a key for each entry, '' where its id is not usable, and how many of them are not the entry's `id`.
 
     A dot becomes `_`, since WebDataset ends keys at it. An id that was seen before gets `-2`, `-3`, ... in the
     order of the file, past every number that makes the id of another entry.
-
-    Args:
-        items: Entries; one without a usable id gets the key ''.
     """
     identities = [item.get("id") if isinstance(item, dict) else None for item in items]
     texts = [str(i) if isinstance(i, (str, int)) and not isinstance(i, bool) else "" for i in identities]

@@ -48,13 +48,7 @@ def shard_sets(sets: Sets) -> tuple[ShardSet, ...]:
 
 
 def training_order(sets: Sequence[ShardSet], sizes: Sequence[Sequence[int]], seed: int) -> EndlessOrder:
-    """Returns the order of one or several shard sets.
-
-    Args:
-        sets: The sets.
-        sizes: Units of each shard of each set.
-        seed: Any number.
-    """
+    """Returns the order of one or several shard sets; `sizes` are the units of each shard of each set."""
     weights = [one.weight for one in sets if one.weight is not None]
     if len(sets) < 2 or not weights:
         return Order([size for own in sizes for size in own], seed)
@@ -101,14 +95,9 @@ class Mixture(EndlessOrder):
 
 
 def largest_remainder(total: int, weights: Sequence[float]) -> list[int]:
-    """Divides a total into whole shares by weight; what rounding leaves goes to the largest fractions.
+    """Divides a total into whole shares by weight.
 
-    Args:
-        total: What to divide.
-        weights: Positive numbers.
-
-    Returns:
-        Shares that add up to the total; of equal fractions the first is served first.
+    What rounding leaves goes to the largest fractions; of equal ones the first is served first.
     """
     exact = np.asarray(weights, dtype=np.float64) / float(np.sum(weights)) * total
     shares = np.floor(exact).astype(np.int64)

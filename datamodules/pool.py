@@ -19,10 +19,7 @@ Result = TypeVar("Result")
 def in_processes(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Result]]:
     """Yields (number of the job, result) as jobs are done.
 
-    Args:
-        work: A function of a module, so that it can be sent to a process.
-        jobs: Its arguments.
-        workers: Processes; 1 does the work in this one.
+    The work is a function of a module, so that it can be sent to a process; one worker does it in this one.
 
     Raises:
         UserError: If a process died.

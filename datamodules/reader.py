@@ -92,10 +92,7 @@ class ShardReader:
         return shard, number - (int(self.ends[shard - 1]) if shard else 0)
 
     def read(self, number: int) -> RawSample:
-        """Reads one sample.
-
-        Args:
-            number: Counts samples over all shards of the folder, from 0.
+        """Reads one sample by its number, counted over all shards of the folder.
 
         Raises:
             UserError: If the shard changed since it was indexed, or the sample is not valid.

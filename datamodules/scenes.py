@@ -84,12 +84,7 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def pictures(count: int, seed: int) -> Iterator[Picture]:
-    """Yields pictures whose scenes all differ.
-
-    Args:
-        count: How many.
-        seed: Another seed gives other pictures.
-    """
+    """Yields pictures whose scenes all differ; another seed gives others."""
     rng = random.Random(f"scenes {seed}")
     seen: set[Scene] = set()
     while len(seen) < count:
@@ -174,16 +169,7 @@ def entries(shown: Iterable[Picture]) -> dict[str, list[Entry]]:
 def build_scenes(
     out: Path, images: int = IMAGES, seed: int = 0, samples_per_shard: int = SAMPLES_PER_SHARD
 ) -> dict[str, list[Shard]]:
-    """Builds the three shard sets, each with `train`, `val` and `test`, and a tokenizer of all words in use.
-
-    Args:
-        out: Folder to write; takes its place only when all is written.
-        images: Pictures of all splits together.
-        seed: Another seed gives other scenes.
-        samples_per_shard: Samples of each shard but the last.
-
-    Returns:
-        `set/split` -> its shards.
+    """Builds the three shard sets, each with `train`, `val` and `test`, and a tokenizer of all words; see `write_sets`.
 
     Raises:
         UserError: If the number of images is out of range, or the folder holds something else.

@@ -131,14 +131,7 @@ def write_shards(entries: Iterable[Entry], folder: Path, samples_per_shard: int 
 
 
 def write_shard(path: Path, entries: Iterable[Entry]) -> int:
-    """Writes one tar file, none if there is no sample.
-
-    Args:
-        path: The file.
-        entries: Samples, already checked.
-
-    Returns:
-        How many samples it holds.
+    """Writes one tar file, none if there is no sample, and returns how many samples it holds.
 
     Raises:
         UserError: If a key cannot be a name, or an image is of no known kind.

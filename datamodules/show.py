@@ -43,15 +43,7 @@ def describe_sample(raw: RawSample) -> list[str]:
 def describe_labels(
     raw: RawSample, tokenizer: Path, tokens_per_image: int, max_length: int | None, colour: bool
 ) -> list[str]:
-    """Returns the ids; learned ones are green, or stand in brackets where there is no colour.
-
-    Args:
-        raw: The sample.
-        tokenizer: Folder of a tokenizer with a chat template.
-        tokens_per_image: Placeholders of one image.
-        max_length: Cut as training would; None for no limit.
-        colour: Whether to colour.
-    """
+    """Returns the ids; learned ones are green, or stand in brackets where there is no colour."""
     spec = load_spec(tokenizer, tokens_per_image)
     sample = ConversationEncoder(spec, max_length).encode(raw.key, raw.turns, [], [])
     learned = int((sample.labels != IGNORE_INDEX).sum())

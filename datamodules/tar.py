@@ -117,13 +117,7 @@ def walk(stream: BinaryIO, total: int) -> Iterator[TarMember]:
 
 
 def belongs(block: bytes, name: str, size: int) -> bool:
-    """Tells whether a header block is the one of a member; what a block cannot hold of a name is not compared.
-
-    Args:
-        block: The 512 bytes before the content.
-        name: Name of the member in the index.
-        size: Bytes of its content in the index.
-    """
+    """Tells whether the block before a content is its header; what a block cannot hold of a name is not compared."""
     try:
         header = parse_header(block)
     except TarError:

@@ -17,9 +17,6 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
     Ids follow the special tokens and then the alphabet, so the same words give the same tokenizer
     whatever their order. There is no token for images: their id is the vocabulary's size.
-
-    Args:
-        texts: All texts to be known.
     """
     normalizer = normalizers.Lowercase()
     splitter = pre_tokenizers.Whitespace()

@@ -289,9 +289,5 @@ class UpcycleSpec:
 
 
 def run_directory(trainer: Any) -> Path:
-    """Returns the folder of a run; everything a stage writes lies in it.
-
-    Args:
-        trainer: A Lightning trainer.
-    """
+    """Returns the folder of a run; everything a stage writes lies in it."""
     return Path(trainer.default_root_dir)

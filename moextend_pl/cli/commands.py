@@ -102,9 +102,6 @@ def run(argv: list[str]) -> MoExtendCLI | int:
     A strategy that launches its own processes (DDP outside SLURM) starts them from `sys.argv`, so it
     belongs on the shell's command line.
 
-    Args:
-        argv: What would follow `python -m moextend_pl`.
-
     Returns:
         The finished CLI with its `model`, `datamodule` and `trainer`, or the exit code of a command that has none.
 

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Opens a picture as the data does, with the same limits and conversions.
-
-    Args:
-        path: A PNG, JPEG or WebP file.
+    """Opens a picture, PNG, JPEG or WebP, as the data does: with the same limits and conversions.
 
     Raises:
         UserError: If it cannot be read, or is too large.
@@ -37,12 +34,6 @@ def open_picture(path: Path) -> Image.Image:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the answer to one question.
-
-    Args:
-        argv: What follows `generate` on the command line.
-
-    Returns:
-        Exit code 0.
 
     Raises:
         UserError: If the run or the picture cannot be read, or the model was extended for other tasks.

@@ -202,11 +202,7 @@ class MoExtendCLI(LightningCLI):
 
 
 def replace_plan(config: Namespace, path: str) -> None:
-    """Lets the extend run of a config read another plan, for example one written by hand.
-
-    Args:
-        config: Parsed config of a stage; changed in place.
-        path: The plan file.
+    """Lets the extend run of a config, changed in place, read another plan, for example one written by hand.
 
     Raises:
         UserError: If the stage reads no plan.

@@ -18,9 +18,6 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> int:
     """Converts, and says where the report lies.
 
-    Args:
-        argv: What follows `convert`.
-
     Raises:
         UserError: For every mistake that the user can mend.
     """

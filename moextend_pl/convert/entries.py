@@ -66,11 +66,6 @@ def same(ours: str, published: str) -> Entry:
 def check_names(expected: Iterable[str], got: Iterable[str], origin: str) -> None:
     """Refuses a set of tensors that is not exactly the layout's.
 
-    Args:
-        expected: Names that the layout asks for.
-        got: Names that are there.
-        origin: Where they were found.
-
     Raises:
         UserError: If one is missing or unexpected; shows the first few.
     """

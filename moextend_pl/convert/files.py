@@ -110,13 +110,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
 
 def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a transformers checkpoint, `model.safetensors` or shards with their index.
-
-    Args:
-        tensors: Names and tensors, read once.
-        folder: Where they go.
-        shard_bytes: Size above which a shard is closed.
-    """
+    """Writes a transformers checkpoint, `model.safetensors` or shards with their index."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     size = total = 0

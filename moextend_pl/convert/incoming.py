@@ -44,9 +44,6 @@ TOKENIZER_FILES = (
 def language_config(data: dict[str, Any]) -> PreTrainedConfig:
     """Returns the configuration of the language model alone, out of a published `config.json`.
 
-    Args:
-        data: What the file holds.
-
     Raises:
         UserError: If it is of another model, or has values that cannot be.
     """

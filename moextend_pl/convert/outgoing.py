@@ -100,14 +100,10 @@ def _encoder(manifest: Manifest, layout: str) -> VisionEncoder | None:
 
 
 def whole_tower(encoder: VisionEncoder, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a tower: those of its files, and what a run learned in their place.
+    """Returns the tensors of a tower that is not built: those of its files, and what a run learned in their place.
 
     Blocks that were not upcycled, as those that nothing reads, become copies of their dense MLP where others were:
     the published layout has experts in all. They compute what they did; their routers are as `upcycle` draws them.
-
-    Args:
-        encoder: The tower, not built.
-        delta: Tensors that the run learned.
     """
     if encoder.path is not None:
         stored = dict(TensorFiles(encoder.path / WEIGHTS_FILE))

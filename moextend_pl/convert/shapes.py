@@ -26,10 +26,6 @@ HEAD_WIDTH = 64
 def joined_shapes(tensors: TensorFiles, entries: Iterable[Entry]) -> dict[str, Shape]:
     """Returns the shape of each of our tensors, without reading the published ones.
 
-    Args:
-        tensors: Of the checkpoint.
-        entries: Of its layout.
-
     Raises:
         UserError: If tensors that become one differ in shape.
     """
@@ -93,15 +89,6 @@ def check_shapes(
     scales: int,
 ) -> None:
     """Refuses tensors that do not fit the model they belong to.
-
-    Args:
-        origin: Where they were found.
-        shapes: By our names.
-        parts: Of the checkpoint.
-        tower: Configuration of the tower, if there is one.
-        language: Likewise of the language model.
-        plan: What its extension adds, if anything.
-        scales: Number of scales at which an image is encoded.
 
     Raises:
         UserError: If a shape is another one; shows the first few.

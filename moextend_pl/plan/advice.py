@@ -36,13 +36,7 @@ def fits(shape: ModelShape, run: RunShape, gpu: Gpu) -> bool:
 
 
 def remedies(shape: ModelShape, run: RunShape, gpu: Gpu) -> list[Remedy]:
-    """Lists what would make a stage fit, each on its own, with the same global batch.
-
-    Args:
-        shape: The model.
-        run: A run that does not fit.
-        gpu: The card.
-    """
+    """Lists what would make a stage fit, each on its own, with the same global batch."""
     batches = [run, *_smaller_batches(run)]
     options = [_first(shape, gpu, batches[1:]) or _first(shape, gpu, _shorter(shape, batches[-1]))]
     if not run.nf4 and any(part.quantisable for part in shape.parts):
@@ -96,13 +90,7 @@ def _sharded(shape: ModelShape, batches: list[RunShape], gpu: Gpu) -> Remedy | N
 
 
 def verdict(shape: ModelShape, run: RunShape, gpu: Gpu) -> str:
-    """Returns one line: whether the stage fits, and if not what would help.
-
-    Args:
-        shape: The model.
-        run: The run.
-        gpu: The card.
-    """
+    """Returns one line: whether the stage fits, and if not what would help."""
     need, room = memory(shape, run), f"{_gb(USABLE * gpu.memory)} of {_gb(gpu.memory)} usable on {gpu.name}"
     if fits(shape, run, gpu):
         return f"fits: {_gb(need.total)} needed, {room}"

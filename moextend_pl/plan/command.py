@@ -51,13 +51,7 @@ def options_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the plan of a stage.
-
-    Args:
-        argv: What follows `plan` on the command line.
-
-    Returns:
-        Exit code 0, also for a stage that does not fit.
+    """Prints the plan of a stage; also one that does not fit ends with code 0.
 
     Raises:
         UserError: For mistakes in the config or the options.
@@ -85,12 +79,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def uncounted(stage: StageModel, shape: ModelShape) -> list[str]:
-    """Says in one sentence each what a stage does that the arithmetic leaves out.
-
-    Args:
-        stage: The stage.
-        shape: Its model.
-    """
+    """Says in one sentence each what a stage does that the arithmetic leaves out."""
     from moextend_pl.models.model_folder import is_quantised
 
     learning = [part for part in (shape.tower, shape.projector) if part is not None and part.learns]
@@ -108,10 +97,6 @@ def uncounted(stage: StageModel, shape: ModelShape) -> list[str]:
 
 def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Report:
     """Builds the stage on the meta device and does the arithmetic.
-
-    Args:
-        options: As parsed by `options_parser`.
-        stage_options: Options of `fit`.
 
     Raises:
         UserError: For mistakes in the config or the options.

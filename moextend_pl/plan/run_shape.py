@@ -53,13 +53,7 @@ def configured_gpus(trainer: dict[str, Any]) -> int:
 
 
 def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more: Any) -> RunShape:
-    """Reads what a run does in one step.
-
-    Args:
-        config: A stage's parsed config.
-        wishes: What replaces parts of it.
-        shape: The model.
-        more: Further fields of `RunShape`.
+    """Reads what a run does in one step; `more` are further fields of `RunShape`.
 
     Raises:
         UserError: If the config does not say it, or the batch does not divide.
@@ -107,25 +101,12 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
 
 
 def run_time(shape: ModelShape, run: RunShape, flops: float, price: float | None) -> Time:
-    """Returns duration and cost at a number of executed operations a second.
-
-    Args:
-        shape: The model.
-        run: The run.
-        flops: Operations a second that one GPU reaches.
-        price: Of one GPU for an hour.
-    """
+    """Returns duration and cost at the operations a second that each GPU executes; `price` as in `measured_time`."""
     tokens = run.micro_batch * run.mean_length
     return measured_time(run, flops * tokens / operations(shape, run).total, price)
 
 
 def measured_time(run: RunShape, tokens_per_second: float, price: float | None) -> Time:
-    """Returns duration and cost at a measured speed.
-
-    Args:
-        run: The run.
-        tokens_per_second: Of one GPU.
-        price: Of one GPU for an hour.
-    """
+    """Returns duration and cost at a measured speed of one GPU; `price` is that of one GPU for an hour."""
     hours = run.steps * run.accumulate * run.micro_batch * run.mean_length / tokens_per_second / 3600
     return Time(tokens_per_second, hours, None if price is None else hours * run.gpus * price)

@@ -32,9 +32,6 @@ def read_shape(module: StageModule, compute_bytes: int) -> ModelShape:
     Args:
         module: Built, grown and frozen as a run would, on the meta device or any other.
         compute_bytes: Bytes of one value outside the experts.
-
-    Returns:
-        The shape.
     """
     language = getattr(module, "language", module if isinstance(module, MoELanguageModel) else None)
     encoder = getattr(module, "encoder", module if isinstance(module, VisionEncoder) else None)

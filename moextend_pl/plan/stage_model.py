@@ -145,9 +145,6 @@ def _beside(files: Sequence[Path], name: str) -> Path | None:
 def read_stage(argv: Sequence[str]) -> StageModel:
     """Builds the model of a stage on the meta device.
 
-    Args:
-        argv: Options of `fit`, `--config` among them.
-
     Raises:
         UserError: For every mistake that `fit` would notice before it reads weights or data.
     """

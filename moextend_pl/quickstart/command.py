@@ -74,14 +74,7 @@ class Quickstart:
         self._digest = hashlib.sha256(" ".join(self.overrides).encode()).hexdigest()
 
     def run(self, with_full_finetune: bool = True) -> Path:
-        """Runs or skips every step.
-
-        Args:
-            with_full_finetune: Whether the baseline is trained too.
-
-        Returns:
-            The report.
-        """
+        """Runs or skips every step, those of the baseline only if asked, and returns the report."""
         self._write_configs()
         path = self.out / SECONDS
         self.seconds = {name: float(value) for name, value in read_json(path).items()}
@@ -177,14 +170,7 @@ def _time_left(started: float, done: float, ahead: float) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the quickstart.
-
-    Args:
-        argv: What follows `quickstart` on the command line.
-
-    Returns:
-        Exit code 0.
-    """
+    """Runs the quickstart."""
     parser = argparse.ArgumentParser(
         prog="python -m moextend_pl quickstart", description=(__doc__ or "").split("\n")[0]
     )

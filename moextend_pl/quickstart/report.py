@@ -41,10 +41,6 @@ def _accuracies(metrics: Mapping[str, Any]) -> dict[str, float]:
 def measure_stage(config: Path, *options: str) -> tuple[dict[str, float], Any]:
     """Lets the model of a stage answer its test sets by greedy generation.
 
-    Args:
-        config: Stage file.
-        options: Further options of the command line.
-
     Returns:
         Exact-match accuracy by test set, and the finished command with its model and data.
     """
@@ -68,10 +64,7 @@ def measure_open_routing(command: Any) -> float:
 def text_logits_identical(model: MoExtend, base: Path, batches: Any) -> bool:
     """Returns whether every text logit equals that of the untouched base, bit for bit.
 
-    Args:
-        model: The extended model.
-        base: Folder of the base, read anew by transformers alone.
-        batches: Batches of text without images.
+    The base is read anew by transformers alone.
     """
     stock = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype=torch.float32).eval()
     if model.language.compute.experts_implementation != FROZEN_EXPERTS:  # which equals the default of transformers
@@ -95,15 +88,7 @@ def base_is_unchanged(run_directory: Path, base: Path) -> bool:
 
 
 def measure_extended(out: Path, configs: Path) -> dict[str, Any]:
-    """Measures base, aligned and extended model.
-
-    Args:
-        out: Folder of the quickstart.
-        configs: Folder of its stage files.
-
-    Returns:
-        The numbers of the report that do not depend on the baseline.
-    """
+    """Measures base, aligned and extended model: the numbers of the report that do not depend on the baseline."""
     base, _ = measure_stage(configs / "0_language.yaml")
     pictures = json.dumps({"vqa": str(out / "data" / "vqa" / "test")})
     aligned, alignment = measure_stage(configs / "1_align.yaml", f"--data.init_args.test={pictures}")
@@ -162,13 +147,7 @@ def peak_memory_gb(out: Path) -> float:
 
 
 def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> None:
-    """Measures what is there and writes `report.json`, `report.md` and the plots.
-
-    Args:
-        out: Folder of the quickstart.
-        configs: Folder of its stage files.
-        seconds: Wall-clock seconds by step.
-    """
+    """Measures what is there and writes `report.json`, `report.md` and the plots."""
     extended = out / "3_extend" / DELTA_FILE
     data = _once(out, "extended", extended, lambda: measure_extended(out, configs))
     full = out / "full_finetune" / DELTA_FILE

@@ -69,14 +69,7 @@ def plot_usage(moments: Mapping[str, Counts], path: Path) -> None:
 
 
 def plot_scores(scores: Mapping[int, float], chosen: Iterable[int], rule: str, path: Path) -> None:
-    """Draws the score of every layer, the chosen ones marked.
-
-    Args:
-        scores: Score by layer.
-        chosen: Layers that the rule chose.
-        rule: Name of the rule.
-        path: Where the PNG goes.
-    """
+    """Draws the score of every layer, the chosen ones marked."""
     chosen = set(chosen)
     figure = Figure(figsize=(5, 2.8))
     axis = figure.subplots()
@@ -88,15 +81,7 @@ def plot_scores(scores: Mapping[int, float], chosen: Iterable[int], rule: str, p
 
 
 def read_metrics(path: Path, name: str) -> tuple[list[int], list[float]]:
-    """Reads one column of Lightning's `metrics.csv`.
-
-    Args:
-        path: The file.
-        name: Column.
-
-    Returns:
-        Steps and values, where the column has one.
-    """
+    """Reads one column of Lightning's `metrics.csv`: steps and values, where it has one."""
     with path.open(newline="") as file:
         # A continued run took some steps twice; the last row of a step counts.
         rows = {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
@@ -104,12 +89,7 @@ def read_metrics(path: Path, name: str) -> tuple[list[int], list[float]]:
 
 
 def plot_losses(runs: Mapping[str, Path], path: Path) -> None:
-    """Draws the training loss of several runs side by side.
-
-    Args:
-        runs: `metrics.csv` by the name of the run.
-        path: Where the PNG goes.
-    """
+    """Draws the training loss of several runs, each by its `metrics.csv`, side by side."""
     figure = Figure(figsize=(3.1 * len(runs), 2.6))
     axes = figure.subplots(1, len(runs), squeeze=False)[0]
     for axis, (name, metrics) in zip(axes, runs.items(), strict=True):
@@ -125,12 +105,7 @@ def plot_losses(runs: Mapping[str, Path], path: Path) -> None:
 
 
 def plot_accuracies(data: Mapping[str, Any], path: Path) -> None:
-    """Draws picture and text accuracy of every model of the quickstart.
-
-    Args:
-        data: What `report.json` holds.
-        path: Where the PNG goes.
-    """
+    """Draws picture and text accuracy of every model of the quickstart, out of its `report.json`."""
     rows = accuracy_rows(data)
     figure = Figure(figsize=(7, 0.8 + 0.5 * len(rows)))
     axis = figure.subplots()

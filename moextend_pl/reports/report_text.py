@@ -103,14 +103,7 @@ Peak memory: {peak_memory_gb:.2f} GB.
 
 
 def markdown(data: Mapping[str, Any]) -> str:
-    """Writes the report.
-
-    Args:
-        data: What `report.json` holds.
-
-    Returns:
-        Markdown that shows the plots beside it.
-    """
+    """Returns what `report.json` holds as Markdown that shows the plots beside it."""
     return TEMPLATE.format(
         total_parameters=data["total_parameters"],
         trainable_parameters=data["trainable_parameters"],

@@ -36,14 +36,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
         """Loads a checkpoint after comparing its bytes with the checksums in it, which torch does not do.
 
-        Args:
-            path: Where it lies.
-            args: As in the base class.
-            options: As in the base class.
-
-        Returns:
-            Tensors and plain values.
-
         Raises:
             UserError: If the file is damaged, or none of Lightning's.
         """

@@ -89,9 +89,6 @@ def check_writable(run: Path) -> None:
 def only_writer(run: Path) -> Iterator[None]:
     """Keeps a second run out of a run directory; a run that dies, however it dies, leaves it open.
 
-    Args:
-        run: A run directory that exists.
-
     Raises:
         UserError: If another run writes there.
     """

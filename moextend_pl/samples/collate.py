@@ -33,12 +33,7 @@ def pad(rows: Sequence[Tensor], value: int, left: bool = False) -> Tensor:
 
 
 def collate_training(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Pads on the right and stacks; images of all samples follow each other.
-
-    Args:
-        samples: B samples.
-        pad_id: Id of padding.
-    """
+    """Pads on the right and stacks; images of all samples follow each other."""
     return _collate(samples, [sample.input_ids for sample in samples], [sample.labels for sample in samples], pad_id)
 
 

@@ -108,13 +108,7 @@ class ConversationEncoder:
     def encode_prompt(
         self, key: str, turns: tuple[Turn, ...], pixels: Sequence[torch.Tensor], names: Sequence[str]
     ) -> Sample:
-        """Encodes everything left of the last answer, for generation; labels are all ignored.
-
-        Args:
-            key: Name of the sample.
-            turns: All questions and answers; the last answer becomes `answer`.
-            pixels: I images, each (3, H, W), in the order of their `<image>`.
-            names: I names of the images.
+        """Encodes, as `encode`, everything left of the last answer, for generation; labels are all ignored.
 
         Raises:
             UserError: If the template cannot be used, or the prompt is longer than `max_length`.

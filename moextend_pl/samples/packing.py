@@ -40,10 +40,6 @@ def attention_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     itself, one for each kind of layer: a sliding layer keeps its window. The models are not left to derive
     them from the positions, since some (GPT-OSS, AFMoE in 5.23) would not. Padding becomes a document of
     its own, which nothing learns from.
-
-    Args:
-        model: Its configuration says which masks there are.
-        batch: With `documents` if its rows are packed.
     """
     documents_BS = batch.get("documents")
     if documents_BS is None:
@@ -96,9 +92,6 @@ def packing_obstacle(config: PreTrainedConfig) -> str:
 
     Recurrent layers (Mamba, linear attention, convolutions) carry what they read across the border of a
     document, and no mask stops them.
-
-    Args:
-        config: Configuration of the model.
     """
     text: Any = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()

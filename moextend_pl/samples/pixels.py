@@ -25,11 +25,6 @@ DECODERS = tuple(dict.fromkeys(IMAGE_FORMATS.values()))
 def open_image(data: bytes, origin: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens an image without decoding its pixels; only PNG, JPEG and WEBP are tried.
 
-    Args:
-        data: The file's content.
-        origin: Name of shard and sample, for the error message.
-        max_pixels: Largest width times height.
-
     Raises:
         UserError: If the bytes are of another format, or the image is too large.
     """

@@ -15,16 +15,7 @@ from moextend_pl.samples.turns import IMAGE_MARK, Turn
 
 
 def prompt_batch(spec: SampleSpec, image: Image.Image | None, question: str, device: torch.device) -> Batch:
-    """Encodes a question.
-
-    Args:
-        spec: What the model asks of its data.
-        image: A picture, or None.
-        question: Text without any image mark.
-        device: Where the tensors go.
-
-    Returns:
-        A generation batch of one prompt.
+    """Returns a generation batch of one question, about a picture or none, without any image mark.
 
     Raises:
         UserError: If the question holds an image mark, which would ask for a picture that nobody gave.

@@ -75,12 +75,7 @@ def messages_of(turns: tuple[Turn, ...]) -> list[Message]:
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, steps: list[list[Message]], prompt: bool) -> list[str]:
-    """Renders conversations.
-
-    Args:
-        tokenizer: With a chat template.
-        steps: The conversations.
-        prompt: Whether to add what stands before the next answer.
+    """Renders conversations, with `prompt` also what stands before the next answer.
 
     Raises:
         UserError: If the template refuses one.
@@ -99,10 +94,6 @@ def answer_spans(tokenizer: PreTrainedTokenizerBase, turns: tuple[Turn, ...]) ->
 
     A template that marks its answers by `{% generation %}` says itself where they are. Any other is rendered in
     growing steps; what a step adds after the generation prompt is the answer, end token included.
-
-    Args:
-        tokenizer: With a chat template.
-        turns: The conversation.
 
     Returns:
         The text, and (start, end) of each answer in characters.

@@ -88,11 +88,6 @@ def conversation_problems(conversations: Any, images: int) -> list[str]:
 def parse_turns(conversations: Any, images: int, origin: str) -> tuple[Turn, ...]:
     """Turns LLaVA's list into pairs.
 
-    Args:
-        conversations: As for `conversation_problems`.
-        images: How many images the sample has.
-        origin: Name of sample and shard, for the error message.
-
     Raises:
         UserError: If the conversation is not valid.
     """
@@ -110,11 +105,6 @@ def single_turn(turns: tuple[Turn, ...], position: int, images: int) -> tuple[Tu
 
     A turn that marks images keeps exactly those; a turn that marks none is given all images of the
     sample, with their marks at its start. The conversation's system text goes with every turn.
-
-    Args:
-        turns: The whole conversation.
-        position: Which turn, counted from 0.
-        images: How many images the sample has.
 
     Returns:
         The turn, and the positions of its images among the sample's.

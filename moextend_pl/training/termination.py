@@ -23,43 +23,18 @@ class EndTogether(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens; Lightning's handler is there by now."""
-        self._listen(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens, in a run that only validates."""
-        self._listen(trainer)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens."""
-        self._listen(trainer)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens."""
-        self._listen(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Ends the run if a rank was told."""
-        self._end_if_told(trainer)
-
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Ends the run if a rank was told."""
-        self._end_if_told(trainer)
-
-    def on_test_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Ends the run if a rank was told."""
-        self._end_if_told(trainer)
-
-    def on_predict_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Ends the run if a rank was told."""
-        self._end_if_told(trainer)
-
-    def _listen(self, trainer: Trainer) -> None:
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note)  # Lightning puts back what was there before the run
 
-    def _note(self, *_: object) -> None:
-        self._told = True
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
-    def _end_if_told(self, trainer: Trainer) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Ends the run if a rank was told."""
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._told, all=False):
             raise SIGTERMException
+
+    # Lightning calls its hooks by place.
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start  # type: ignore[assignment]
+
+    def _note(self, *_: object) -> None:
+        self._told = True

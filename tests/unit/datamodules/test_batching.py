@@ -13,6 +13,7 @@ from datamodules.batching import (
     check_options,
     first_fit,
 )
+from datamodules.options import EvaluationSpec, ReadingSpec, RowSpec
 from datamodules.order import FILLER, Order
 from moextend_pl.contracts import UserError
 
@@ -125,14 +126,17 @@ def test_first_fit_is_the_textbooks():
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ((True, 1, None), "max_length"),
-        ((False, 0, 5), "at least 1"),
-        ((True, 4, 5), "packing: true"),
-        ((False, 1, 0), "`rows.max_length` of the data module of at least 1, got 0"),
-        ((False, 1, None, -1), "`reading.num_workers` of the data module of at least 0, got -1"),
-        ((False, 1, None, 0, -5), "`evaluation.samples` of the data module of at least 1, got -5"),
+        ([RowSpec(packing=True)], "max_length"),
+        ([RowSpec(bucket=0)], "at least 1"),
+        ([RowSpec(packing=True, bucket=4, max_length=5)], "packing: true"),
+        ([RowSpec(max_length=0)], "`rows.max_length` of the data module of at least 1, got 0"),
+        ([RowSpec(), ReadingSpec(-1)], "`reading.num_workers` of the data module of at least 0, got -1"),
+        (
+            [RowSpec(), ReadingSpec(), EvaluationSpec(samples=-5)],
+            "`evaluation.samples` of the data module of at least 1, got -5",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, word):
     with pytest.raises(UserError, match=word):
-        check_options(*options)
+        check_options(*options, *(ReadingSpec(), EvaluationSpec())[len(options) - 1 :])

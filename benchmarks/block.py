@@ -101,7 +101,9 @@ class PlainLoop(nn.Module):
         return y_TD.view_as(x_BSD)
 
 
-def extended_block(shape: Shape, dtype: torch.dtype, implementation: str, added: int = 1) -> nn.Module:
+def extended_block(
+    shape: Shape, dtype: torch.dtype, implementation: str, added: int = 1, device: str = "cpu"
+) -> nn.Module:
     """Returns the block of a Mixtral grown by this project, open to all tokens, with weights as after some training."""
     config = MixtralConfig(
         vocab_size=8, hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=1,
@@ -109,13 +111,13 @@ def extended_block(shape: Shape, dtype: torch.dtype, implementation: str, added:
         num_experts_per_tok=shape.top_k, initializer_range=0.05,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = MixtralForCausalLM(config).to(dtype).requires_grad_(False)
+    model = MixtralForCausalLM(config).to(device, dtype).requires_grad_(False)
     dispatch.use(model, implementation)
     reach = Reach()
     if added:
         plan = ExtensionPlan(layers=(LayerGrowth(0, (SOURCE,) * added),), init="copy", routing="open")
         grow(model, plan, reach)
-    reach.set(torch.ones(1, dtype=torch.bool))
+    reach.set(torch.ones(1, dtype=torch.bool, device=device))
     block: nn.Module = model.model.layers[0].mlp.train()
     with torch.no_grad():
         for name, parameter in block.named_parameters():
@@ -149,7 +151,7 @@ def single_stack_block(block: nn.Module) -> nn.Module:
 
 def force(block: nn.Module, x_BSD: Tensor, share: float) -> None:
     """Makes a share of the tokens, and no others, choose the new expert, by a direction that its row alone looks at."""
-    direction = torch.zeros(x_BSD.shape[-1])
+    direction = torch.zeros(x_BSD.shape[-1], device=x_BSD.device)
     direction[0] = 1.0
     with torch.no_grad():
         block.gate.base.weight[:, 0] = 0.0
@@ -185,12 +187,14 @@ def compare(shape: Shape, dtype: str, share: float | None, options: argparse.Nam
     Returns:
         A row for each case; `speed` is relative to the plain loop that learns everything.
     """
-    ours = extended_block(shape, DTYPES[dtype], dispatch.FROZEN_EXPERTS)
-    generator = torch.Generator().manual_seed(1)
-    x, dy = (torch.randn(1, shape.tokens, shape.width, generator=generator).to(DTYPES[dtype]) for _ in range(2))
+    ours = extended_block(shape, DTYPES[dtype], dispatch.FROZEN_EXPERTS, device=options.device)
+    generator = torch.Generator("cpu").manual_seed(1)
+    size = (1, shape.tokens, shape.width)
+    drawn = (torch.randn(size, generator=generator, device="cpu") for _ in range(2))
+    x, dy = (one.to(options.device, DTYPES[dtype]) for one in drawn)
     if share is not None:
         force(ours, x, share)
-    grouped = extended_block(shape, DTYPES[dtype], "grouped_mm")
+    grouped = extended_block(shape, DTYPES[dtype], "grouped_mm", device=options.device)
     grouped.load_state_dict(ours.state_dict())
     blocks = {
         BASELINE: PlainLoop(ours, base_learns=True),
@@ -201,10 +205,7 @@ def compare(shape: Shape, dtype: str, share: float | None, options: argparse.Nam
     }
     if share is None:
         blocks["transformers eager, all learns"] = stock_block(ours, "eager")
-    for block in blocks.values():
-        block.to(options.device)
     blocks["extended, single stack"] = single_stack_block(ours)
-    x, dy = x.to(options.device), dy.to(options.device)
     steps = {name: step_of(block, x, dy) for name, block in blocks.items()}
     results = {name: step() for name, step in steps.items()}
     kept = {

@@ -105,7 +105,7 @@ def measure(quick: bool, batch: int, rounds: int, threads: int) -> dict[str, flo
     torch.set_num_threads(threads)
     sizes = SIZES["quick" if quick else "full"]
     towers = dict(zip(("dense", "grouped", "looped"), make_towers(sizes, UpcycleSpec(experts=4, top_k=2)), strict=True))
-    pixels = torch.randn(batch, 3, sizes["img_size"], sizes["img_size"])
+    pixels = torch.randn(batch, 3, sizes["img_size"], sizes["img_size"], device="cpu")
     difference = largest_difference(towers["grouped"], towers["looped"], pixels)
     times: dict[str, list[float]] = {name: [] for name in towers}
     for _ in range(rounds):

@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
 
         models = {(kind, dtype): load(kind, dtype) for kind in KINDS for dtype in options.dtype}
         plain, packed = load("plain", "fp32"), load("NF4", "fp32")
-    ids = torch.randint(REST["vocab_size"], TOKENS[size], generator=torch.Generator().manual_seed(1)).to(options.device)
+    generator = torch.Generator("cpu").manual_seed(1)
+    ids = torch.randint(REST["vocab_size"], TOKENS[size], generator=generator, device="cpu").to(options.device)
     weights = {name: weight.shape.numel() for name, weight in packed_weights(packed).items()}
     sizes = [bytes_row(f"{kind}, {dtype}", model, weights) for (kind, dtype), model in models.items()]
     with torch.no_grad():

@@ -24,10 +24,10 @@ from moextend_pl.moe import dispatch
 
 def block_step(shape: Shape, dtype: str, options: argparse.Namespace, added: int = 1) -> Callable[[], object]:
     """Returns one forward and backward pass of an extended block on random tokens."""
-    block = extended_block(shape, DTYPES[dtype], dispatch.FROZEN_EXPERTS, added).to(options.device)
-    generator = torch.Generator().manual_seed(1)
+    block = extended_block(shape, DTYPES[dtype], dispatch.FROZEN_EXPERTS, added, options.device)
+    generator = torch.Generator("cpu").manual_seed(1)
     x, dy = (
-        torch.randn(1, shape.tokens, shape.width, generator=generator).to(options.device, DTYPES[dtype])
+        torch.randn(1, shape.tokens, shape.width, generator=generator, device="cpu").to(options.device, DTYPES[dtype])
         for _ in range(2)
     )
     return step_of(block, x, dy)
@@ -35,13 +35,13 @@ def block_step(shape: Shape, dtype: str, options: argparse.Namespace, added: int
 
 def products_step(shape: Shape, dtype: str, options: argparse.Namespace) -> Callable[[], object]:
     """Returns the four grouped products of frozen experts, forward and towards their inputs, and nothing else."""
-    generator, kind = torch.Generator().manual_seed(1), DTYPES[dtype]
+    generator, kind = torch.Generator("cpu").manual_seed(1), DTYPES[dtype]
     rows, inner = shape.tokens * shape.top_k, shape.inner
-    chosen = torch.randint(0, shape.experts, (rows,), generator=generator)
+    chosen = torch.randint(0, shape.experts, (rows,), generator=generator, device="cpu")
     ends = chosen.bincount(minlength=shape.experts).cumsum(0).to(options.device, torch.int32)
 
     def random(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, generator=generator).to(options.device, kind)
+        return torch.randn(*sizes, generator=generator, device="cpu").to(options.device, kind)
 
     up, down = random(shape.experts, 2 * inner, shape.width), random(shape.experts, shape.width, inner)
     x, hidden, d_hidden = random(rows, shape.width), random(rows, inner), random(rows, 2 * inner)

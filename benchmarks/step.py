@@ -137,13 +137,13 @@ def language_model(case: Case, size: Size) -> MoELanguageModel:
 
 def make_batch(size: Size, dtype: torch.dtype, device: str) -> tuple[Batch, Tensor]:
     """Returns random ids behind one image a sequence, and the image's features."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(8, size.vocabulary, (size.batch, size.sequence), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(1)
+    ids = torch.randint(8, size.vocabulary, (size.batch, size.sequence), generator=generator, device="cpu")
     places = size.sequence // 4
     ids[:, :places] = size.vocabulary
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -size.sequence // 8 :] = ids[:, -size.sequence // 8 :]
-    features = torch.randn(size.batch, places, size.width, generator=generator).to(device, dtype)
+    features = torch.randn(size.batch, places, size.width, generator=generator, device="cpu").to(device, dtype)
     batch: Batch = {
         "keys": [str(n) for n in range(size.batch)], "input_ids": ids.to(device), "labels": labels.to(device),
         "attention_mask": torch.ones_like(ids).to(device), "pixel_values": torch.empty(0), "image_keys": [],

@@ -108,10 +108,13 @@ def _twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
     def fill(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or not tensor.is_floating_point():
-            return tensor
+            return tensor if tensor is None or tensor.is_meta else tensor.cpu()
         if tensor.dim() == 2 and min(tensor.shape) > 1:
-            return torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * tensor.shape[-1] ** -0.5
-        return torch.rand(tensor.shape, generator=generator, dtype=torch.float32) * 0.2
+            return (
+                torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
+                * tensor.shape[-1] ** -0.5
+            )
+        return torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu") * 0.2
 
     twin: Any = copy.copy(module)
     twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -156,16 +159,16 @@ def _run(router: nn.Module, x_TD: Tensor, argument: Tensor | None) -> Any:
 
 
 def _try(router: nn.Module, num_experts: int, name: str) -> _Trial:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     twin: Any = _twin(router, generator)
     if getattr(twin, "top_k", None) == num_experts:
         # Selecting all would show neither what selects nor, of a softmax, whether the weights are normalised.
         twin.top_k = max(num_experts // 2, 1)
     width = tensor_named(router, name).shape[1]
     # Wide enough that top scores differ, and not so wide that a softmax saturates.
-    x_TD = torch.randn(PROBE_TOKENS, width, generator=generator, dtype=torch.float32)
+    x_TD = torch.randn(PROBE_TOKENS, width, generator=generator, dtype=torch.float32, device="cpu")
     names = list(inspect.signature(router.forward).parameters)[1:]
-    argument = torch.rand(num_experts, generator=generator, dtype=torch.float32) * 0.2 if names else None
+    argument = torch.rand(num_experts, generator=generator, dtype=torch.float32, device="cpu") * 0.2 if names else None
     if names and "bias" not in names[0]:
         raise _refuse(router, f"its choice depends on more than the token's hidden state ({', '.join(names)})")
     try:

@@ -193,7 +193,7 @@ def family_table(num_experts: int, sources: Sequence[int]) -> Tensor:
     families = [[num_experts + n for n, source in enumerate(sources) if source == e] for e in range(num_experts)]
     longest = 1 + max((len(family) for family in families), default=0)
     rows = [family + [e] * (longest - len(family)) for e, family in enumerate(families)]
-    return torch.tensor(rows, dtype=torch.long)
+    return torch.tensor(rows, dtype=torch.long, device="cpu")
 
 
 def family_winners(logits_TM: Tensor, families_ER: Tensor) -> tuple[Tensor, Tensor]:

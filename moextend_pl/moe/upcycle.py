@@ -231,7 +231,7 @@ def _check_reading(path: str, module: nn.Module, mlp: DenseMLP) -> None:
     weight = mlp.up.weight
     if weight.is_meta:
         return
-    x_TD = torch.randn(4, mlp.up.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+    x_TD = torch.randn(4, mlp.up.in_features, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(weight)
     as_it_is: Callable[[Tensor], Tensor] = module
     if not torch.allclose(as_it_is(x_TD), mlp(x_TD), rtol=1e-2, atol=1e-3):
         raise UserError(
@@ -244,5 +244,5 @@ def _uniform(shape: tuple[int, ...], fan_in: int, like: Tensor, seed: int) -> Te
     """Draws as `nn.Linear` does, uniform within 1 / sqrt(fan_in); the same on any device and after any other draw."""
     if like.is_meta:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    drawn = torch.rand(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") * 2 - 1
     return (drawn / fan_in**0.5).to(like)

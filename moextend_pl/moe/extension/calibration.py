@@ -30,9 +30,10 @@ class Calibration(nn.Module):
         super().__init__()
         total, hidden = num_experts + num_new, 2 * num_experts
         self.form = form
-        generator = torch.Generator().manual_seed(seed)
-        self.in_proj = nn.Parameter(torch.randn(hidden, total, generator=generator) * 0.02)
-        self.out_proj = nn.Parameter(torch.zeros(total, hidden))
+        # On the CPU, whatever the default device is: the same numbers everywhere; `grow` moves them to the router.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        self.in_proj = nn.Parameter(torch.randn(hidden, total, generator=generator, device="cpu") * 0.02)
+        self.out_proj = nn.Parameter(torch.zeros(total, hidden, device="cpu"))
 
     def forward(self, scores_TM: Tensor, gates_TM: Tensor | None = None) -> Tensor:
         """Returns the calibrated gates.

@@ -60,8 +60,9 @@ class ExtendedRouter(nn.Module):
         self.bias = None
         if facts.logit_bias:
             self.bias = nn.Parameter(self._base_rows(facts.logit_bias).detach()[rows].clone())
-        self.register_buffer("families_ER", family_table(self.base_experts, rows), persistent=False)
-        self.register_buffer("sources_N", torch.tensor(rows, dtype=torch.long), persistent=False)
+        place = self.weight.device
+        self.register_buffer("families_ER", family_table(self.base_experts, rows).to(place), persistent=False)
+        self.register_buffer("sources_N", torch.tensor(rows, dtype=torch.long, device=place), persistent=False)
 
     @property
     def root(self) -> nn.Module:

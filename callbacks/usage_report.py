@@ -54,12 +54,12 @@ def measure_parts(trainer: Trainer, module: MoExtend) -> dict[str, Counts]:
     module.eval()
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     for batch in data.val_dataloader():
-        batch = module.transfer_batch_to_device(batch, module.device, 0)
+        batch = module.transfer_batch_to_device(module.with_host_facts(batch), module.device, 0)
         with ExitStack() as stack:
             # As in the steps of the run, whose cache keeps the features of a frozen tower.
             stack.enter_context(trainer.precision_plugin.forward_context())
             records = {name: stack.enter_context(parts[name].watch.recording()) for name in experts}
-            module.language(batch, module.embed(batch), batch["labels"] >= 0)
+            module.language(batch, module.embed(batch), batch["known"])
         is_image_T = (batch["input_ids"] == module.language.image_token_id).reshape(-1)
         is_real_T = sample_tokens(batch).reshape(-1)
         for name, found in records.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import yaml
 
@@ -82,6 +82,15 @@ class Sample:
     task: str = ""
 
 
+class HostFacts(NamedTuple):
+    """What a step must know of a batch without asking the device, see `samples.host_facts`."""
+
+    learned: Tensor  # (A,) places among all B * S from which a learned token is predicted
+    targets: Tensor  # (A,) ids to predict there
+    image_places: int  # number of image placeholders
+    tokens: int  # number of real tokens, image placeholders included
+
+
 class Batch(TypedDict):
     """Collated samples; text-only batches have I = 0.
 
@@ -103,16 +112,7 @@ class Batch(TypedDict):
     answers: NotRequired[list[str]]  # B
     tasks: NotRequired[list[str]]  # N, names of the tasks that samples belong to
     documents: NotRequired[Tensor]  # (B, S) int64, 0 on padding
-
-
-def samples_in(batch: Batch) -> int:
-    """Returns the number of samples, for Lightning's ThroughputMonitor."""
-    return len(batch["keys"])
-
-
-def tokens_in(batch: Batch) -> int:
-    """Returns the number of real tokens, image placeholders included, for Lightning's ThroughputMonitor."""
-    return int(batch["attention_mask"].sum())
+    known: NotRequired[HostFacts]  # added by the model before the batch leaves the host
 
 
 @dataclass(frozen=True)

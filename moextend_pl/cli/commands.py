@@ -149,6 +149,8 @@ def _silence_noise() -> None:
     warnings.filterwarnings("ignore", message=r"When using the `ThroughputMonitor`, you need to define.*")
     # Short stages log fewer steps than Lightning's default interval.
     warnings.filterwarnings("ignore", message=r"The number of training batches .* smaller than the logging interval")
+    # The model reads off a batch what a step must know, whoever made the batch; ours needs no such hook.
+    warnings.filterwarnings("ignore", message=r"You have overridden `on_before_batch_transfer` in `LightningModule`")
     # Lightning calls torch's older name of a tree test; nothing here can change that.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).* is deprecated.*")
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,18 +18,17 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_utils,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moextend_pl.contracts import UserError
+from moextend_pl.contracts import HostFacts, UserError
 from moextend_pl.models.model_folder import is_quantised, read_config
 from moextend_pl.moe import dispatch
+from moextend_pl.moe.extension.extended_experts import ExtendedExperts
 from moextend_pl.moe.quantize import KINDS, NF4Config, check_packed
 
 # Keys that transformers reads although its configurations no longer have them.
 FORMER_KEYS = ("model_type", "rope_theta", "partial_rotary_factor", "attn_implementation")
-# Older releases keep whole columns of the batch only; then the mask is applied to what they return.
-_KEEPS_BY_MASK = hasattr(modeling_utils, "slice_logits_to_keep")
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class ComputeSpec:
         experts_implementation: `moextend`, the numbers of `grouped_mm` but for frozen experts; or one of transformers.
         quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; None as they are.
         activation_checkpointing: Whether layers compute their activations again in the backward pass.
+        compile: Whether decoder layers are compiled, each as one graph; worth its minutes on a GPU.
     """
 
     experts_implementation: str = dispatch.FROZEN_EXPERTS
     quantize: str | None = None
     activation_checkpointing: bool = False
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,23 @@ def load_base(base: str, quantize: str | None = None, dense: bool = False) -> Pr
     return model
 
 
+def compile_layers(model: PreTrainedModel, compute: ComputeSpec) -> None:
+    """Compiles every decoder layer at its first use where that is asked for, in place; names of tensors stay.
+
+    Layers that are built alike share a graph, whatever their number. A graph has no break, so that a layer that asks
+    the device for a value is an error and no silent wait.
+
+    Args:
+        model: Grown as it will be used.
+        compute: Whether to compile.
+    """
+    for module in model.modules() if compute.compile else ():
+        if isinstance(module, ExtendedExperts):
+            module.new._is_expert_parallel = True  # as a first compiled pass would leave it, for a second graph
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(fullgraph=True)
+
+
 def check_implementation(name: str) -> None:
     """Refuses a way to compute experts that transformers does not know.
 
@@ -197,22 +216,24 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
             raise UserError(f"`language.base`: the model type '{kind}' does not know '{key}'{hint}")
 
 
-def logits_of(model: PreTrainedModel, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:
+def logits_of(model: PreTrainedModel, inputs: dict[str, Any], known: HostFacts | None) -> Tensor:
     """Predicts the next token, with the head applied to chosen positions only.
 
     Args:
         model: A causal language model.
         inputs: Its arguments.
-        logits_at: (B, S) booleans, positions to predict from; None for all.
+        known: Which positions to predict from; None for all.
 
     Returns:
         (B, S, V) logits, or (A, V) at the A chosen positions.
     """
-    if logits_at is None or _KEEPS_BY_MASK:
-        all_logits: Tensor = model(
-            **inputs, use_cache=False, logits_to_keep=0 if logits_at is None else logits_at
-        ).logits
-        return all_logits
-    columns = logits_at.any(dim=0).nonzero().squeeze(-1)
-    logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits[logits_at[:, columns]]
+    head: Any = model.get_output_embeddings()
+    # By index and not by `logits_to_keep`, which waits for a GPU or keeps all hidden states for the backward pass.
+    hook = (
+        nullcontext()
+        if known is None
+        else head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1).index_select(0, known.learned),))
+    )
+    with hook:
+        logits: Tensor = model(**inputs, use_cache=False).logits
     return logits

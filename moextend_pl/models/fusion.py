@@ -10,13 +10,16 @@ from torch import Tensor
 from moextend_pl.contracts import UserError
 
 
-def scatter_features(embeddings_BSD: Tensor, features_IPD: Tensor, is_image_BS: Tensor) -> Tensor:
+def scatter_features(
+    embeddings_BSD: Tensor, features_IPD: Tensor, is_image_BS: Tensor, places: int | None = None
+) -> Tensor:
     """Overwrites placeholder embeddings with image features, in reading order.
 
     Args:
         embeddings_BSD: Embedded ids; what stands on placeholders does not matter.
         features_IPD: Projected features of the batch's images, in the order of their placeholders.
         is_image_BS: True on placeholders; I * P positions in all.
+        places: Their number; counted here if None, for which a GPU has to be waited for.
 
     Returns:
         (B, S, D) embeddings; gradients reach the features and the text embeddings.
@@ -25,7 +28,7 @@ def scatter_features(embeddings_BSD: Tensor, features_IPD: Tensor, is_image_BS: 
         UserError: If the numbers of placeholders and features differ.
     """
     features_TD = features_IPD.reshape(-1, embeddings_BSD.shape[-1])
-    places = int(is_image_BS.sum())
+    places = int(is_image_BS.sum()) if places is None else places
     if places != len(features_TD):
         raise UserError(
             f"Expected as many image placeholders as image features, got {places} placeholders and "

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from moextend_pl.contracts import IGNORE_INDEX, Batch, ExtensionPlan, SampleSpec, UpcycleSpec, UserError
+from moextend_pl.contracts import Batch, ExtensionPlan, HostFacts, SampleSpec, UpcycleSpec, UserError
 from moextend_pl.models import base_model
 from moextend_pl.models.base_model import ComputeSpec, GenerationSpec
 from moextend_pl.models.model_folder import read_config
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks, list_blocks
 from moextend_pl.moe.extension.growth import grow, new_parameters, router_parameters
-from moextend_pl.moe.extension.reach import Reach, reachable
+from moextend_pl.moe.extension.reach import Reach, is_reachable, reachable
 from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
+from moextend_pl.samples.host_facts import with_host_facts
 from moextend_pl.samples.packing import attention_inputs, packing_obstacle, sample_tokens
 from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.training.activations import checkpoint_activations
@@ -114,6 +115,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.upcycle()
         if self.extension_plan is not None:
             self.extend(self.extension_plan)
+        base_model.compile_layers(self.model, self.compute)
 
     def build_base(self) -> None:
         """Reads or makes the model as its files or its configuration describe it.
@@ -197,10 +199,13 @@ class MoELanguageModel(AnswerMixin, StageModule):
         Args:
             batch: `input_ids` (B, S), `tasks` where a plan belongs to a task, `documents` where rows are packed.
         """
-        is_image_BS = batch["input_ids"] == self.image_token_id
+        is_image_BS, tasks = batch["input_ids"] == self.image_token_id, batch.get("tasks")
         for plan, reach in self.extensions:
             routing = "open" if self._opened_to_text else plan.routing
-            reach.set(reachable(routing, plan.task, is_image_BS, batch.get("tasks"), batch.get("documents")))
+            somewhere = None
+            if "known" in batch:
+                somewhere = is_reachable(routing, plan.task, tasks, batch["known"].image_places)
+            reach.set(reachable(routing, plan.task, is_image_BS, tasks, batch.get("documents")), somewhere)
 
     def close_reach(self) -> None:
         """Lets no token reach a new expert any more, as a model that nobody told of an image."""
@@ -215,13 +220,17 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Embeds ids; image placeholders, which lie outside the vocabulary, become the embedding of id 0."""
         return self.model.get_input_embeddings()(input_ids.masked_fill(input_ids == self.image_token_id, 0))
 
-    def forward(self, batch: Batch, embeddings: Tensor | None = None, logits_at: Tensor | None = None) -> Tensor:
+    def with_host_facts(self, batch: Batch) -> Batch:
+        """Adds what a step must know of a batch, which costs nothing while the batch is on the host."""
+        return with_host_facts(batch, self.image_token_id)
+
+    def forward(self, batch: Batch, embeddings: Tensor | None = None, known: HostFacts | None = None) -> Tensor:
         """Predicts the next token.
 
         Args:
             batch: `input_ids` and `attention_mask` (B, S), and `documents` where rows are packed.
             embeddings: (B, S, D) with image features in place; by default the embedded ids.
-            logits_at: (B, S) booleans, positions to predict from; by default all.
+            known: Which positions to predict from; by default all.
 
         Returns:
             (B, S, V) logits, or (A, V) at the A chosen positions.
@@ -229,7 +238,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.set_reach(batch)
         inputs = {"input_ids": batch["input_ids"]} if embeddings is None else {"inputs_embeds": embeddings}
         inputs.update(attention_inputs(self.model, batch))
-        return base_model.logits_of(self.model, inputs, logits_at)
+        return base_model.logits_of(self.model, inputs, known)
 
     def losses(self, batch: Batch, embeddings: Tensor | None = None, balanced: bool = True) -> LanguageOutput:
         """Computes the losses of a batch; the head is applied to learned positions only.
@@ -239,14 +248,13 @@ class MoELanguageModel(AnswerMixin, StageModule):
             embeddings: As in `forward`.
             balanced: Whether the balance loss is added.
         """
-        labels_BS = torch.full_like(batch["labels"], IGNORE_INDEX)
-        labels_BS[:, :-1] = batch["labels"][:, 1:]
-        learned_BS = labels_BS != IGNORE_INDEX
+        batch = self.with_host_facts(batch)
+        known = batch["known"]
         with self.watch.recording() as records:
-            logits_AV = self(batch, embeddings, learned_BS)
+            logits_AV = self(batch, embeddings, known)
         masks = counted_tokens(self.model, records, sample_tokens(batch).reshape(-1))
         weights = self.router_losses.replaced_by(self.upcycle_spec) if balanced else RouterWeights(balance=0.0)
-        return language_losses(logits_AV, labels_BS[learned_BS], records, masks, weights)
+        return language_losses(logits_AV, known.targets, records, masks, weights)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Learns to predict the supervised tokens."""

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec
+from moextend_pl.models.base_model import compile_layers
 from moextend_pl.models.delta import DeltaModule, encoder_arguments, inherited_names, language_arguments, load_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.feature_cache import FeatureCache
@@ -86,8 +87,7 @@ class MoExtend(AnswerMixin, DeltaModule):
             UserError: If the directory holds no finished run or its base has changed.
 
         Example:
-            model = MoExtend.load("runs/quickstart/3_extend")
-            model.generate(Image.open("shape.png"), "what color is the shape?")
+            MoExtend.load("runs/quickstart/3_extend").generate(Image.open("shape.png"), "what color is the shape?")
         """
         manifest = read_manifest(Path(run))
         parts = manifest.model_arguments()
@@ -144,6 +144,7 @@ class MoExtend(AnswerMixin, DeltaModule):
                     self.init_from,
                 )
             self.language.extend(own)
+        compile_layers(self.language.model, self.language.compute)
 
     def _inherit_upcycling(self, manifest: Manifest) -> list[VisionEncoder | Projector | MoELanguageModel]:
         """Returns the parts that the earlier stage had upcycled, to be upcycled alike."""
@@ -196,7 +197,7 @@ class MoExtend(AnswerMixin, DeltaModule):
             for first in range(0, len(missing), ENCODE_TOGETHER):
                 chosen = missing[first : first + ENCODE_TOGETHER]
                 padded = pixels_I3HW.new_zeros(ENCODE_TOGETHER, *pixels_I3HW.shape[1:])
-                padded[: len(chosen)] = pixels_I3HW[chosen]
+                padded[: len(chosen)] = torch.stack([pixels_I3HW[n] for n in chosen])  # a list as index waits
                 known.update(zip([image_keys[n] for n in chosen], self.encoder(padded).unbind(), strict=False))
         if self.cache_features:
             self.features.remember({key: known[key] for key in (image_keys[n] for n in missing)})
@@ -216,9 +217,6 @@ class MoExtend(AnswerMixin, DeltaModule):
     def embed(self, batch: Batch) -> Tensor:
         """Embeds a batch with its image features in place.
 
-        Args:
-            batch: Ids with placeholders, and images.
-
         Returns:
             (B, S, D); projector and tower take part with a zero where the batch has no image, so that no
             rank waits for their gradients.
@@ -234,10 +232,12 @@ class MoExtend(AnswerMixin, DeltaModule):
             return embeddings_BSD
         features_IPC = self.encode(batch["pixel_values"], batch["image_keys"])
         is_image_BS = batch["input_ids"] == self.language.image_token_id
-        return scatter_features(embeddings_BSD, self.projector(features_IPC), is_image_BS)
+        places = self.with_host_facts(batch)["known"].image_places
+        return scatter_features(embeddings_BSD, self.projector(features_IPC), is_image_BS, places)
 
     def forward(self, batch: Batch) -> LanguageOutput:
         """Computes the losses of a batch, those of the routers of tower and projector included."""
+        batch = self.with_host_facts(batch)
         routing = {
             name: part
             for name, part in (("encoder", self.encoder), ("projector", self.projector))
@@ -253,6 +253,10 @@ class MoExtend(AnswerMixin, DeltaModule):
             losses = image_router_losses(records[name], images, part.router_calls, spec, output.loss.device)
             output = output.plus(name, losses, spec)
         return output
+
+    def with_host_facts(self, batch: Batch) -> Batch:
+        """Adds what a step must know of a batch, which costs nothing while the batch is on the host."""
+        return self.language.with_host_facts(batch)
 
     def teardown(self, stage: str) -> None:
         """Ends a fit, validate or test run."""

@@ -46,8 +46,10 @@ def selection_counts(indices_TK: Tensor, num_experts: int, mask_T: Tensor | None
     Returns:
         (E,) int64 counts.
     """
-    chosen = indices_TK if mask_T is None else indices_TK[mask_T]
-    return torch.bincount(chosen.reshape(-1), minlength=num_experts)
+    # Integer sums by index: the same in any order, and of a size that no value decides.
+    counted_TK = torch.ones_like(indices_TK) if mask_T is None else mask_T.long().unsqueeze(1).expand_as(indices_TK)
+    counts_E = torch.zeros(num_experts, dtype=torch.long, device=indices_TK.device)
+    return counts_E.scatter_add_(0, indices_TK.reshape(-1), counted_TK.reshape(-1))
 
 
 def usage_shares(counts_E: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,8 +19,10 @@ class RouterWatch:
     """Records what every router of a model does, while somebody asks for it."""
 
     def __init__(self) -> None:
+        self._recorders: list[_Recorder] = []
         self._handles: list[RemovableHandle] = []
         self._listeners: list[list[RouterRecord]] = []
+        self.listening = False
 
     def attach(self, model: nn.Module) -> None:
         """Watches the routers that a model has now, and none that it had before.
@@ -29,9 +32,11 @@ class RouterWatch:
         """
         for handle in self._handles:
             handle.remove()
+        blocks = list_blocks(model)
+        self._recorders = [_Recorder(self, block.layer, block.num_experts) for block in blocks]
         self._handles = [
-            block.router.register_forward_hook(_Recorder(self, block.layer, block.num_experts))
-            for block in list_blocks(model)
+            block.router.register_forward_hook(recorder)
+            for block, recorder in zip(blocks, self._recorders, strict=True)
         ]
 
     def hear(self, record: RouterRecord) -> None:
@@ -39,20 +44,24 @@ class RouterWatch:
         for records in self._listeners:
             records.append(record)
 
-    @property
-    def listening(self) -> bool:
-        """Whether records are being collected."""
-        return bool(self._listeners)
-
     @contextmanager
     def recording(self) -> Iterator[list[RouterRecord]]:
-        """Collects what every router does inside the `with` block, in the order of the layers; blocks may nest."""
+        """Collects what every router does inside the `with` block, in the order of the layers; blocks may nest.
+
+        What compiled layers did is in the list when the block ends.
+        """
         records: list[RouterRecord] = []
         self._listeners.append(records)
+        self.listening = True
         try:
             yield records
         finally:
+            records.extend(one.record(*one.compiled) for one in self._recorders if one.compiled is not None)
             self._listeners = [other for other in self._listeners if other is not records]
+            self.listening = bool(self._listeners)
+            if not self.listening:
+                for one in self._recorders:
+                    one.compiled = None
 
 
 class _Recorder:
@@ -60,10 +69,20 @@ class _Recorder:
 
     def __init__(self, watch: RouterWatch, layer: int, num_experts: int) -> None:
         self.watch, self.layer, self.num_experts = watch, layer, num_experts
+        self.compiled: tuple[Tensor, Tensor, int] | None = None
+
+    def record(self, logits: Tensor, indices: Tensor, sequences: int) -> RouterRecord:
+        """Returns the record of one pass."""
+        return RouterRecord(self.layer, self.num_experts, logits, indices, sequences)
 
     def __call__(self, _router: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        if self.watch.listening:
-            x = inputs[0] if inputs else None
-            sequences = x.shape[0] if isinstance(x, Tensor) and x.dim() == 3 else 1
-            logits, _, indices = sort_output(output)
-            self.watch.hear(RouterRecord(self.layer, self.num_experts, logits, indices, sequences))
+        if not self.watch.listening:
+            return
+        x = inputs[0] if inputs else None
+        sequences = x.shape[0] if isinstance(x, Tensor) and x.dim() == 3 else 1
+        logits, _, indices = sort_output(output)
+        if torch.compiler.is_compiling():
+            # Neither the list, which is longer in each layer, nor the layer's number: one graph then serves all layers.
+            self.compiled = (logits, indices, sequences)
+        else:
+            self.watch.hear(self.record(logits, indices, sequences))

@@ -108,7 +108,7 @@ def language_losses(
     """
     token = token_loss(logits_AV, labels_A)
     right = (logits_AV.argmax(dim=-1) == labels_A).float().sum()
-    accuracy = global_mean(right, right.new_tensor(len(labels_A)))
+    accuracy = global_mean(right, right.new_full((), len(labels_A)))
     loss, balance, router = token, token.new_zeros(()), {}
     if records and weights.balance > 0:
         balance = balance_loss(records, masks_T, choices=weights.choices)

@@ -46,6 +46,15 @@ def global_mean(local_sum: Tensor, local_count: Tensor) -> Tensor:
     return local_sum * _world_size() / sum_over_ranks(local_count.float()).clamp(min=1.0)
 
 
+def count_learned(labels_BS: Tensor) -> Tensor:
+    """Counts the learned tokens of this rank's batch, on its device.
+
+    Args:
+        labels_BS: As in `learned_tokens`.
+    """
+    return (labels_BS[:, 1:] != IGNORE_INDEX).sum()
+
+
 def learned_tokens(labels_BS: Tensor) -> int:
     """Counts the learned tokens of the global batch: the weight of a batch in a mean over a set.
 
@@ -54,7 +63,7 @@ def learned_tokens(labels_BS: Tensor) -> int:
     Args:
         labels_BS: Labels as they stand in a batch; the first of a row is never learned.
     """
-    return int(sum_over_ranks((labels_BS[:, 1:] != IGNORE_INDEX).sum()))
+    return int(sum_over_ranks(count_learned(labels_BS)))
 
 
 def token_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
@@ -104,7 +113,8 @@ def balance_loss(
 def _layer_balance(record: RouterRecord, mask_T: Tensor, reference_scale: int | None, choices: int | None) -> Tensor:
     # All of the layer's experts, also where this rank's tokens reach no new one: ranks sum the same shapes.
     experts = record.num_experts
-    probs_TE = F.pad(record.logits.float().softmax(dim=-1)[mask_T], (0, experts - record.logits.shape[-1]))
+    probs_TE = record.logits.float().softmax(dim=-1).masked_fill(~mask_T.unsqueeze(1), 0.0)
+    probs_TE = F.pad(probs_TE, (0, experts - record.logits.shape[-1]))
     counts_E = sum_over_ranks(selection_counts(record.indices[:, :choices], experts, mask_T).float())
     tokens = sum_over_ranks(mask_T.sum().float()).clamp(min=1.0)
     mean_probs_E = global_mean(probs_TE.sum(dim=0), mask_T.sum())
@@ -122,7 +132,7 @@ def router_z_loss(records: Sequence[RouterRecord], masks_T: Sequence[Tensor]) ->
         A scalar in fp32.
     """
     losses = [
-        global_mean(record.logits.float().logsumexp(dim=-1).square()[mask_T].sum(), mask_T.sum())
+        global_mean(record.logits.float().logsumexp(dim=-1).square().masked_fill(~mask_T, 0.0).sum(), mask_T.sum())
         for record, mask_T in zip(records, masks_T, strict=True)
     ]
     return torch.stack(losses).mean()
@@ -161,7 +171,7 @@ def image_router_losses(
         Balance loss `E * sum_e f_e P_e` with f_e the share of choices of expert e and P_e its mean
         probability, taken as `spec.counting` says, and the z-loss.
     """
-    count = torch.tensor(float(images), device=device)
+    count = torch.full((), float(images), device=device)
     shares_RE = torch.zeros(routers, spec.experts, device=device)
     if spec.counting == "paper":
         if records:

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moextend_pl.contracts import ExtensionPlan, SampleSpec, TrainPlan, UserError
-from moextend_pl.training.losses import learned_tokens
+from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UserError
+from moextend_pl.training.losses import count_learned, sum_over_ranks
 from moextend_pl.training.optim import (
     OptimSpec,
     apply_train_plan,
@@ -50,7 +50,7 @@ class StageModule(LightningModule):
         self.strict_loading = False
         self.init_seed = 0
         self._built = False
-        self._tokens = 0
+        self._tokens: Tensor | None = None
 
     @abstractmethod
     def build(self) -> None:
@@ -76,6 +76,14 @@ class StageModule(LightningModule):
         """
         if stage == "fit":
             check_steps(self.trainer.max_steps)
+
+    def with_host_facts(self, batch: Batch) -> Batch:
+        """Adds what a step must know of a batch, where the module needs to know anything."""
+        return batch
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Adds what a step must know of a batch before the batch leaves the host."""
+        return self.with_host_facts(batch)
 
     def configure_model(self) -> None:
         """Builds, grows and freezes, once."""
@@ -112,24 +120,24 @@ class StageModule(LightningModule):
         """
         if self._trainer is None or self.trainer.accumulate_grad_batches == 1:
             return loss
-        tokens = learned_tokens(labels_BS)
-        self._tokens += tokens
+        tokens = sum_over_ranks(count_learned(labels_BS))
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
         return loss * tokens
 
     def on_train_start(self) -> None:
         """Forgets the batches of a step that an earlier run did not finish."""
-        self._tokens = 0
+        self._tokens = None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divides accumulated gradients by the tokens of all batches of the step; before they are clipped."""
-        if not self._tokens:
+        if self._tokens is None:
             return
         # Lightning has divided each loss by the number of batches.
-        factor = self.trainer.accumulate_grad_batches / self._tokens
+        factor = self.trainer.accumulate_grad_batches / self._tokens.clamp(min=1)
         for parameter in self.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
-        self._tokens = 0
+        self._tokens = None
 
     def checkpoint_names(self) -> set[str]:
         """Returns the names of the tensors that a checkpoint holds: all but the frozen parameters."""

@@ -23,7 +23,7 @@ from transformers import (
 from datamodules.image_text import ImageTextShards
 from datamodules.shards import Entry, conversation, write_shards
 from datamodules.word_tokenizer import word_tokenizer
-from moextend_pl.contracts import Batch, ExtensionPlan, LayerGrowth, TrainPlan, UpcycleSpec
+from moextend_pl.contracts import Batch, ExtensionPlan, LayerGrowth, Sample, TrainPlan, UpcycleSpec
 from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.delta import encoder_arguments, language_arguments
 from moextend_pl.models.encoder import VisionEncoder
@@ -210,6 +210,13 @@ class TinyWorld:
             generation: Whether to return prompts, padded on the left.
             first: Number of the first sample.
         """
+        samples = self.samples(model, kinds, generation, first)
+        return collate_generation(samples, 0) if generation else collate_training(samples, 0)
+
+    def samples(
+        self, model: MoExtend | MoELanguageModel, kinds: str, generation: bool = False, first: int = 0
+    ) -> list[Sample]:
+        """Returns the samples of `batch`."""
         entries = [{"i": image_entry, "t": text_entry}[kind](first + n) for n, kind in enumerate(kinds)]
         spec = model.sample_spec()
         encoder = ConversationEncoder(spec)
@@ -220,7 +227,7 @@ class TinyWorld:
             pixels = [pixels_of(data, spec.image_size) for data in entry.images]
             encode = encoder.encode_prompt if generation else encoder.encode
             samples.append(encode(entry.key, turns[:1] if generation else turns, pixels, [entry.key] * len(pixels)))
-        return collate_generation(samples, 0) if generation else collate_training(samples, 0)
+        return samples
 
     def datamodule(self, train: str | None = "mixed", **options: Any) -> ImageTextShards:
         """Returns a datamodule over shard sets of this world; `val` is the test split of `vqa`."""

@@ -110,15 +110,35 @@ class ExtendedExperts(nn.Module):
         """
         is_new_TK = top_k_index >= self.base_experts
         y_TD = self._call(self.base, hidden_states, top_k_index, top_k_weights, is_new_TK)
-        if not self.reach.nowhere:
-            tokens_U, slots_U = (is_new_TK & (top_k_index < self.num_experts)).nonzero(as_tuple=True)
-            if len(tokens_U):
-                # One slot a row: nothing of this call is another module's, so that nothing has to be skipped.
-                indices_U1 = top_k_index[tokens_U, slots_U, None] - self.base_experts
-                new_UD = self.new(hidden_states[tokens_U], indices_U1, top_k_weights[tokens_U, slots_U, None])
-                return y_TD.index_add(0, tokens_U, new_UD)
+        if self.reach.nowhere:
+            return self._touched(y_TD)
+        if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+            self.new._is_expert_parallel = True
+            return y_TD + self._new_by_token(hidden_states, top_k_index, top_k_weights)
+        self.new._is_expert_parallel = False
+        tokens_U, slots_U = (is_new_TK & (top_k_index < self.num_experts)).nonzero(as_tuple=True)
+        if not len(tokens_U):
+            return self._touched(y_TD)
+        # One slot a row: nothing of this call is another module's, so that nothing has to be skipped.
+        indices_U1 = top_k_index[tokens_U, slots_U, None] - self.base_experts
+        new_UD = self.new(hidden_states[tokens_U], indices_U1, top_k_weights[tokens_U, slots_U, None])
+        return y_TD.index_add(0, tokens_U, new_UD)
+
+    def _touched(self, y_TD: Tensor) -> Tensor:
         zero = touch(self.new.parameters())
         return y_TD if zero is None else y_TD + zero.to(y_TD.dtype)
+
+    def _new_by_token(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Computes the new experts in shapes that no value decides: a GPU is not waited for, a compiler sees one graph.
+
+        A token selects a new expert once at most, so that it has as many slots here as there are new experts.
+        """
+        is_own_TK = (indices_TK >= self.base_experts) & (indices_TK < self.num_experts)
+        slots = min(indices_TK.shape[1], self.num_experts - self.base_experts)
+        own_TN = is_own_TK.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :slots]
+        new_TN = indices_TK.gather(1, own_TN) - self.base_experts
+        others_TN = ~is_own_TK.gather(1, own_TN)
+        return self._call(self.new, x_TD, new_TN, weights_TK.gather(1, own_TN), others_TN)
 
     def _call(self, experts: Any, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, skip_TK: Tensor) -> Tensor:
         # Not every family's own loop knows the index that is to be skipped; a weight of zero skips as well.

@@ -37,10 +37,26 @@ def reachable(
         return mask
     if not tasks:
         return torch.zeros_like(mask)
-    of_task_N = torch.tensor([name == task for name in tasks], device=mask.device)
+    # A copy that is not waited for.
+    of_task_N = torch.tensor([name == task for name in tasks], device="cpu").to(mask.device, non_blocking=True)
     if documents_BS is not None:
         return mask & F.pad(of_task_N, (1, 0))[documents_BS]
     return mask & (of_task_N if mask.dim() == 1 else of_task_N.unsqueeze(1))
+
+
+def is_reachable(routing: str, task: str, tasks: Sequence[str] | None, image_places: int) -> bool:
+    """Tells whether any token of a batch may reach an extension, from what the host knows of it.
+
+    Args:
+        routing: As in `reachable`.
+        task: As in `reachable`.
+        tasks: As in `reachable`.
+        image_places: Number of image placeholders.
+
+    Returns:
+        False only if the mask of `reachable` is False everywhere.
+    """
+    return routing == "open" or (image_places > 0 and (not task or task in (tasks or ())))
 
 
 def check_task(plans: Sequence[ExtensionPlan], task: str, has_image: bool) -> None:
@@ -71,14 +87,18 @@ class Reach:
     def __init__(self) -> None:
         self._mask: Tensor | None = None
 
-    def set(self, mask: Tensor | None) -> None:
+    def set(self, mask: Tensor | None, somewhere: bool | None = None) -> None:
         """Declares the next forward passes.
 
         Args:
             mask: (B,) True for each sequence, or (B, S) for each token, that may reach new experts; None means
                 no token.
+            somewhere: Whether the mask may be True anywhere; if None its values are looked at, for which a GPU has to
+                be waited for. True for a mask that is False everywhere costs time and changes no result.
         """
-        self._mask = mask if mask is not None and bool(mask.any()) else None
+        if somewhere is None:
+            somewhere = mask is not None and bool(mask.any())
+        self._mask = mask if somewhere else None
 
     @property
     def nowhere(self) -> bool:

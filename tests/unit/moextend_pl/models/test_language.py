@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from moextend_pl.contracts import IGNORE_INDEX, UserError
-from moextend_pl.models import base_model
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.extension.growth import NEW_PARTS, new_parameters
@@ -139,16 +138,16 @@ def test_losses_equal_a_plain_computation_over_all_positions(tiny_world: TinyWor
 
 
 @torch.no_grad()
-def test_logits_at_chosen_positions_equal_those_of_the_whole(
-    tiny_world: TinyWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_at_chosen_positions_equal_those_of_the_whole(tiny_world: TinyWorld) -> None:
     model = tiny_world.language()
     batch = tiny_world.batch(model, "ttt")
     chosen = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    batch["labels"][:, 1:] = batch["input_ids"][:, 1:].masked_fill(~chosen[:, :-1], IGNORE_INDEX)
+    chosen[:, -1] = False
     expected = model(batch)[chosen]
-    torch.testing.assert_close(model(batch, logits_at=chosen), expected)
-    monkeypatch.setattr(base_model, "_KEEPS_BY_MASK", False)
-    torch.testing.assert_close(model(batch, logits_at=chosen), expected)
+    known = model.with_host_facts(batch)["known"]
+    torch.testing.assert_close(model(batch, known=known), expected)
+    assert known.targets.tolist() == batch["input_ids"][:, 1:][chosen[:, :-1]].tolist()
 
 
 @torch.no_grad()

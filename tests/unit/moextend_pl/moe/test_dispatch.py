@@ -209,7 +209,6 @@ def test_folder_of_a_model_does_not_name_the_implementation(tiny_world: TinyWorl
 
 @pytest.mark.slow
 def test_compiled_extended_model_answers_and_learns_as_it_does_uncompiled() -> None:
-    # The graph breaks once in each extended layer, where the slots of new experts are counted.
     model, reach = tiny_mixtral(num_hidden_layers=1).requires_grad_(False), Reach()
     dispatch.use(model, FROZEN_EXPERTS)
     grow(model, make_plan([0]), reach)
@@ -217,7 +216,7 @@ def test_compiled_extended_model_answers_and_learns_as_it_does_uncompiled() -> N
     perturb(new, size=0.2)
     reach.set(torch.ones(2, dtype=torch.bool))
     embeddings, results = torch.randn(2, 9, 32), []
-    for run_model in (model, torch.compile(model, backend="aot_eager")):
+    for run_model in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
         x = embeddings.clone().requires_grad_()
         logits = run_model(inputs_embeds=x, use_cache=False).logits

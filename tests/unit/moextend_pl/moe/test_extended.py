@@ -7,6 +7,7 @@ import torch
 from helpers.tiny_world import EXPERTS, TinyWorld, make_plan, perturb, tiny_mixtral
 from torch import nn
 
+from moextend_pl.moe import dispatch
 from moextend_pl.moe.extension.extended_experts import ExtendedExperts, sprout
 from moextend_pl.moe.extension.extended_router import ExtendedRouter, open_tokens
 from moextend_pl.moe.extension.growth import grow, new_parameters
@@ -64,6 +65,32 @@ def grown_block(init: str = "copy", sources: tuple[int, ...] = (1,)) -> tuple[nn
     model, reach = tiny_mixtral().requires_grad_(False), Reach()
     grow(model, make_plan([0], sources, init=init), reach)
     return model.model.layers[0].mlp.train(), reach
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "moextend"])
+@pytest.mark.parametrize("sources", [(1,), (1, 0, 2)])
+@pytest.mark.parametrize("mask", [(True, True), (False, True), (False, False)])
+def test_shapes_that_no_value_decides_give_what_the_counted_slots_give(
+    monkeypatch: pytest.MonkeyPatch, implementation: str, sources: tuple[int, ...], mask: tuple[bool, bool]
+) -> None:
+    """On a GPU and under a compiler every token has a slot for each new expert; on a CPU only those that chose one."""
+    model, reach = tiny_mixtral().requires_grad_(False), Reach()
+    dispatch.use(model, implementation)
+    grow(model, make_plan([0], sources, init="copy"), reach)
+    perturb([p for parameters in new_parameters(model).values() for p in parameters], size=0.2)
+    block = model.model.layers[0].mlp.train()
+    x = torch.randn(2, 30, 32, generator=torch.Generator().manual_seed(0))
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        reach.set(torch.tensor(mask), somewhere=True)
+        block.zero_grad()
+        tokens = x.clone().requires_grad_()
+        y = block(tokens)
+        y.square().sum().backward()
+        results.append([y.detach(), tokens.grad, *(p.grad for p in block.parameters() if p.requires_grad)])
+    for static, counted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(static, counted, atol=1e-5, rtol=1e-4)
 
 
 def test_base_parameters_get_no_gradient_and_new_ones_do() -> None:

@@ -97,7 +97,21 @@ def test_padded_batches_keep_their_mask():
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
-def test_each_document_of_a_row_is_computed_as_if_alone(name, attention):
+def test_masks_that_ask_the_device_for_nothing_hide_padding_as_transformers_does(name, attention):
+    torch.manual_seed(0)
+    config = config_of(name, **PACKABLE[name])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    ids, mask = torch.randint(3, 40, (2, 16)), torch.ones(2, 16, dtype=torch.long)
+    mask[0, 11:] = 0
+    with torch.no_grad():
+        own = model(ids, attention_mask=mask, use_cache=False).logits
+        ours = model(ids, **attention_inputs(model, Batch(attention_mask=mask), asks=False), use_cache=False).logits
+    torch.testing.assert_close(ours[mask.bool()], own[mask.bool()])
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_each_document_of_a_row_is_computed_as_if_alone(name, attention, asks):
     config = config_of(name, **PACKABLE[name])
     assert packing_obstacle(config) == ""
     torch.manual_seed(0)
@@ -105,7 +119,7 @@ def test_each_document_of_a_row_is_computed_as_if_alone(name, attention):
     lengths, ids = [7, 1, 5], torch.randint(3, 40, (1, 16))
     documents = torch.repeat_interleave(torch.tensor([1, 2, 3, 0]), torch.tensor([*lengths, 3]))[None]
     with torch.no_grad():
-        packed = model(ids, **attention_inputs(model, Batch(documents=documents)), use_cache=False).logits[0]
+        packed = model(ids, **attention_inputs(model, Batch(documents=documents), asks), use_cache=False).logits[0]
         alone = [model(part, use_cache=False).logits[0] for part in ids[:, :13].split(lengths, dim=1)]
     torch.testing.assert_close(packed[:13], torch.cat(alone), atol=1e-5, rtol=1e-5)
     assert packed.isfinite().all()

@@ -1,0 +1,139 @@
+"""A whole training step of every kind of stage on a pretended CUDA device, on machines that have none.
+
+Under FakeTensorMode tensors have a shape, a type and a device, and no values. An operation that mixes devices raises,
+and so does one that asks for a value: `.item()`, `bool(tensor)`, `nonzero`, indexing with booleans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_world import GROWN, TinyWorld, make_plan, perturb
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from moextend_pl.contracts import Batch, ExtensionPlan, TrainPlan, UpcycleSpec
+from moextend_pl.models.delta import save_delta
+from moextend_pl.models.moextend import MoExtend
+from moextend_pl.samples.collate import collate_packed
+from moextend_pl.training.optim import OptimSpec, build_optimizer
+
+NEW = ("new_experts", "new_routers", "calibration")
+EXTEND = (*NEW, "projector")
+
+
+def move(module: nn.Module, device: str) -> None:
+    """Puts every parameter and buffer on a device where it has no values."""
+    for part in module.modules():
+        for name, value in list(part._parameters.items()):
+            if value is not None:
+                empty = torch.empty(value.shape, dtype=value.dtype, device=device)
+                part._parameters[name] = nn.Parameter(empty, requires_grad=value.requires_grad)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def step(model: MoExtend, batch: Batch) -> None:
+    """Does what a trainer does with a batch, from the transfer to the optimizer's step.
+
+    Autograd asks a real driver for a CUDA device, so that the backward pass runs on the meta device, which has no
+    values either and refuses the same operations.
+    """
+    batch = model.on_before_batch_transfer(batch, 0)
+    # Grouped products are told their shapes in 16 bits only.
+    model.to(torch.bfloat16).train()
+    model.cache_features = False  # of one device
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        move(model, "cuda")
+        assert model(elsewhere(batch, "cuda")).loss.device.type == "cuda"
+    move(model, "meta")
+    there = elsewhere(batch, "meta")
+    optimizer, scheduler = build_optimizer(model.parameters(), OptimSpec(), total_steps=10)
+    model.by_tokens(model(there).loss, there["labels"]).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    optimizer.step()
+    scheduler.step()
+
+
+def elsewhere(batch: Batch, device: str) -> Batch:
+    def empty(value: torch.Tensor) -> torch.Tensor:
+        return torch.empty(value.shape, dtype=value.dtype, device=device)
+
+    moved: Any = tree_map_only(torch.Tensor, empty, batch)
+    return moved
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks the card what it can do."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+def built(world: TinyWorld, plan: ExtensionPlan | None, parts: tuple[str, ...], **options: Any) -> MoExtend:
+    model = world.model(plan, parts, **options)
+    assert model.language.image_token_id  # reads the tokenizer while values are real
+    return model
+
+
+def second_task(world: TinyWorld, folder: Path) -> MoExtend:
+    first = built(world, make_plan(task="shape"), NEW)
+    perturb([p for name in NEW for p in first.parts()[name]])
+    save_delta(first, folder / "a")
+    second = world.unbuilt(init_from=folder / "a")
+    second.extension_plan, second.train_plan = make_plan((1, 2), task="colour"), TrainPlan(NEW)
+    second.configure_model()
+    assert second.language.image_token_id
+    return second
+
+
+def third_stage_of_cumo(world: TinyWorld, _: Path) -> MoExtend:
+    spec = UpcycleSpec(experts=4, top_k=2)
+    model = world.cumo(encoder=spec, projector=spec, language=spec)
+    model.train_plan = TrainPlan(("encoder", "projector", "language", "routers"))
+    model.configure_model()
+    assert model.language.image_token_id
+    return model
+
+
+STAGES: dict[str, Callable[[TinyWorld, Path], MoExtend]] = {
+    "align": lambda world, _: built(world, None, ("projector",)),
+    "probe": lambda world, _: built(world, None, ("routers",)),
+    "extend masked": lambda world, _: built(world, make_plan(routing="masked"), EXTEND),
+    "extend masked_tokens": lambda world, _: built(world, make_plan(routing="masked_tokens"), EXTEND),
+    "extend open": lambda world, _: built(world, make_plan(routing="open"), EXTEND),
+    "extend copy": lambda world, _: built(world, make_plan(routing="masked", init="copy"), EXTEND),
+    "extend by two experts": lambda world, _: built(world, make_plan(GROWN, (1, 2)), EXTEND),
+    "second task": second_task,
+    "CuMo stage 3": third_stage_of_cumo,
+}
+
+
+@pytest.mark.parametrize("kinds", ["iti", "ttt"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_mixes_no_devices_and_asks_the_device_for_no_value(
+    tiny_world: TinyWorld, tmp_path: Path, stage: str, kinds: str
+) -> None:
+    model = STAGES[stage](tiny_world, tmp_path)
+    batch = tiny_world.batch(model, kinds)
+    batch["tasks"] = ["colour", "shape", "colour"]
+    step(model, batch)
+
+
+def test_a_step_over_packed_rows_asks_the_device_for_no_value(tiny_world: TinyWorld) -> None:
+    model = built(tiny_world, make_plan(task="colour"), EXTEND)
+    rows = [tiny_world.samples(model, "it"), tiny_world.samples(model, "tt")]
+    batch = collate_packed(rows, 0)
+    batch["tasks"] = ["colour", "shape", "colour", "shape"]
+    step(model, batch)
+
+
+def test_an_operation_that_asks_for_a_value_is_found() -> None:
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        bool(torch.empty(3, device="cuda").any())

@@ -93,7 +93,13 @@ def written(default: Any) -> str:
         return "required"
     if isinstance(default, bool) or default is None:
         return f"`{str(default).lower().replace('none', 'null')}`"
-    return f"`{list(default)}`" if isinstance(default, tuple) else "empty" if callable(default) else f"`{default}`"
+    return (
+        f"`{list(default)}`"
+        if isinstance(default, tuple)
+        else "empty"
+        if callable(default) or repr(default) == "<factory>"
+        else f"`{default}`"
+    )
 
 
 def keys(kind: Any) -> Iterator[tuple[str, str, str]]:

@@ -22,7 +22,7 @@ class MasterAdamW(Optimizer):
     """AdamW whose master copies and moments are fp32, whatever the type of the parameters.
 
     Args:
-        params: Parameters to learn.
+        params: Parameters to learn, or groups of them.
         lr: Learning rate.
         betas: Decay rates of the two moments.
         weight_decay: Decoupled weight decay.
@@ -31,7 +31,11 @@ class MasterAdamW(Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8})
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,21 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
+class PartOptim:
+    """What one part of the model learns with; None is what `optim` says for all.
+
+    Attributes:
+        lr: Highest learning rate.
+        weight_decay: Decoupled weight decay.
+        warmup_fraction: Share of all steps of its warm-up.
+    """
+
+    lr: float | None = None
+    weight_decay: float | None = None
+    warmup_fraction: float | None = None
+
+
+@dataclass(frozen=True)
 class OptimSpec:
     """Numbers of AdamW and its schedule.
 
@@ -28,6 +45,8 @@ class OptimSpec:
         warmup_fraction: Share of all steps over which the rate rises linearly from 0.
         schedule: What follows the warm-up: `cosine`, `linear` or `constant`.
         final_fraction: Share of `lr` that is left at the last step of `cosine` and `linear`.
+        parts: What differs for a part, by the names that `TrainOnly.parts` uses.
+        decay_vectors: Whether weight decay reaches biases, and norms and other parameters of one dimension.
     """
 
     lr: float = 1e-3
@@ -36,8 +55,15 @@ class OptimSpec:
     warmup_fraction: float = 0.03
     schedule: str = "cosine"
     final_fraction: float = 0.0
+    parts: dict[str, PartOptim] = field(default_factory=dict)
+    decay_vectors: bool = True
 
     def __post_init__(self) -> None:
+        for name, part in self.parts.items():
+            try:
+                self.of(part)
+            except UserError as error:
+                raise UserError(str(error).replace("`optim.", f"`optim.parts.{name}.")) from None
         if not 0 < self.lr < math.inf:
             raise UserError(f"Expected `optim.lr` > 0, got {self.lr}.")
         if not 0 <= self.weight_decay < math.inf:
@@ -50,6 +76,11 @@ class OptimSpec:
             raise UserError(f"Expected `optim.schedule` in {list(SCHEDULES)}, got {self.schedule!r}.")
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"Expected `optim.warmup_fraction` in [0, 1], got {self.warmup_fraction}.")
+
+    def of(self, part: PartOptim) -> OptimSpec:
+        """Returns the numbers of a part."""
+        own = {each.name: getattr(part, each.name) for each in fields(part)}
+        return replace(self, parts={}, **{name: value for name, value in own.items() if value is not None})
 
 
 def learning_rate_factor(step: int, total_steps: int, spec: OptimSpec) -> float:
@@ -90,16 +121,24 @@ def check_steps(total_steps: int) -> None:
         raise UserError(f"Expected `trainer.max_steps` > 0, got {total_steps}. Set it in the stage file.")
 
 
-def check_learnable(frozen: Collection[str], plan: TrainPlan | None) -> None:
+def check_learnable(frozen: Collection[str], plan: TrainPlan | None, spec: OptimSpec) -> None:
     """Refuses a plan that asks a part to learn that cannot, before any weight is read.
 
     Args:
         frozen: Names of the parts that cannot learn.
         plan: Names of the parts that learn; None asks for none by name.
+        spec: Whose `parts` have to be among them.
 
     Raises:
-        UserError: If the plan names one of them.
+        UserError: If the plan names one of them, or `spec` a part that does not learn.
     """
+    for name in spec.parts:
+        if name in frozen or (plan is not None and name not in plan.parts):
+            learning = "all but " + str(sorted(frozen)) if plan is None else str(sorted(plan.parts))
+            raise UserError(
+                f"Expected `optim.parts` to name parts that learn ({learning}), got {name!r}. Correct the name, or add "
+                "it to `TrainOnly.parts`."
+            )
     asked = sorted(set(plan.parts) & set(frozen)) if plan is not None else []
     if asked:
         raise UserError(
@@ -143,13 +182,58 @@ def check_partition(module: nn.Module, parts: Mapping[str, list[nn.Parameter]]) 
     assert not missing, f"parameters in no part of the model: {missing[:5]}"
 
 
+def parameter_groups(
+    module: nn.Module, parts: Mapping[str, list[nn.Parameter]], spec: OptimSpec
+) -> list[dict[str, Any]]:
+    """Sorts what learns by what it learns with.
+
+    Args:
+        module: Whose parameters in whose order.
+        parts: Every parameter in exactly one part.
+        spec: One group where it names no parts and decays all alike.
+
+    Returns:
+        Groups as torch's optimizers take them, none empty, each with its `warmup_fraction`, and with its `name` where
+        there are several.
+
+    Raises:
+        UserError: If `spec.parts` names a part that the model does not have or that does not learn.
+    """
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    part_of = {id(p): part for part, parameters in parts.items() for p in parameters if part in spec.parts}
+    unused = set(spec.parts) - {part_of[id(p)] for p in named.values() if id(p) in part_of}
+    if unused:
+        raise UserError(
+            f"Expected `optim.parts` to name parts that learn, among {sorted(parts)}, got {min(unused)!r}. Correct it."
+        )
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        is_vector = parameter.ndim < 2 or name.rsplit(".", 1)[-1].endswith("bias")
+        decays = spec.decay_vectors or not is_vector
+        groups.setdefault((part_of.get(id(parameter), "rest"), decays), []).append(parameter)
+    found = [_group(part, decays, params, spec) for (part, decays), params in groups.items()]
+    # LearningRateMonitor names its columns by them.
+    return found if len(found) > 1 else [{key: value for key, value in each.items() if key != "name"} for each in found]
+
+
+def _group(part: str, decays: bool, params: list[nn.Parameter], spec: OptimSpec) -> dict[str, Any]:
+    own = spec.of(spec.parts.get(part, PartOptim()))
+    return {
+        "name": part if decays else f"{part}, no decay",
+        "params": params,
+        "lr": own.lr,
+        "weight_decay": own.weight_decay if decays else 0.0,
+        "warmup_fraction": own.warmup_fraction,
+    }
+
+
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], spec: OptimSpec, total_steps: int, fused: bool = True
+    parameters: Iterable[nn.Parameter | dict[str, Any]], spec: OptimSpec, total_steps: int, fused: bool = True
 ) -> tuple[Optimizer, LambdaLR]:
     """Builds AdamW over the learning parameters, with its schedule; with master copies in fp32 where they are half.
 
     Args:
-        parameters: Parameters of the model; frozen ones are left out.
+        parameters: Parameters of the model, of which frozen ones are left out, or groups of what learns.
         spec: Numbers of optimizer and schedule.
         total_steps: Optimizer steps of the whole run.
         fused: Whether one call updates all parameters.
@@ -160,13 +244,20 @@ def build_optimizer(
     Raises:
         UserError: If nothing learns or the number of steps is not set.
     """
-    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    given = list(parameters)
+    groups = [group for group in given if isinstance(group, dict)]
+    if not groups:
+        groups = [{"params": [p for p in given if isinstance(p, nn.Parameter) and p.requires_grad]}]
+    learning = [parameter for group in groups for parameter in group["params"]]
     if not learning:
         raise UserError("Expected at least one part that learns, got none. List parts in `TrainOnly.parts`.")
     check_steps(total_steps)
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in learning):
-        master = MasterAdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
-        return master, LambdaLR(master, lambda step: learning_rate_factor(step, total_steps, spec))
-    # `fused` updates all parameters in one call; a tiny model spends its step in calls, not in arithmetic.
-    optimizer = AdamW(learning, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=fused)
-    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, spec))
+        optimizer: Optimizer = MasterAdamW(groups, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+    else:
+        # `fused` updates all parameters in one call; a tiny model spends its step in calls, not in arithmetic.
+        optimizer = AdamW(groups, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=fused)
+    specs = [replace(spec, warmup_fraction=group.get("warmup_fraction", spec.warmup_fraction)) for group in groups]
+    return optimizer, LambdaLR(
+        optimizer, [partial(learning_rate_factor, total_steps=total_steps, spec=own) for own in specs]
+    )

@@ -21,6 +21,7 @@ from moextend_pl.training.optim import (
     check_learnable,
     check_partition,
     check_steps,
+    parameter_groups,
 )
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class StageModule(LightningModule):
         """Builds, grows and freezes, once."""
         if self._built:
             return
-        check_learnable(self.frozen_parts(), self.train_plan)
+        check_learnable(self.frozen_parts(), self.train_plan, self.optim)
         # Fresh weights must not depend on what else drew random numbers, on any rank or after a restart.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.init_seed)
@@ -102,7 +103,8 @@ class StageModule(LightningModule):
         """Builds the optimizer over what learns; the number of steps is `trainer.max_steps`."""
         # Under mixed precision Lightning refuses to clip gradients of a fused optimizer.
         fused = "mixed" not in str(self.trainer.precision)
-        optimizer, scheduler = build_optimizer(self.parameters(), self.optim, self.trainer.max_steps, fused)
+        groups = parameter_groups(self, self.parts(), self.optim)
+        optimizer, scheduler = build_optimizer(groups, self.optim, self.trainer.max_steps, fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def by_tokens(self, loss: Tensor, labels_BS: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.tiny_world import make_plan, tiny_mixtral
@@ -12,10 +14,13 @@ from moextend_pl.moe.extension.growth import grow, new_parameters
 from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.training.optim import (
     OptimSpec,
+    PartOptim,
     apply_train_plan,
     build_optimizer,
+    check_learnable,
     check_partition,
     learning_rate_factor,
+    parameter_groups,
 )
 
 
@@ -65,6 +70,11 @@ def test_run_of_one_step_and_of_nothing_but_warm_up_have_a_rate() -> None:
 def test_impossible_numbers_are_refused(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         OptimSpec(**change)
+
+
+def test_impossible_number_of_a_part_is_refused_by_its_name() -> None:
+    with pytest.raises(UserError, match=r"`optim.parts.encoder.lr` > 0, got -1"):
+        OptimSpec(parts={"encoder": PartOptim(lr=-1.0)})
 
 
 def two_parts() -> dict[str, list[nn.Parameter]]:
@@ -129,6 +139,76 @@ def test_weight_decay_and_rate_reach_the_optimizer() -> None:
     assert parameter.tolist() == pytest.approx([1 - 0.25 * 0.25] * 2)
     schedule.step()
     assert group["lr"] == 0.5
+
+
+BY_PART = OptimSpec(
+    lr=0.1,
+    weight_decay=0.5,
+    warmup_fraction=0.0,
+    schedule="constant",
+    parts={"second": PartOptim(lr=0.02, weight_decay=0.0, warmup_fraction=0.5)},
+)
+
+
+def norm_and_linear(dtype: torch.dtype) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    modules = {"first": nn.Linear(3, 4), "second": nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))}
+    return nn.ModuleDict(modules).to(dtype)
+
+
+def parts_of(model: nn.ModuleDict) -> dict[str, list[nn.Parameter]]:
+    return {name: list(module.parameters()) for name, module in model.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_learn_as_with_an_optimizer_of_their_own(dtype: torch.dtype) -> None:
+    together, apart = norm_and_linear(dtype), norm_and_linear(dtype)
+    optimizer, schedule = build_optimizer(parameter_groups(together, parts_of(together), BY_PART), BY_PART, 4)
+    alone = [
+        build_optimizer(apart[name].parameters(), replace(BY_PART, parts={}, **own), 4)
+        for name, own in (("first", {}), ("second", {"lr": 0.02, "weight_decay": 0.0, "warmup_fraction": 0.5}))
+    ]
+    for _ in range(4):
+        for pair in [(optimizer, schedule), *alone]:
+            for group in pair[0].param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = parameter.detach().sin()
+            pair[0].step()
+            pair[1].step()
+    for one, other in zip(together.parameters(), apart.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(together["second"][1].weight, norm_and_linear(dtype)["second"][1].weight)
+
+
+def test_without_decay_of_vectors_only_matrices_shrink() -> None:
+    model = norm_and_linear(torch.float32)
+    model["second"].register_parameter("experts_bias", nn.Parameter(torch.ones(4, 8)))
+    spec = OptimSpec(lr=0.1, weight_decay=0.5, decay_vectors=False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer, _ = build_optimizer(parameter_groups(model, parts_of(model), spec), spec, 4)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {"first.weight", "second.1.weight"}
+
+
+def test_all_learns_in_one_group_in_the_order_of_the_module_by_default() -> None:
+    model = norm_and_linear(torch.float32)
+    model["second"][0].requires_grad_(False)
+    (group,) = parameter_groups(model, parts_of(model), OptimSpec())
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters() if p.requires_grad]
+    assert "name" not in group
+
+
+@pytest.mark.parametrize("plan", [TrainPlan(("first",)), None])
+def test_numbers_for_a_part_that_does_not_learn_are_refused(plan: TrainPlan | None) -> None:
+    with pytest.raises(UserError, match=r"`optim.parts` to name parts that learn .*got 'second'"):
+        check_learnable(["second"], plan, BY_PART)
+    model = norm_and_linear(torch.float32)
+    model["second"].requires_grad_(False)
+    with pytest.raises(UserError, match=r"`optim.parts` to name parts that learn, among .*got 'second'"):
+        parameter_groups(model, parts_of(model), BY_PART)
 
 
 def test_nothing_that_learns_and_no_steps_are_refused() -> None:

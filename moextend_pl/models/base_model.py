@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moextend_pl.contracts import HostFacts, UserError
 from moextend_pl.models.model_folder import is_quantised, read_config
@@ -27,6 +28,12 @@ from moextend_pl.moe import dispatch
 from moextend_pl.moe.extension.extended_experts import ExtendedExperts
 from moextend_pl.moe.quantize import KINDS, NF4Config, check_packed
 
+# What is to be imported for each.
+FLASH_PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn",
+}
 # Keys that transformers reads although its configurations no longer have them.
 FORMER_KEYS = ("model_type", "rope_theta", "partial_rotary_factor", "attn_implementation")
 
@@ -39,6 +46,8 @@ class ComputeSpec:
         experts_implementation: `moextend`, the numbers of `grouped_mm` but for frozen experts; or one of transformers.
         quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; None as they are.
         activation_checkpointing: Whether layers compute their activations again in the backward pass.
+        attn_implementation: How attention is computed, as transformers names it; None for its default, `sdpa`. Flash
+            attention needs its package and takes no packed rows; `flex_attention` learns on a GPU alone.
         compile: Whether decoder layers are compiled, each as one graph; worth its minutes on a GPU.
     """
 
@@ -46,6 +55,7 @@ class ComputeSpec:
     quantize: str | None = None
     activation_checkpointing: bool = False
     compile: bool = False
+    attn_implementation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ def check_options(base: str | dict[str, Any], tokenizer: str | None, compute: Co
             raise UserError(f"Expected `model_type` in `language.base`, for example mixtral, got {sorted(base)}.")
     check_base(None if isinstance(base, dict) else base, compute.quantize, upcycled)
     check_implementation(compute.experts_implementation)
+    check_attention(compute.attn_implementation)
 
 
 def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -> None:
@@ -176,6 +187,46 @@ def check_implementation(name: str) -> None:
     known = dispatch.implementations()
     if name not in known:
         raise UserError(f"Expected `experts_implementation` to be one of {known}, got {name!r}.")
+
+
+def check_attention(name: str | None) -> None:
+    """Refuses a way to compute attention that transformers does not know or that is not installed.
+
+    Args:
+        name: Its name; None for the default.
+
+    Raises:
+        UserError: If there is no such way.
+    """
+    known = sorted({"eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in each)})
+    if name is not None and name not in known:
+        raise UserError(f"Expected `attn_implementation` null or one of {known}, got {name!r}.")
+    package = FLASH_PACKAGES.get(name or "")
+    if package is not None and find_spec(package) is None:
+        raise UserError(
+            f"`attn_implementation: {name}` needs the package {package}, which is not installed. Install it, or remove "
+            "the line for `sdpa`."
+        )
+
+
+def set_attention(model: PreTrainedModel, name: str | None) -> None:
+    """Sets how a model computes attention.
+
+    Args:
+        model: A transformers model.
+        name: Known to `check_attention`; None changes nothing.
+
+    Raises:
+        UserError: If the family does not have it.
+    """
+    try:
+        if name is not None:
+            model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"{type(model).__name__} cannot compute attention as {name!r}: {' '.join(str(error).split())} Remove "
+            "`attn_implementation`."
+        ) from error
 
 
 def new_config(config: dict[str, Any], words: PreTrainedTokenizerBase) -> PreTrainedConfig:

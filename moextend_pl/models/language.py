@@ -106,7 +106,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
 
     def sample_spec(self) -> SampleSpec:
         """Returns what the model asks of text-only data."""
-        obstacle = packing_obstacle(self.model_config())
+        obstacle = packing_obstacle(self.model_config(), self.compute.attn_implementation)
         return SampleSpec(self.tokenizer, self.image_token_id, 0, 0, packing_obstacle=obstacle)
 
     def build(self) -> None:
@@ -130,6 +130,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
             self.model = base_model.load_base(
                 self.base, self.compute.quantize, self.dense or self.upcycle_spec is not None
             )
+        base_model.set_attention(self.model, self.compute.attn_implementation)
         self._exact = exact_places(self.model)
         if not self.dense and self.upcycle_spec is None:
             find_blocks(self.model)

@@ -54,7 +54,7 @@ def attention_inputs(model: PreTrainedModel, batch: Batch, asks: bool | None = N
         # transformers takes no mask as one of ones; it would ask the device which of the two it was given.
         if "known" in batch and batch["known"].tokens == mask_BS.numel():
             return {"attention_mask": None}
-        if asks or packing_obstacle(model.config):
+        if asks or packing_obstacle(model.config, model.config._attn_implementation):
             return {"attention_mask": mask_BS}
         # With a further condition it does not ask whether the mask could be left out.
         return {"attention_mask": _masks(model, mask_BS, mask_BS, and_mask_function=_every_key)}
@@ -118,12 +118,19 @@ def layer_kinds(config: PreTrainedConfig) -> set[str]:
     return set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
 
 
-def packing_obstacle(config: PreTrainedConfig) -> str:
+def packing_obstacle(config: PreTrainedConfig, attention: str | None = None) -> str:
     """Tells why rows of several documents cannot be used with a model; empty if they can.
 
     Recurrent layers (Mamba, linear attention, convolutions) carry what they read across the border of a
-    document, and no mask stops them.
+    document, and no mask stops them. Flash attention takes no mask of its own, and transformers finds the documents
+    again for it in batches of one row alone.
+
+    Args:
+        config: Of the model.
+        attention: How attention is computed, as transformers names it.
     """
+    if attention is not None and attention.startswith("flash"):
+        return f"`attn_implementation: {attention}` does not keep the documents of a row apart"
     leaking = sorted(layer_kinds(config) - set(ISOLATING_LAYERS))
     if not leaking:
         return ""

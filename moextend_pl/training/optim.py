@@ -219,7 +219,7 @@ def parameter_groups(
 def _group(part: str, decays: bool, params: list[nn.Parameter], spec: OptimSpec) -> dict[str, Any]:
     own = spec.of(spec.parts.get(part, PartOptim()))
     return {
-        "name": part if decays else f"{part}, no decay",
+        "name": part if decays else f"{part}_no_decay",
         "params": params,
         "lr": own.lr,
         "weight_decay": own.weight_decay if decays else 0.0,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from moextend_pl.contracts import IGNORE_INDEX, UserError
+from moextend_pl.models.base_model import ComputeSpec, set_attention
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.extension.growth import NEW_PARTS, new_parameters
@@ -310,3 +311,54 @@ def test_recordings_may_nest(tiny_world: TinyWorld) -> None:
         model(batch)
     assert len(outer) == 2 * len(model.num_experts)
     assert not model.watch.listening
+
+
+@torch.no_grad()
+def test_attention_is_computed_as_asked_with_the_same_logits(tiny_world: TinyWorld) -> None:
+    models = [tiny_world.language(attn_implementation=name) for name in (None, "eager")]
+    assert [model.model.config._attn_implementation for model in models] == ["sdpa", "eager"]
+    batch = tiny_world.batch(models[0], "ttt")
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(models[1](batch)[real], models[0](batch)[real])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flash", r"`attn_implementation` null or one of \['eager', .*'sdpa'\], got 'flash'"),
+        ("flash_attention_2", "needs the package flash_attn, which is not installed"),
+    ],
+)
+def test_attention_that_is_not_there_is_refused_before_anything_is_read(
+    tiny_world: TinyWorld, name: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        MoELanguageModel(base=str(tiny_world.base), compute=ComputeSpec(attn_implementation=name))
+
+
+def test_attention_that_a_family_lacks_is_one_sentence(tiny_world: TinyWorld) -> None:
+    model = tiny_world.language().model
+    with pytest.raises(UserError, match="MixtralForCausalLM cannot compute attention as 'linear': .* Remove"):
+        set_attention(model, "linear")
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_as_they_do_uncompiled_with_one_graph_for_layers_alike(tiny_world: TinyWorld) -> None:
+    graphs = torch._dynamo.utils.counters
+    plan, gradients = make_plan(layers=(0, 2), routing="masked"), []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        graphs.clear()
+        model = tiny_world.model(plan, ("new_experts", "new_routers", "calibration", "projector"), compile=compiled)
+        with torch.no_grad():  # a fresh copy ties with its source, and rounding would decide between them
+            for _, row in model.named_parameters():
+                row.add_(0.1 * row.roll(1, dims=-1) if row.requires_grad else 0.0)
+        output = model(tiny_world.batch(model, "iti"))
+        output.loss.backward()
+        learning = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        gradients.append({"loss": output.loss.detach(), "balance": output.balance.detach(), **learning})
+    # Layers 0 and 2 are extended, layer 1 is not.
+    assert graphs["stats"]["unique_graphs"] == 2
+    assert len(gradients[0]) > 8
+    for name, plain in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], plain, atol=1e-5, rtol=1e-4)

@@ -125,6 +125,12 @@ def test_each_document_of_a_row_is_computed_as_if_alone(name, attention, asks):
     assert packed.isfinite().all()
 
 
+def test_flash_attention_which_takes_no_masks_of_documents_is_no_way_to_pack():
+    config = config_of("qwen3_moe", **PACKABLE["qwen3_moe"])
+    assert "`attn_implementation: flash_attention_2` does not keep" in packing_obstacle(config, "flash_attention_2")
+    assert packing_obstacle(config, "eager") == packing_obstacle(config, "flex_attention") == ""
+
+
 @pytest.mark.parametrize("name", LEAKING)
 def test_models_that_carry_what_they_read_across_documents_are_told_apart(name):
     assert packing_obstacle(config_of(name, **LEAKING[name])).startswith(f"{name} has layers (")

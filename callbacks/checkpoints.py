@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from moextend_pl.runs.preflight import LAST_CHECKPOINT
 
 
 class StageCheckpoint(ModelCheckpoint):
@@ -15,13 +18,18 @@ class StageCheckpoint(ModelCheckpoint):
     checkpoint of the last step would tell Lightning that nothing is left to do. `StageReceipt` saves
     the final state when all results are there.
 
+    Lightning logs a step's metrics when all callbacks have seen its end. A new checkpoint therefore takes its place
+    only when that is done: a run that is killed in between takes the step again and loses no row.
+
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
     """
 
+    FILE_EXTENSION = ".tmp"  # what a run that is killed leaves behind is cleaned up by that name
+
     def __init__(self, every_n_steps: int = 100) -> None:
         super().__init__(
-            filename="last",
+            filename=f".{LAST_CHECKPOINT}",
             every_n_train_steps=every_n_steps,
             save_top_k=1,
             enable_version_counter=False,
@@ -34,3 +42,20 @@ class StageCheckpoint(ModelCheckpoint):
         """Saves, unless the stage is at its end."""
         if trainer.global_step < trainer.max_steps:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _take_place(self, trainer: Trainer) -> None:
+        newest = Path(self.best_model_path)
+        if trainer.is_global_zero and self.best_model_path and newest.exists():
+            newest.replace(newest.with_name(LAST_CHECKPOINT))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Puts the checkpoint of the step before in its place."""
+        self._take_place(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the checkpoint of the step before in its place."""
+        self._take_place(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the checkpoint of the last step in its place."""
+        self._take_place(trainer)

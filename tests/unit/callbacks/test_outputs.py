@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.tiny_world import SAMPLES, TinyWorld, colour_of, make_plan
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 
 from callbacks.checkpoints import StageCheckpoint
@@ -20,6 +23,7 @@ from moextend_pl.contracts import TrainPlan, UpcycleSpec, UserError
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
+from moextend_pl.runs.metrics_log import RunLogger
 from moextend_pl.training.answers import exact_match
 
 
@@ -60,6 +64,33 @@ def test_checkpoints_come_at_their_steps_but_never_at_the_last(
     saved = torch.load(path, weights_only=False)
     assert saved["global_step"] == 4
     assert list(path.parent.iterdir()) == [path]
+
+
+class LogsNothingMore(RunLogger):
+    """Ends the process where a step's metrics are logged, as a kill would."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+        super().log_metrics(metrics, step)
+
+
+def test_checkpoint_takes_its_place_only_when_the_metrics_of_its_step_are_written(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    parts = [TrainOnly(["projector"]), StageCheckpoint(2)]
+    options = {"steps": 8, "enable_checkpointing": True, "log_every_n_steps": 1}
+    trainer = make_trainer(*parts, logger=LogsNothingMore(str(tmp_path / "run")), **options)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule())
+    # The step whose row is lost is taken again.
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    trainer = make_trainer(*parts, logger=RunLogger(str(tmp_path / "run")), **options)
+    trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule(), ckpt_path=last, weights_only=True)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        assert {row["step"] for row in csv.DictReader(file) if row["train/loss"]} == {str(n) for n in range(8)}
 
 
 def test_an_unfinished_stage_that_is_past_its_steps_does_not_end_without_a_result(

@@ -15,6 +15,7 @@ from moextend_pl.moe.usage import ExpertUsage
 from moextend_pl.reports.plots import plot_usage
 from moextend_pl.runs.atomic import write_json
 from moextend_pl.samples.packing import sample_tokens
+from moextend_pl.training.losses import sum_over_ranks
 
 USAGE_FILE = "usage.json"
 Counts = dict[str, dict[int, Tensor]]
@@ -45,6 +46,9 @@ def measure_parts(trainer: Trainer, module: MoExtend) -> dict[str, Counts]:
     Returns:
         By part (`language`, and `encoder` and `projector` where they have experts) counts (E,) on the CPU
         by token kind (`image`, `text`, `all`) and layer, summed over ranks.
+
+    Raises:
+        UserError: If a router gave NaN; on all ranks.
     """
     parts: dict[str, Any] = {"language": module.language, "encoder": module.encoder, "projector": module.projector}
     experts = {name: part.num_experts for name, part in parts.items() if part.num_experts}
@@ -52,6 +56,7 @@ def measure_parts(trainer: Trainer, module: MoExtend) -> dict[str, Counts]:
     # One by one: a frozen tower stays in evaluation mode while the rest of the model learns.
     modes = {part: part.training for part in module.modules()}
     module.eval()
+    unsure = torch.zeros((), device=module.device)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     for batch in data.val_dataloader():
         batch = module.transfer_batch_to_device(module.with_host_facts(batch), module.device, 0)
@@ -63,6 +68,7 @@ def measure_parts(trainer: Trainer, module: MoExtend) -> dict[str, Counts]:
         is_image_T = (batch["input_ids"] == module.language.image_token_id).reshape(-1)
         is_real_T = sample_tokens(batch).reshape(-1)
         for name, found in records.items():
+            unsure += sum(record.logits.isnan().any() for record in found)
             if name == "language":
                 usage[name].update(found, is_image_T, is_real_T)
                 continue
@@ -71,6 +77,11 @@ def measure_parts(trainer: Trainer, module: MoExtend) -> dict[str, Counts]:
                 usage[name].update([record], every_T, every_T)
     for part, mode in modes.items():
         part.training = mode
+    if bool(sum_over_ranks(unsure)):
+        raise UserError(
+            "Expected routers that choose experts on the validation set, got NaN as their scores: no usage can be "
+            "measured. Look at its samples and at `optim.lr`."
+        )
     return {name: _on_cpu(metric.compute()) for name, metric in usage.items()}
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ShiftRule,
     )
     from moextend_pl.runs.checkpoint import AtomicCheckpointIO
+    from moextend_pl.training.finite import NumbersGuard
     from moextend_pl.training.optim import OptimSpec
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "LayerGrowth",
     "MoELanguageModel",
     "MoExtend",
+    "NumbersGuard",
     "OptimSpec",
     "Projector",
     "RandomRule",
@@ -70,6 +72,7 @@ _HOMES = {
         "ShiftRule",
     ),
     "runs.checkpoint": ("AtomicCheckpointIO",),
+    "training.finite": ("NumbersGuard",),
     "training.optim": ("OptimSpec",),
 }
 

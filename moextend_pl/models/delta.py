@@ -35,6 +35,7 @@ from moextend_pl.runs.manifest import (
     relative_arguments,
     versions,
 )
+from moextend_pl.runs.numbers import check_finite
 from moextend_pl.training.language_losses import RouterWeights
 from moextend_pl.training.stage import StageModule
 
@@ -160,9 +161,13 @@ def save_delta(module: DeltaModule, run: Path) -> Manifest:
 
     Returns:
         The manifest.
+
+    Raises:
+        UserError: If something that was learned is NaN or infinite.
     """
     parameters = dict(module.named_parameters())
     delta = {name: tensor.detach().cpu().contiguous() for name, tensor in delta_tensors(module).items()}
+    check_finite(delta, "what was learned", "Nothing was written. Lower `optim.lr`.")
     write_atomically(run / DELTA_FILE, lambda path: save_file(delta, path))
     manifest = Manifest(
         plans=module.plans,
@@ -212,6 +217,7 @@ def load_delta(module: DeltaModule, run: Path) -> set[str]:
     if not path.is_file() or file_sha256(path) != manifest.delta_sha256:
         raise UserError(f"{path}: missing or damaged (its SHA-256 is not the manifest's). Train the stage again.")
     delta, parameters = load_file(path), module.state_dict(keep_vars=True)
+    check_finite(delta, str(path), "Train the stage again.")
     unknown = [
         name for name, tensor in delta.items() if name not in parameters or parameters[name].shape != tensor.shape
     ]

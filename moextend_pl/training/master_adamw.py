@@ -27,8 +27,13 @@ class MasterAdamW(Optimizer):
         betas: Decay rates of the two moments.
         weight_decay: Decoupled weight decay.
 
+    Attributes:
+        found_inf: A scalar of fp32 on the device; where it is 1 a step changes nothing.
+
     Source: Mixed precision training, arXiv 1710.03740, section 3.1.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -77,6 +82,7 @@ class MasterAdamW(Optimizer):
             [],
             [state["step"] for state in states],
             fused=True,
+            found_inf=self.found_inf,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

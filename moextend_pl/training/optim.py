@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -227,8 +227,22 @@ def _group(part: str, decays: bool, params: list[nn.Parameter], spec: OptimSpec)
     }
 
 
+class FusedAdamW(AdamW):
+    """AdamW that updates all parameters in one call, and none where `found_inf` says so on the device.
+
+    A tiny model spends its step in calls, not in arithmetic. Lightning refuses to clip gradients of an optimizer that
+    also takes the scale of float16 off by itself, which this one leaves to the scaler.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: list[dict[str, Any]], **numbers: Any) -> None:
+        super().__init__(params, **numbers, fused=True)
+        self._step_supports_amp_scaling = False
+
+
 def build_optimizer(
-    parameters: Iterable[nn.Parameter | dict[str, Any]], spec: OptimSpec, total_steps: int, fused: bool = True
+    parameters: Iterable[nn.Parameter | dict[str, Any]], spec: OptimSpec, total_steps: int
 ) -> tuple[Optimizer, LambdaLR]:
     """Builds AdamW over the learning parameters, with its schedule; with master copies in fp32 where they are half.
 
@@ -236,7 +250,6 @@ def build_optimizer(
         parameters: Parameters of the model, of which frozen ones are left out, or groups of what learns.
         spec: Numbers of optimizer and schedule.
         total_steps: Optimizer steps of the whole run.
-        fused: Whether one call updates all parameters.
 
     Returns:
         The optimizer, and the scheduler to be stepped once after each optimizer step.
@@ -252,11 +265,9 @@ def build_optimizer(
     if not learning:
         raise UserError("Expected at least one part that learns, got none. List parts in `TrainOnly.parts`.")
     check_steps(total_steps)
-    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in learning):
-        optimizer: Optimizer = MasterAdamW(groups, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
-    else:
-        # `fused` updates all parameters in one call; a tiny model spends its step in calls, not in arithmetic.
-        optimizer = AdamW(groups, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=fused)
+    half = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in learning)
+    kind = MasterAdamW if half else FusedAdamW
+    optimizer: Optimizer = kind(groups, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
     specs = [replace(spec, warmup_fraction=group.get("warmup_fraction", spec.warmup_fraction)) for group in groups]
     return optimizer, LambdaLR(
         optimizer, [partial(learning_rate_factor, total_steps=total_steps, spec=own) for own in specs]

@@ -7,12 +7,14 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UserError
+from moextend_pl.runs.numbers import check_finite, checkpoint_tensors
+from moextend_pl.training.finite import NumbersGuard
 from moextend_pl.training.losses import count_learned, sum_over_ranks
 from moextend_pl.training.optim import (
     OptimSpec,
@@ -86,8 +88,17 @@ class StageModule(LightningModule):
         """Adds what a step must know of a batch before the batch leaves the host."""
         return self.with_host_facts(batch)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Brings the guard of losses and gradients, where the trainer has none."""
+        there: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(each, NumbersGuard) for each in there) else [NumbersGuard()]
+
     def configure_model(self) -> None:
-        """Builds, grows and freezes, once."""
+        """Builds, grows and freezes, once.
+
+        Raises:
+            UserError: If a weight is not finite, or the plan does not fit.
+        """
         if self._built:
             return
         check_learnable(self.frozen_parts(), self.train_plan, self.optim)
@@ -97,14 +108,13 @@ class StageModule(LightningModule):
             self.build()
         check_partition(self, self.parts())
         apply_train_plan(self.parts(), self.train_plan, self.frozen_parts())
+        check_finite(dict(self.named_parameters()), "the weights that were read", "Restore the files they came from.")
         self._built = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer over what learns; the number of steps is `trainer.max_steps`."""
-        # Under mixed precision Lightning refuses to clip gradients of a fused optimizer.
-        fused = "mixed" not in str(self.trainer.precision)
         groups = parameter_groups(self, self.parts(), self.optim)
-        optimizer, scheduler = build_optimizer(groups, self.optim, self.trainer.max_steps, fused)
+        optimizer, scheduler = build_optimizer(groups, self.optim, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def by_tokens(self, loss: Tensor, labels_BS: Tensor) -> Tensor:
@@ -147,9 +157,14 @@ class StageModule(LightningModule):
         return set(self.state_dict()) - frozen
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves frozen parameters out: they are read from the base again."""
+        """Leaves frozen parameters out: they are read from the base again.
+
+        Raises:
+            UserError: If what is left holds NaN or infinity; on all ranks, before one writes.
+        """
         names = self.checkpoint_names()
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in names}
+        check_finite(checkpoint_tensors(checkpoint), "a checkpoint", "It was not written. Lower `optim.lr`.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model or plan, before any weight is read.
@@ -164,3 +179,4 @@ class StageModule(LightningModule):
                 f"{sorted(got - expected)[:3]}. Resuming needs the same extension plan and the same trained parts; "
                 "start a new stage with `init_from` and another `trainer.default_root_dir`."
             )
+        check_finite(checkpoint_tensors(checkpoint), "the checkpoint", "Begin anew with `--fresh`.")

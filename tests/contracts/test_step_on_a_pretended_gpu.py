@@ -21,6 +21,7 @@ from moextend_pl.contracts import Batch, ExtensionPlan, TrainPlan, UpcycleSpec
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.samples.collate import collate_packed
+from moextend_pl.training.finite import Step, skip_step
 from moextend_pl.training.optim import OptimSpec, build_optimizer
 
 NEW = ("new_experts", "new_routers", "calibration")
@@ -56,7 +57,11 @@ def step(model: MoExtend, batch: Batch) -> None:
     move(model, "meta")
     there = elsewhere(batch, "meta")
     optimizer, scheduler = build_optimizer(model.parameters(), OptimSpec(), total_steps=10)
-    model.by_tokens(model(there).loss, there["labels"]).backward()
+    loss, guarded = model.by_tokens(model(there).loss, there["labels"]), Step()
+    loss.backward()
+    guarded.bad_loss = loss.detach().isfinite().logical_not()
+    skip_step(optimizer, guarded.judge(dict(model.named_parameters()), loss.device))
+    assert len(guarded.gradients) == sum(p.requires_grad for p in model.parameters())
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     optimizer.step()
     scheduler.step()

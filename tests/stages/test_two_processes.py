@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.stages import PARTS, end, finish, launched_by, metrics, start, write_stage
 from helpers.tiny_world import TinyWorld, make_plan, perturb
 from safetensors.torch import load_file
@@ -17,6 +19,7 @@ from moextend_pl.contracts import ExtensionPlan, TrainPlan, UpcycleSpec
 from moextend_pl.models.delta import save_delta
 
 pytestmark = pytest.mark.slow
+HELPERS = Path(__file__).parents[1] / "helpers"
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
@@ -59,7 +62,7 @@ def assert_same_losses(folder: Path, rel: float) -> None:
     expected, got = metrics(folder / "one"), metrics(folder / "two")
     assert list(got) == list(expected) == list(range(8))
     for step, values in expected.items():
-        assert got[step] == pytest.approx(values, rel=rel), f"step {step}"
+        assert got[step] == pytest.approx(values, rel=rel, nan_ok=True), f"step {step}"
 
 
 @pytest.mark.parametrize(("stage", "train"), [("vision", "vqa"), ("language", "text")])
@@ -96,6 +99,54 @@ def test_losses_of_two_processes_are_those_of_one(tiny_world: TinyWorld, tmp_pat
             # seen), a tensor may not. Eight steps move its numbers by 2e-2.
             difference = (deltas[1][name] - value).float()
             assert difference.square().mean().sqrt() < 1e-4, name
+
+
+def poisoned(world: TinyWorld, run: Path, steps: list[int], **options: object) -> Path:
+    config = write_stage(world, run, "align", steps=8)
+    content = yaml.safe_load(config.read_text())
+    poison = {"class_path": "poison.Poison", "init_args": {"steps": steps, "place": "projector", **options}}
+    content["trainer"]["callbacks"].append(poison)
+    content["data"]["init_args"]["train"] = world.data("vqa")  # a picture in every batch of every rank
+    config.write_text(yaml.safe_dump(content, sort_keys=False))
+    return config
+
+
+ALLOW = ("--allow-class-path", "poison")
+
+
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]], ids=["rank 0", "rank 1", "both"])
+def test_both_processes_skip_the_step_in_which_one_of_them_has_no_numbers(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: list[int]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
+    monkeypatch.syspath_prepend(str(HELPERS))
+    cli.run(["fit", "--config", str(poisoned(tiny_world, tmp_path / "one", [3, 5])), *ALLOW])
+    two = poisoned(tiny_world, tmp_path / "two", [3, 5], ranks=ranks)
+    finish(two, *TWO, *ALLOW)
+    # Losses of other steps are those of one process, so that both left out the same steps and no others.
+    assert_same_losses(tmp_path, rel=1e-4)
+    assert [step for step, (loss, *_) in metrics(tmp_path / "two").items() if math.isnan(loss)] == [3, 5]
+    log = two.with_suffix(".log").read_text()
+    assert log.count("step 3: the loss is not finite") == len(ranks)
+    assert log.count("step 3: the loss of another rank is not finite") == 2 - len(ranks)
+
+
+def test_both_processes_end_when_one_of_them_has_no_numbers_again_and_again(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
+    config = poisoned(tiny_world, tmp_path / "run", [2, 3, 4, 5], ranks=[1])
+    process = start(config, *TWO, *ALLOW)
+    try:
+        assert process.wait(120) == 2
+    finally:
+        if process.poll() is None:
+            end(process)
+    log = config.with_suffix(".log").read_text()
+    assert "Traceback" not in log
+    assert log.count("got 3 steps in a row without; step 4: ") == 2
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert not (tmp_path / "run" / "stage.json").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

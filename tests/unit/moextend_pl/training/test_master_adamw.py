@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from moextend_pl.training.master_adamw import MasterAdamW
-from moextend_pl.training.optim import OptimSpec, build_optimizer
+from moextend_pl.training.optim import FusedAdamW, OptimSpec, build_optimizer
 
 OPTIONS = {"lr": 2e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
@@ -78,7 +78,7 @@ def test_state_read_to_the_cpu_goes_on_where_the_parameters_are() -> None:
     )
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, AdamW), (torch.bfloat16, MasterAdamW)])
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, FusedAdamW), (torch.bfloat16, MasterAdamW)])
 def test_stage_takes_the_optimizer_that_its_precision_needs(dtype: torch.dtype, kind: type) -> None:
     parameter = nn.Parameter(torch.ones(3, dtype=dtype))
     optimizer, _ = build_optimizer([parameter], OptimSpec(), total_steps=3)

@@ -150,8 +150,8 @@ class MoExtendCLI(LightningCLI):
         if self._checkpoint is None:
             if command != "fit":
                 _log.warning("no checkpoint of %s is used: the model is taken as its config builds it", run)
-            elif fresh and _is_first_rank():
-                set_aside(run)
+            elif _is_first_rank():
+                set_aside(run, config, fresh)
             return
         if command == "fit" and not given.get("ckpt_path"):
             refuse_changed_config(run, config)

@@ -16,7 +16,8 @@ from typing import Any, TextIO
 
 import yaml
 
-from moextend_pl.contracts import UserError
+from moextend_pl.contracts import PLAN_FILE, UserError
+from moextend_pl.runs.manifest import DELTA_FILE, MANIFEST_FILE
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -29,7 +30,11 @@ SPEED_KEYS = ("num_workers", "pin_memory", "prefetch_factor", "persistent_worker
 ABOVE_ZERO = ("accumulate_grad_batches", "val_check_interval")  # the trainer divides by them
 SEEDS = 2**32  # numpy takes no others
 PLAN_ARGUMENTS = ("parts", "plan")  # a callback with one of these decides what learns or grows
-RUN_RECORDS = (CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "stage.json", "bad_samples.jsonl")
+RESULTS = ("stage.json", MANIFEST_FILE, DELTA_FILE, PLAN_FILE)
+RUN_RECORDS = (
+    *(CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "bad_samples.jsonl", "ledger.jsonl"),
+    *(*RESULTS, "frozen.json", "usage.json", "plots"),
+)
 MISSING = "(not set)"
 _SHOWN_DIFFERENCES = 6
 _SHOWN_LENGTH = 80
@@ -169,10 +174,20 @@ def choose_checkpoint(run: Path, asked: str | None, fresh: bool) -> str | None:
     return str(last) if last.exists() else None
 
 
-def set_aside(run: Path) -> None:
-    """Moves the records of an earlier run into `old<n>/`, so that a fresh run never continues or extends them."""
-    records = [run / name for name in RUN_RECORDS if (run / name).exists()]
-    if not records:
+def set_aside(run: Path, config: dict[str, Any], fresh: bool) -> None:
+    """Moves records and results of an earlier run into `old<n>/`.
+
+    A run that begins anew never extends them, and no later stage takes old results for its own.
+
+    Args:
+        run: The run directory.
+        config: Of the run that begins; what it reads stays.
+        fresh: Whether that was asked for; else records without a result stay, of a run that was stopped early on.
+    """
+    read = {Path(value).resolve() for value in _result_settings(config).values() if isinstance(value, str)}
+    names = dict.fromkeys((*RUN_RECORDS, *_declared_outputs(run)))
+    records = [run / name for name in names if (run / name).exists() and (run / name).resolve() not in read]
+    if not records or not (fresh or any(record.name in RESULTS for record in records)):
         return
     number = 1
     while (aside := run / f"old{number}").exists():
@@ -181,6 +196,18 @@ def set_aside(run: Path) -> None:
     for record in records:
         record.rename(aside / record.name)
     _log.info("records of the earlier run moved to %s", aside)
+
+
+def _declared_outputs(run: Path) -> list[str]:
+    """Returns the entries of a run directory that its last run was to write."""
+    try:
+        earlier = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+        callbacks = earlier["trainer"]["callbacks"]
+        outputs = [name for each in callbacks for name in each.get("init_args", {}).get("outputs", ())]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return []
+    first = [Path(name).parts[:1] for name in outputs if isinstance(name, str)]
+    return [part[0] for part in first if part and part[0] not in ("..", "/")]
 
 
 def refuse_changed_config(run: Path, config: dict[str, Any]) -> None:

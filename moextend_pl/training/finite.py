@@ -152,14 +152,16 @@ class NumbersGuard(Callback):
         self._sent: Step | None = None
         self._outputs = Outputs()
         self._row = self._skipped = self._taken = 0
+        self._taught = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Keeps the numbers of skipped and of other steps."""
-        return {"skipped": self._skipped, "taken": self._taken}
+        """Keeps the numbers of skipped and of other steps, and whether there was anything to learn."""
+        return {"skipped": self._skipped, "taken": self._taken, "taught": self._taught}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the numbers of an earlier start."""
+        """Takes over what an earlier start kept."""
         self._skipped, self._taken = int(state_dict["skipped"]), int(state_dict["taken"])
+        self._taught = bool(state_dict["taught"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets a step that an earlier run did not finish."""
@@ -172,6 +174,7 @@ class NumbersGuard(Callback):
             buffers = {buffer: buffer.clone() for norm in norms for buffer in norm.buffers()}
             self._now, self._outputs.sizes = Step(trainer.global_step, statistics=buffers), {}
         self._now.keys += list(batch.get("keys", ())) if isinstance(batch, Mapping) else []
+        self._taught = self._taught or teaches(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Looks at the loss of a batch."""
@@ -198,12 +201,17 @@ class NumbersGuard(Callback):
             self._settle(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses results of a run that took no step, or that are not finite, before one is written.
+        """Refuses results of a run that learned nothing, or that are not finite, before one is written.
 
         Raises:
             UserError: If it is so.
         """
         self._settle(pl_module)
+        if not bool(sum_over_ranks(torch.tensor(float(self._taught), device=pl_module.device))):
+            raise UserError(
+                "Expected a run that learns, got one whose batches held nothing to learn: all their samples were bad. "
+                "Nothing was written. `bad_samples.jsonl` in the run directory says what is wrong with them."
+            )
         if self._skipped and not self._taken:
             raise UserError(
                 f"Expected a run that learns, got one whose {self._skipped} steps were all skipped, since loss or "
@@ -234,6 +242,15 @@ class NumbersGuard(Callback):
             )
         log.warning("%s; the step is skipped", step.describe())
         self._outputs.watch(module)
+
+
+def teaches(batch: Any) -> bool:
+    """Tells whether there is anything to learn from a batch, asking the device for nothing; if unknown, there is."""
+    if not isinstance(batch, Mapping):
+        return True
+    if "known" in batch:
+        return bool(batch["known"].learned.numel())
+    return bool(batch.get("image_keys", True))
 
 
 def skip_step(optimizer: Optimizer, skip: Tensor) -> None:

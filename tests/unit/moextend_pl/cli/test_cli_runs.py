@@ -87,6 +87,48 @@ def test_fresh_sets_the_earlier_run_aside(stage: Path, tmp_path: Path) -> None:
     assert fit(stage, "--trainer.max_steps=1").trainer.global_step == 1
 
 
+RESULTS = ("delta.safetensors", "manifest.json", "extension_plan.yaml", "usage.json", "base/config.json")
+
+
+def with_results(stage: Path, run: Path) -> Path:
+    """A finished run with results of several kinds, which a later stage would take."""
+    content = yaml.safe_load(stage.read_text())
+    receipt = {"class_path": "callbacks.StageReceipt", "init_args": {"outputs": ["base", "../outside"]}}
+    content["trainer"]["callbacks"].append(receipt)
+    stage.write_text(yaml.safe_dump(content))
+    (run / "base").mkdir(parents=True)
+    (run.parent / "outside").mkdir()
+    fit(stage)
+    for name in RESULTS:
+        (run / name).write_text("old")
+    return stage
+
+
+def test_fresh_leaves_no_result_of_the_earlier_run_for_a_later_stage(stage: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with_results(stage, run)
+    with pytest.raises(UserError):
+        fit(stage, "--fresh", "--model.fail=fit")  # as if it had been killed before its end
+    assert [name for name in (*RESULTS, "stage.json") if (run / name).exists()] == []
+    assert all((run / "old1" / name).exists() for name in (*RESULTS, "stage.json", "checkpoints/last.ckpt"))
+    assert (tmp_path / "outside").exists()
+
+
+def test_results_without_a_checkpoint_are_set_aside_when_the_run_begins_anew(stage: Path, tmp_path: Path) -> None:
+    with_results(stage, tmp_path / "run")
+    (tmp_path / "run/checkpoints/last.ckpt").unlink()
+    fit(stage, "--trainer.max_steps=1")
+    assert (tmp_path / "run/old1/delta.safetensors").read_text() == "old"
+    assert not (tmp_path / "run/delta.safetensors").exists()
+
+
+def test_a_run_stopped_before_it_had_a_result_is_not_set_aside(stage: Path, tmp_path: Path) -> None:
+    fit(stage)
+    (tmp_path / "run/checkpoints/last.ckpt").unlink()
+    fit(stage, "--trainer.max_steps=1")
+    assert not (tmp_path / "run/old1").exists()
+
+
 @pytest.mark.parametrize("more", [(), ("--fresh",)])
 def test_a_trial_of_one_step_leaves_the_run_as_it_was(stage: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     def files() -> dict[Path, bytes]:

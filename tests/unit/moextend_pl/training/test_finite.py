@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data_options import grouped
 from helpers.poison import EMBEDDING, Poison
-from helpers.tiny_world import TinyWorld, make_plan
+from helpers.tiny_world import TinyWorld, image_entry, make_plan
 from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,6 +23,8 @@ from callbacks.checkpoints import StageCheckpoint
 from callbacks.expert_extension import ExpertExtension
 from callbacks.outputs import SaveDelta, StageReceipt
 from callbacks.train_only import TrainOnly
+from datamodules import ImageTextShards
+from datamodules.shards import Entry, write_shards
 from moextend_pl.contracts import TrainPlan, UserError
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.encoder import VisionEncoder
@@ -153,6 +156,25 @@ def test_a_run_that_took_no_step_writes_nothing(tiny_world: TinyWorld, make_trai
     with pytest.raises(UserError, match=r"got one whose 2 steps were all skipped.*Nothing was written"):
         trainer.fit(extended(tiny_world), tiny_world.datamodule())
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_run_of_which_every_sample_is_bad_is_no_run(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path, whole: int
+) -> None:
+    (tmp_path / "set").mkdir()
+    pictures = [image_entry(n).images[0][: None if n < whole else -30] for n in range(6)]
+    write_shards([Entry(f"k{n}", image_entry(n).conversations, (pictures[n],)) for n in range(6)], tmp_path / "set")
+    data = ImageTextShards(**grouped(train=str(tmp_path / "set"), batch_size=2, turns="single"))
+    trainer = make_trainer(TrainOnly(["projector"]), SaveDelta(), StageReceipt(["delta.safetensors"]), steps=6)
+    if whole:
+        trainer.fit(tiny_world.unbuilt(), data)
+    else:
+        with pytest.raises(UserError, match=r"held nothing to learn: .*`bad_samples.jsonl`"):
+            trainer.fit(tiny_world.unbuilt(), data)
+    assert (
+        (tmp_path / "run" / "delta.safetensors").exists() == (tmp_path / "run" / "stage.json").exists() == bool(whole)
+    )
 
 
 def test_a_learning_rate_out_of_bounds_ends_the_run(

@@ -96,9 +96,7 @@ class Trained(nn.Module):
     def step(self, batch: Batch, features_IPC: Tensor) -> None:
         """Does one step as `MoExtend` does."""
         embeddings = self.language.embed(batch["input_ids"])
-        is_image = batch["input_ids"] == self.language.image_token_id
-        places = batch["known"].image_places
-        embeddings = scatter_features(embeddings, self.projector(features_IPC), is_image, places)
+        embeddings = scatter_features(embeddings, self.projector(features_IPC), batch["known"].images)
         self.language.losses(batch, embeddings).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -118,7 +116,8 @@ def make_batch(model: MoELanguageModel, config: dict[str, Any]) -> tuple[Batch, 
     })  # fmt: skip
     known = batch["known"]
     moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in batch.items()}
-    moved["known"] = known._replace(learned=known.learned.cuda(), targets=known.targets.cuda())
+    on_gpu = [value.cuda() if isinstance(value, Tensor) else value for value in known]
+    moved["known"] = type(known)(*on_gpu)
     return moved, features.to("cuda", torch.bfloat16)  # type: ignore[return-value]
 
 
@@ -169,7 +168,8 @@ def kernels(step: Callable[[], object]) -> tuple[int, str]:
         step()
         torch.cuda.synchronize()
     averages = record.key_averages()
-    return sum(one.count for one in averages), averages.table(sort_by="cuda_time_total", row_limit=25)
+    started = sum(one.count for one in averages if one.self_device_time_total > 0)  # the rest are calls of the driver
+    return started, averages.table(sort_by="cuda_time_total", row_limit=25)
 
 
 def measure(shape: str, case: str, rounds: int, peak_rate: float, show: bool) -> Row:

@@ -96,8 +96,8 @@ class Trained(nn.Module):
     def loss(self, batch: Batch, features_IPC: Tensor) -> Tensor:
         """Runs the forward pass as `MoExtend` does, without the balance loss, which all cases would share."""
         embeddings = self.language.embed(batch["input_ids"])
-        is_image = batch["input_ids"] == self.language.image_token_id
-        embeddings = scatter_features(embeddings, self.projector(features_IPC), is_image)
+        places = (batch["input_ids"] == self.language.image_token_id).flatten().nonzero().squeeze(-1)
+        embeddings = scatter_features(embeddings, self.projector(features_IPC), places)
         if self.case.label_only:
             return self.language.losses(batch, embeddings, balanced=False).token
         logits = self.language(batch, embeddings)

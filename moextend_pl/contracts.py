@@ -87,7 +87,7 @@ class HostFacts(NamedTuple):
 
     learned: Tensor  # (A,) places among all B * S from which a learned token is predicted
     targets: Tensor  # (A,) ids to predict there
-    image_places: int  # number of image placeholders
+    images: Tensor  # (P,) places among all B * S of image placeholders
     tokens: int  # number of real tokens, image placeholders included
 
 

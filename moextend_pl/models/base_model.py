@@ -43,7 +43,9 @@ class ComputeSpec:
     """How a language model computes, and in how many bits it holds what is frozen.
 
     Attributes:
-        experts_implementation: `moextend`, the numbers of `grouped_mm` but for frozen experts; or one of transformers.
+        experts_implementation: `moextend`, for frozen experts: on a CPU the numbers of `grouped_mm`, on a GPU Triton
+            kernels where experts are plain gated ones in 16 bits; `moextend_triton` asks for the kernels in 32 bits
+            too; or one of transformers.
         quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; None as they are.
         activation_checkpointing: Whether layers compute their activations again in the backward pass.
         attn_implementation: How attention is computed, as transformers names it; None for its default, `sdpa`. Flash

@@ -205,7 +205,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
             routing = "open" if self._opened_to_text else plan.routing
             somewhere = None
             if "known" in batch:
-                somewhere = is_reachable(routing, plan.task, tasks, batch["known"].image_places)
+                somewhere = is_reachable(routing, plan.task, tasks, len(batch["known"].images))
             reach.set(reachable(routing, plan.task, is_image_BS, tasks, batch.get("documents")), somewhere)
 
     def close_reach(self) -> None:

@@ -231,9 +231,8 @@ class MoExtend(AnswerMixin, DeltaModule):
         if not has_image:
             return embeddings_BSD
         features_IPC = self.encode(batch["pixel_values"], batch["image_keys"])
-        is_image_BS = batch["input_ids"] == self.language.image_token_id
-        places = self.with_host_facts(batch)["known"].image_places
-        return scatter_features(embeddings_BSD, self.projector(features_IPC), is_image_BS, places)
+        places_T = self.with_host_facts(batch)["known"].images
+        return scatter_features(embeddings_BSD, self.projector(features_IPC), places_T)
 
     def forward(self, batch: Batch) -> LanguageOutput:
         """Computes the losses of a batch, those of the routers of tower and projector included."""

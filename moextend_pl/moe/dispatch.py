@@ -22,8 +22,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from moextend_pl.moe.kernels.gated_experts import available, gated_experts
+
 FROZEN_EXPERTS = "moextend"
 """Name under which transformers knows `frozen_experts_forward` once it was registered."""
+
+KERNEL_EXPERTS = "moextend_triton"
+"""The same by Triton kernels wherever experts have the plain gated shape, on a CPU too: `TRITON_INTERPRET=1`."""
 
 # Slots computed at a time on a CPU: what one chunk makes is still in the cache when it is read. Among 256 to 8192,
 # 512 was fastest or level for 8 wide experts (`benchmarks/block.py`).
@@ -50,15 +55,16 @@ def implementations() -> list[str]:
 def register() -> None:
     """Makes `moextend` known to transformers, by its public registry."""
     ALL_EXPERTS_FUNCTIONS.register(FROZEN_EXPERTS, frozen_experts_forward)
+    ALL_EXPERTS_FUNCTIONS.register(KERNEL_EXPERTS, frozen_experts_forward)
 
 
 def frozen_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Computes the weighted sum of the selected experts, as transformers' `grouped_mm` does, bit for bit.
+    """Computes the weighted sum of the selected experts, on a CPU as transformers' `grouped_mm` does, bit for bit.
 
-    Experts that learn, that have biases or a norm behind them, and passes in which tokens need no gradient
-    are left to transformers, and so are passes that `torch.compile` traces.
+    On a GPU kernels compute plain gated experts. Experts that learn, that have biases or a norm behind them, and
+    passes in which tokens need no gradient are left to transformers, and so are passes that `torch.compile` traces.
 
     Args:
         self: Experts module of a transformers model.
@@ -69,17 +75,48 @@ def frozen_experts_forward(
     Returns:
         (T, D).
     """
+    if by_kernels(self, hidden_states):
+        return kernel_experts(self, None, hidden_states, top_k_index, top_k_weights)
     if not _is_frozen_here(self, hidden_states):
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     output: Tensor = _FrozenExperts.apply(hidden_states, top_k_weights, top_k_index, self)
     return output
 
 
+def by_kernels(experts: Any, x_TD: Tensor) -> bool:
+    """Returns whether kernels compute a base's experts for these tokens: set so, plain, frozen, 16 bits on a GPU.
+
+    In 32 bits the products of libraries are faster.
+    """
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if implementation not in (FROZEN_EXPERTS, KERNEL_EXPERTS) or not available(experts):
+        return False
+    on_gpu = x_TD.device.type == "cuda" and experts.down_proj.dtype.itemsize == 2
+    return (on_gpu or implementation == KERNEL_EXPERTS) and not any(p.requires_grad for p in experts.parameters())
+
+
+def kernel_experts(
+    frozen: Any, new: tuple[Tensor, Tensor] | None, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """Computes frozen experts, and new ones behind them, in one pass of kernels.
+
+    Args:
+        frozen: Experts module of a base, of E experts, for which `by_kernels` holds.
+        new: First and second projection of N new experts, or None.
+        x_TD: Tokens.
+        indices_TK: Selected among E + N experts; what is above is skipped.
+        weights_TK: Routing weights.
+    """
+    old = (frozen.gate_up_proj, frozen.down_proj)
+    nobody = (old[0][:0], old[1][:0])
+    return gated_experts(x_TD, indices_TK, weights_TK, old, nobody if new is None else new)
+
+
 def takes(experts: Any) -> bool:
     """Returns whether the backward pass of an experts module is that of this file: set so, frozen, without biases."""
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     has_norm = getattr(experts, "has_post_expert_norm", False)  # unknown to transformers 5.17
-    if implementation != FROZEN_EXPERTS or experts.has_bias or has_norm:
+    if implementation not in (FROZEN_EXPERTS, KERNEL_EXPERTS) or experts.has_bias or has_norm:
         return False
     return not any(parameter.requires_grad for parameter in experts.parameters())
 

@@ -1,6 +1,6 @@
 """What a step must know of a batch in Python, found while the batch is on the host: a GPU is asked for no value.
 
-Shapes: B batch, S sequence, A learned positions.
+Shapes: B batch, S sequence, A learned positions, P image placeholders.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def with_host_facts(batch: Batch, image_token_id: int) -> Batch:
     known = HostFacts(
         learned=learned_BS.flatten().nonzero().squeeze(-1),
         targets=next_BS[learned_BS],
-        image_places=int((batch["input_ids"] == image_token_id).sum()),
+        images=(batch["input_ids"] == image_token_id).flatten().nonzero().squeeze(-1),
         tokens=int(batch["attention_mask"].sum()),
     )
     return {**batch, "known": known}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.plain_experts import plain_loop
 from helpers.tiny_world import GROWN, TinyWorld, make_plan, perturb
 from lightning.pytorch import Callback, Trainer
 from torch.utils._pytree import tree_map_only
@@ -18,6 +19,7 @@ from callbacks.outputs import SaveDelta
 from callbacks.train_only import TrainOnly
 from moextend_pl.contracts import Batch, TrainPlan, UpcycleSpec
 from moextend_pl.models.moextend import MoExtend
+from moextend_pl.moe.kernels.gated_experts import gated_experts
 from moextend_pl.samples.collate import collate_packed
 from moextend_pl.training.optim import OptimSpec, build_optimizer
 
@@ -121,6 +123,26 @@ def test_losses_and_gradients_are_those_of_a_cpu(tiny_world: TinyWorld, dtype: t
     for ours, expected in zip(results[1], results[0], strict=True):
         size = expected.float().norm()
         assert (ours.cpu().float() - expected.float()).norm() <= (1e-4 if dtype == torch.float32 else 0.1) * size + 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("sizes", [(300, 128, 128, 8, 2, 2), (1000, 2048, 1024, 16, 1, 4), (77, 80, 72, 3, 0, 2)])
+def test_kernels_learn_as_a_plain_loop(sizes: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    tokens, width, inner, E, N, top_k = sizes
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, tokens, width, device="cuda").to(dtype).unbind()
+    weights = torch.rand(tokens, top_k, device="cuda")
+    indices = torch.rand(tokens, E + N, device="cuda").topk(top_k).indices
+    shapes = (2 * inner, width), (width, inner)
+    stacks = [[(torch.randn(n, *shape, device="cuda") / width**0.5).to(dtype) for shape in shapes] for n in (E, N)]
+    results = []
+    for compute, kind in ((gated_experts, dtype), (plain_loop, torch.float64)):
+        learning = [tensor.to(kind).requires_grad_() for tensor in (x, weights, *stacks[1])]
+        y = compute(learning[0], indices, learning[1], [one.to(kind) for one in stacks[0]], learning[2:])
+        learning = learning if N else learning[:2]
+        results.append([y.detach(), *torch.autograd.grad(y, learning, dy.to(kind))])
+    for ours, expected in zip(*results, strict=True):
+        assert (ours.double() - expected).norm() <= tolerance * expected.norm()
 
 
 class StopAt(Callback):

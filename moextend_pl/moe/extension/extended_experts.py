@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moextend_pl.moe.dispatch import by_kernels, kernel_experts
 from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.moe.nf4 import packed_rows
 from moextend_pl.moe.touch import touch
@@ -108,6 +109,8 @@ class ExtendedExperts(nn.Module):
         Returns:
             (T, D).
         """
+        if not self.reach.nowhere and by_kernels(self.root, hidden_states):
+            return kernel_experts(self.root, self._new_stacks(), hidden_states, top_k_index, top_k_weights)
         is_new_TK = top_k_index >= self.base_experts
         y_TD = self._call(self.base, hidden_states, top_k_index, top_k_weights, is_new_TK)
         if self.reach.nowhere:
@@ -123,6 +126,14 @@ class ExtendedExperts(nn.Module):
         indices_U1 = top_k_index[tokens_U, slots_U, None] - self.base_experts
         new_UD = self.new(hidden_states[tokens_U], indices_U1, top_k_weights[tokens_U, slots_U, None])
         return y_TD.index_add(0, tokens_U, new_UD)
+
+    def _new_stacks(self) -> tuple[Tensor, Tensor]:
+        """Returns both projections of the new experts of all extensions."""
+        own = (self.new.gate_up_proj, self.new.down_proj)
+        if not isinstance(self.base, ExtendedExperts):
+            return own
+        first, second = (torch.cat(pair) for pair in zip(self.base._new_stacks(), own, strict=True))
+        return first, second
 
     def _touched(self, y_TD: Tensor) -> Tensor:
         zero = touch(self.new.parameters())

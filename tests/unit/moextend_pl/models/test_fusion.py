@@ -8,13 +8,14 @@ import torch
 from moextend_pl.contracts import UserError
 from moextend_pl.models.fusion import scatter_features
 
-PLACES = torch.tensor(
+IS_IMAGE = torch.tensor(
     [
         [0, 1, 1, 0, 1, 1, 0],  # two images in one sequence
         [0, 0, 0, 0, 0, 0, 0],  # none
         [0, 0, 0, 1, 1, 0, 0],
     ]
 ).bool()
+PLACES = IS_IMAGE.flatten().nonzero().squeeze(-1)
 
 
 def test_each_image_lands_on_its_own_placeholders_in_reading_order() -> None:
@@ -34,8 +35,8 @@ def test_gradients_reach_features_and_text_and_nothing_under_placeholders() -> N
     text, features = torch.randn(3, 7, 4, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
     weight = torch.rand(3, 7, 4) + 1
     (scatter_features(text, features, PLACES) * weight).sum().backward()
-    assert torch.equal(features.grad.reshape(-1, 4), weight[PLACES])
-    assert torch.equal(text.grad, weight * ~PLACES[..., None])
+    assert torch.equal(features.grad.reshape(-1, 4), weight[IS_IMAGE])
+    assert torch.equal(text.grad, weight * ~IS_IMAGE[..., None])
 
 
 def test_inputs_are_left_as_they_are() -> None:

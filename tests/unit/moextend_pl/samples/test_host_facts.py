@@ -19,7 +19,7 @@ def test_facts_are_those_of_a_plain_loop_over_the_batch(tiny_world: TinyWorld, k
     shifted = [label for row in rows for label in (*row[1:], IGNORE_INDEX)]
     assert known.learned.tolist() == [place for place, label in enumerate(shifted) if label != IGNORE_INDEX]
     ids = [token for row in batch["input_ids"].tolist() for token in row]
-    assert known.image_places == ids.count(model.language.image_token_id)
+    assert known.images.tolist() == [place for place, token in enumerate(ids) if token == model.language.image_token_id]
     assert known.tokens == tokens_in(batch) == sum(sum(row) for row in batch["attention_mask"].tolist())
 
 

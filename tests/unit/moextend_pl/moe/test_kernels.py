@@ -1,0 +1,144 @@
+"""Triton kernels of gated experts, run by Triton's interpreter on a CPU and held to a plain loop in 64 bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+ROUTES = ("any", "one expert", "some for nobody")
+
+
+def routed(tokens: int, experts: int, top_k: int, route: str) -> Tensor:
+    """Indices of distinct experts; the last but one expert gets no token where there are enough others."""
+    choices = (
+        [*range(experts - 2), experts - 1][-max(top_k, experts - 1) :] if experts > top_k + 1 else [*range(experts)]
+    )
+    pool = torch.tensor([*choices, *([experts] if route == "some for nobody" else [])])
+    indices = pool[torch.rand(tokens, len(pool)).topk(top_k).indices]
+    if route == "one expert":
+        indices[:, 0] = experts - 1
+        indices[:, 1:] = torch.arange(top_k - 1)
+    return indices
+
+
+def both(case: dict[str, Any]) -> list[list[Tensor]]:
+    """Returns output and gradients by the kernels in 32 bits and by the loop in 64."""
+    from helpers.plain_experts import plain_loop
+
+    from moextend_pl.moe.kernels.gated_experts import gated_experts
+
+    torch.manual_seed(case["tokens"])
+    T, D, I, E, N, K = (case[name] for name in ("tokens", "width", "inner", "frozen", "new", "top_k"))  # noqa: E741
+    x, weights, dy = (torch.randn(T, n, dtype=torch.float64) for n in (D, K, D))
+    indices = routed(T, E + N, K, case["route"])
+    stacks = [[0.2 * torch.randn(n, *shape, dtype=torch.float64) for shape in ((2 * I, D), (D, I))] for n in (E, N)]
+    results = []
+    for compute, dtype in ((gated_experts, torch.float32), (plain_loop, torch.float64)):
+        learning = [t.to(dtype).requires_grad_() for t in (x, weights, *stacks[1])]
+        frozen = tuple(t.to(dtype) for t in stacks[0])
+        y = compute(learning[0], indices, learning[1], frozen, tuple(learning[2:]))
+        learning = learning if N else learning[:2]
+        results.append([y.detach(), *torch.autograd.grad(y, learning, dy.to(dtype))])
+    return results
+
+
+CASES = [
+    {"tokens": tokens, "width": width, "inner": inner, "frozen": frozen, "new": new, "top_k": top_k, "route": route}
+    for tokens, width, inner, frozen, new, top_k in (
+        (37, 64, 48, 5, 2, 2),
+        (1, 16, 24, 3, 0, 2),
+        (300, 80, 70, 3, 1, 2),  # no multiples of a tile
+        (150, 128, 128, 4, 2, 3),  # multiples of it
+    )
+    for route in ROUTES
+]
+
+
+def interpreted(what: str, tmp_path: Path) -> Any:
+    """Runs a function of this file in a process whose kernels Triton interprets; the choice is made at import."""
+    out = tmp_path / "out.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, __file__, what, str(out)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def worst_errors() -> list[list[float]]:
+    """Returns for each case the largest error of output and gradients, against the largest true number."""
+    pairs = [zip(*both(case), strict=True) for case in CASES]
+    return [[float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pair] for pair in pairs]
+
+
+def test_output_and_gradients_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    for case, errors in zip(CASES, interpreted("worst_errors", tmp_path), strict=True):
+        assert max(errors) < 1e-5, (case, errors)
+
+
+def alone_and_extended() -> dict[str, bool]:
+    """Returns whether a token's result is the same bits beside other tokens, and with and without new experts."""
+    from moextend_pl.moe.kernels.gated_experts import gated_experts
+
+    torch.manual_seed(0)
+    T, D, I, E, K = 200, 64, 48, 4, 2  # noqa: E741
+    x, weights = torch.randn(T, D), torch.rand(T, K)
+    indices = torch.rand(T, E).topk(K).indices
+    frozen = torch.randn(E, 2 * I, D), torch.randn(E, D, I)
+    none, new = tuple(w[:0] for w in frozen), tuple(w[:1] * 2 for w in frozen)
+    mixed = indices.clone()
+    mixed[100:, 1] = E  # half of the tokens choose the new expert
+    y = gated_experts(x, indices, weights, frozen, none)
+    return {
+        "beside others": torch.equal(y[50:60], gated_experts(x[50:60], indices[50:60], weights[50:60], frozen, none)),
+        "extended": torch.equal(y[:100], gated_experts(x, mixed, weights, frozen, new)[:100]),
+        "changes": not torch.equal(y[100:], gated_experts(x, mixed, weights, frozen, new)[100:]),
+    }
+
+
+def test_a_token_has_the_same_bits_beside_others_and_beside_new_experts(tmp_path: Path) -> None:
+    assert interpreted("alone_and_extended", tmp_path) == {"beside others": True, "extended": True, "changes": True}
+
+
+def twice_extended_model() -> dict[str, float]:
+    """Returns how far gradients and logits of a twice extended Mixtral lie from those of transformers' products."""
+    from helpers.tiny_world import make_plan, perturb, tiny_mixtral
+
+    from moextend_pl.moe import dispatch
+    from moextend_pl.moe.extension.growth import grow, new_parameters
+    from moextend_pl.moe.extension.reach import Reach
+
+    embeddings, results = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1)), []
+    for implementation in ("grouped_mm", dispatch.KERNEL_EXPERTS):
+        model, reaches = tiny_mixtral(num_hidden_layers=2).requires_grad_(False), (Reach(), Reach())
+        dispatch.use(model, implementation)
+        for reach in reaches:
+            grow(model, make_plan([1]), reach)
+            reach.set(torch.tensor([True, reach is reaches[1]]))
+        new = [parameter for parameters in new_parameters(model).values() for parameter in parameters]
+        perturb(new, size=0.2)
+        x = embeddings.clone().requires_grad_()
+        logits = model(inputs_embeds=x, use_cache=False).logits
+        logits.logsumexp(-1).sum().backward()
+        results.append([logits.detach(), x.grad, *(p.grad for p in new if p.grad is not None)])
+    pairs = list(zip(*results, strict=True))
+    return {"compared": len(pairs), "error": max(float((a - b).abs().max()) for a, b in pairs)}
+
+
+def test_a_twice_extended_model_learns_as_by_the_products_of_transformers(tmp_path: Path) -> None:
+    result = interpreted("twice_extended_model", tmp_path)
+    assert result["compared"] > 6
+    assert result["error"] < 1e-5
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[3]))
+    Path(sys.argv[2]).write_text(json.dumps(globals()[sys.argv[1]]()))

@@ -91,8 +91,8 @@ def tokens_beside(marked_BS: Tensor, documents_BS: Tensor | None) -> Tensor:
         return marked_BS.any(dim=1)
     owners = documents_BS.masked_fill(~marked_BS, 0).flatten()
     is_marked_N = torch.zeros(documents_BS.numel() + 1, dtype=torch.bool, device=documents_BS.device)
-    is_marked_N[owners] = True
-    is_marked_N[0] = False
+    is_marked_N.index_fill_(0, owners, True)  # a value assigned by index would be copied to a GPU, which waits
+    is_marked_N[:1].fill_(False)
     return is_marked_N[documents_BS]
 
 

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-slow coverage check docs families picture shape newest constraints clean install
+.PHONY: quickstart test test-slow coverage check docs families picture shape newest constraints clean install gpu-check gpu-bundle
 
 quickstart: $(STAMP)
 	$(BIN)/python -m moextend_pl quickstart $(ARGS)
@@ -55,6 +55,24 @@ constraints: newest
 	$(VENV)-newest/bin/python -m pip freeze --exclude-editable > constraints.txt
 
 install: $(STAMP)
+
+# On a machine with a GPU: what the package promises there, and the table of docs/speed.md, in runs/gpu/. It takes a bare
+# machine's own torch, transformers, lightning, timm and pytest, and the wheels of a bundle where they lie beside this file.
+GPU_ENV = PYTHONPATH="$(CURDIR):$(CURDIR)/runs/gpu/site"
+gpu-check:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "error: $(PYTHON) sees no CUDA device; run this on a machine that has one" >&2; exit 2; }
+	test ! -d wheels || $(PYTHON) -m pip install $(PIP) --no-index --no-deps --upgrade --target runs/gpu/site wheels/*.whl
+	$(GPU_ENV) $(PYTHON) -m pytest tests/gpu $(ARGS)
+	$(GPU_ENV) $(PYTHON) benchmarks/gpu.py --case compiled --case extended --case full --out runs/gpu
+
+# What such a machine lacks, in one folder to copy there: unpack the sources in it and run `make gpu-check`.
+GPU_LACKS := webdataset braceexpand jsonargparse docstring_parser typeshed_client importlib_resources easy-vqa bitsandbytes
+gpu-bundle: $(STAMP)
+	@mkdir -p runs/gpu-bundle
+	git archive --format=tar.gz --output runs/gpu-bundle/source.tar.gz HEAD
+	$(BIN)/pip download $(PIP) --no-deps --constraint constraints.txt --dest runs/gpu-bundle/wheels $(GPU_LACKS)
+	@du -sh runs/gpu-bundle
 
 # The tested versions, so that the same commands give the same thing next year. Installed again whenever the
 # dependencies change; a failed installation leaves no stamp.

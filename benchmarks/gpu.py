@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", action="append", choices=list(CASES), help="by default all")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--kernels", action="store_true", help="show which kernels take the time")
-    parser.add_argument("--out", type=Path, help="folder for report.json")
+    parser.add_argument("--out", type=Path, help="folder for report.md and report.json")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("no CUDA device was found; these numbers are of a GPU")
@@ -212,10 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             gc.collect()
             torch.cuda.empty_cache()
             torch._dynamo.reset()
-    print(f"{torch.cuda.get_device_name()}, ceiling {peak_rate / 1e12:.0f} TFLOP/s\n\n{table(rows)}")
+    report = f"{torch.cuda.get_device_name()}, ceiling {peak_rate / 1e12:.0f} TFLOP/s\n\n{table(rows)}"
+    print(report)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "report.json", {"card": torch.cuda.get_device_name(), "rows": rows})
+        (options.out / "report.md").write_text(f"{report}\n", encoding="utf-8")
     return 0
 
 

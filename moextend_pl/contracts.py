@@ -234,8 +234,12 @@ class ExtensionPlan:
         if not path.is_file():
             raise UserError(f"Expected an extension plan at {path}, found no file. Run the probe stage first.")
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            text = path.read_text(encoding="utf-8")
+            # A few lines of aliases spell out to billions of values; `save` writes none.
+            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+                raise UserError(f"{path}: expected a plan without aliases (`*name`). Write out what they stand for.")
+            data = yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{path}: not valid YAML ({error}).") from error
         return cls.from_dict(data, origin=str(path))
 

@@ -9,10 +9,12 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
-from moextend_pl.cli.config_files import locate_key, readable_key
+from moextend_pl.cli.config_files import ALLOW_OPTION, StageArguments, locate_key, locate_value, readable_key
+from moextend_pl.contracts import UserError
 
 _KEY = re.compile(r'Parser key "([^"]+)":?\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':?\s*(.*)")
@@ -22,6 +24,7 @@ _UNKNOWN = re.compile(
 )
 _NOT_ACCEPTED = re.compile(r"Problem with given class_path '([^']+)':\s+(Option '[^']+' is not accepted)")
 _CANNOT_IMPORT = re.compile(r"No module named|module '.*' has no attribute|cannot import|Not a valid import path")
+_DENIED = re.compile(r"Importing '([^']+)' is not allowed")
 _REQUIRED = "the following arguments are required: "
 _SHOWN_LENGTH = 120
 _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$")
@@ -45,14 +48,19 @@ class _Report:
     value: str = ""
 
 
-def explain(message: str, parser: ArgumentParser, files: Sequence[Path]) -> str:
+def explain(message: str, parser: ArgumentParser, arguments: StageArguments) -> str:
     """Returns the user's mistake in one line.
 
     Args:
         message: What the parser said.
         parser: Parser of the command, which knows the accepted keys.
-        files: Config files of the run, to tell the line of an unknown key.
+        arguments: Command line of the run, to tell the line of a mistake and what may be imported.
+
+    Raises:
+        UserError: If the mistake is to name code of a package that is not allowed.
     """
+    if denied := _DENIED.search(message):
+        _refuse_import(denied[1], arguments)
     if message.startswith("unrecognized arguments: "):
         return _explain_unrecognized(message, parser)
     if message.startswith(_REQUIRED):
@@ -64,7 +72,7 @@ def explain(message: str, parser: ArgumentParser, files: Sequence[Path]) -> str:
     if _EXPECTED.match(leaf) and (deeper := _NOT_ACCEPTED.search(message)):
         report.owner, leaf = deeper.groups()  # one member of a union says more than "expected str"
     if unknown := _UNKNOWN.match(leaf):
-        return _explain_unknown(report, unknown, parser, files)
+        return _explain_unknown(report, unknown, parser, arguments.files)
     if report.owner and leaf.startswith(_REQUIRED):
         return f"`{key}`: {report.owner} lacks {leaf.removeprefix(_REQUIRED)}. Set it under `init_args`."
     if report.owner and _CANNOT_IMPORT.search(leaf):
@@ -106,6 +114,14 @@ def _read(message: str) -> _Report:
         else:
             report.leaves, depth = [text], indent
     return report
+
+
+def _refuse_import(path: str, arguments: StageArguments) -> NoReturn:
+    raise UserError(
+        f"{locate_value(path, arguments.files)}'{path}' is outside of the packages that a config may import "
+        f"({', '.join(arguments.packages)}). A config runs code: if you trust it, "
+        f"add `{ALLOW_OPTION} {path.split('.')[0]}`."
+    )
 
 
 def _explain_unknown(report: _Report, match: re.Match[str], parser: ArgumentParser, files: Sequence[Path]) -> str:

@@ -14,12 +14,12 @@ from pathlib import Path
 import yaml
 
 from moextend_pl.contracts import UserError
+from moextend_pl.runs.plain_yaml import PlainLoader
 
-ALLOWED_PREFIXES = ("moextend_pl.", "datamodules.", "callbacks.", "lightning.", "torch.")
+ALLOWED_PACKAGES = ("moextend_pl", "datamodules", "callbacks", "lightning", "torch")
 BASE_KEY = "base"
 CONFIG_OPTIONS = ("--config", "-c")
 ALLOW_OPTION = "--allow-class-path"
-_CLASS_LIKE = re.compile(r"[a-z_]\w*(\.\w+)*\.[A-Z]\w*")  # package.module.ClassName, the short form of class_path
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,26 @@ class StageArguments:
     Attributes:
         argv: The command line for the parser, with one `--config` for each layer.
         files: Those layers in the order in which they are applied.
+        packages: What a value of them may import.
     """
 
     argv: list[str]
     files: list[Path]
+    packages: tuple[str, ...]
 
 
 def prepare_arguments(argv: Sequence[str]) -> StageArguments:
-    """Expands the layers of every `--config` and checks every class that the run would import.
-
-    The check is a guard against surprises, not a sandbox: an allowed class can do harm with the right
-    arguments, and files that a config names as values are not followed.
+    """Expands the layers of every `--config` and takes off the command line which packages are allowed.
 
     Args:
         argv: Command line of `fit`, `validate`, `test` or `predict`.
 
     Raises:
-        UserError: If a file is missing, is not valid YAML, is based on itself, or names a class outside
-            of the allowed packages.
+        UserError: If a file is missing, is not valid YAML or is based on itself.
     """
     expanded: list[str] = []
     files: list[Path] = []
-    allowed = list(ALLOWED_PREFIXES)
-    values: list[tuple[str, str]] = []
+    allowed = list(ALLOWED_PACKAGES)
     tokens = iter(argv)
     for token in tokens:
         option, has_value, value = token.partition("=")
@@ -65,17 +62,12 @@ def prepare_arguments(argv: Sequence[str]) -> StageArguments:
             files.extend(layers)
             expanded.extend(f"--config={layer}" for layer in layers)
         elif option == ALLOW_OPTION:
-            allowed.append(_as_prefix(value))
+            allowed.append(_package(value))
         elif option == f"--{BASE_KEY}":
             raise UserError("`base` belongs into a config file; on the command line give several `--config`.")
         else:
             expanded.append(token)
-            values.append((option, value) if has_value else (expanded[-2] if len(expanded) > 1 else "", token))
-    for path in files:
-        _check_classes(read_config(path, "--config"), str(path), allowed)
-    for option, value in values:
-        _check_value(option, value, allowed)
-    return StageArguments(expanded, files)
+    return StageArguments(expanded, files, tuple(allowed))
 
 
 def expand_layers(path: Path, asked_by: str, chain: tuple[Path, ...] = ()) -> list[Path]:
@@ -110,7 +102,7 @@ def read_config(path: Path, asked_by: str) -> yaml.MappingNode:
         kind = "a directory" if path.is_dir() else "nothing"
         raise UserError(f"{asked_by}: expected a config file at '{path}', found {kind} (looking from {Path.cwd()}).")
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=PlainLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -133,6 +125,15 @@ def locate_key(key: str, files: Sequence[Path]) -> str:
     """
     for path in reversed(files):
         lines = [line for name, line in _dotted_keys(read_config(path, "--config")) if name == key]
+        if lines:
+            return f"{path}:{lines[-1]}: "
+    return ""
+
+
+def locate_value(text: str, files: Sequence[Path]) -> str:
+    """Returns `FILE:LINE: ` of the last place where a value stands, or nothing if no file has it."""
+    for path in reversed(files):
+        lines = [node.start_mark.line + 1 for node in _scalars(read_config(path, "--config")) if node.value == text]
         if lines:
             return f"{path}:{lines[-1]}: "
     return ""
@@ -184,6 +185,15 @@ def _pairs(node: yaml.Node) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
             yield from _pairs(value)
 
 
+def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
+    """Yields every single value below a node, those in lists included."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    else:
+        for item in node.value:
+            yield from _scalars(item[1] if isinstance(item, tuple) else item)
+
+
 def _refuse_double_keys(node: yaml.Node, path: Path) -> None:
     mappings = [node, *(value for _, value in _pairs(node))]
     for mapping in (item for item in mappings if isinstance(item, yaml.MappingNode)):
@@ -196,33 +206,7 @@ def _refuse_double_keys(node: yaml.Node, path: Path) -> None:
             seen[str(key.value)] = line
 
 
-def _as_prefix(value: str) -> str:
+def _package(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*\.?", value):
         raise UserError(f"expected a package after {ALLOW_OPTION}, for example `my_package`, got '{value}'.")
-    return value.rstrip(".") + "."
-
-
-def _check_value(option: str, value: str, allowed: Sequence[str]) -> None:
-    """Checks the classes named by one option of the command line."""
-    try:
-        node = yaml.compose(value, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return  # the parser will name the option in its own message
-    if node is not None:
-        _check_classes(node, option, allowed, "class_path" if option.endswith("class_path") else "")
-
-
-def _check_classes(node: yaml.Node, origin: str, allowed: Sequence[str], key: str = "") -> None:
-    """Raises if a node names a class outside of the allowed packages."""
-    for name, value in ((key, node), *((k.value, v) for k, v in _pairs(node))):
-        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        for item in (item for item in items if isinstance(item, yaml.ScalarNode)):
-            text = str(item.value)
-            is_class = name == "class_path" or _CLASS_LIKE.fullmatch(text)
-            if is_class and "." in text and not text.startswith(tuple(allowed)):
-                where = origin if origin.startswith("--") else f"{origin}:{item.start_mark.line + 1}"
-                raise UserError(
-                    f"{where}: '{text}' is outside of the packages that a config may import "
-                    f"({', '.join(prefix.rstrip('.') for prefix in allowed)}). A config runs code: if you trust it, "
-                    f"add `{ALLOW_OPTION} {text.split('.')[0]}`."
-                )
+    return value.rstrip(".")

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moextend_pl.cli.config_errors import explain
 from moextend_pl.cli.config_files import ALLOW_OPTION, BASE_KEY, StageArguments, prepare_arguments
+from moextend_pl.cli.stage_parser import StageParser, guarded_parsing
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import remove_leftovers, write_atomically
 from moextend_pl.runs.metrics_log import RunLogger
@@ -98,18 +99,15 @@ class MoExtendCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=arguments.argv,
+            parser_class=StageParser,
             auto_configure_optimizers=False,  # a model owns its optimizer
             load_from_checkpoint_support=False,  # a checkpoint never decides what is built
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what this project knows beside Lightning's options."""
-        parser.add_argument(
-            f"--{BASE_KEY}",
-            type=str | list[str] | None,
-            default=None,
-            help="In a config file only: the files it is layered on, relative to itself.",
-        )
+        # Layers are spelled out by now; suppressed, so that `--print_config` leaves the key out.
+        parser.add_argument(f"--{BASE_KEY}", type=str | list[str] | None, default=None, help=argparse.SUPPRESS)
         parser.add_argument("--plan", type=str | None, help="Extension plan of an extend run, instead of its config's.")
         parser.add_argument("--fresh", action="store_true", help="Ignore the checkpoints of an earlier run.")
         # Taken off the command line before parsing; registered for `--help` only.
@@ -121,7 +119,7 @@ class MoExtendCLI(LightningCLI):
             self.config = parser.parse_args(self._arguments.argv)
         except argparse.ArgumentError as error:
             command = self._subcommand_parsers.get(self._arguments.argv[0], parser)
-            raise UserError(explain(str(error), command, self._arguments.files)) from error
+            raise UserError(explain(str(error), command, self._arguments)) from error
         check_numbers(self.config[self.config["subcommand"]].as_dict())
 
     def _parse_ckpt_path(self) -> None:
@@ -230,6 +228,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, enum.Enum):
         return value.name  # the parser reads enums by name
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"  # and functions and classes by the place where they stand
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
@@ -263,8 +263,9 @@ def run_stage(argv: Sequence[str]) -> MoExtendCLI | int:
         SystemExit: With code 143 if it was terminated.
     """
     try:
-        with contextlib.ExitStack() as held:
-            return MoExtendCLI(prepare_arguments(argv), held)
+        arguments = prepare_arguments(argv)
+        with contextlib.ExitStack() as held, guarded_parsing(arguments.packages):
+            return MoExtendCLI(arguments, held)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except SIGTERMException as error:

@@ -18,6 +18,7 @@ import yaml
 
 from moextend_pl.contracts import PLAN_FILE, UserError
 from moextend_pl.runs.manifest import DELTA_FILE, MANIFEST_FILE
+from moextend_pl.runs.plain_yaml import read_yaml
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -201,7 +202,7 @@ def set_aside(run: Path, config: dict[str, Any], fresh: bool) -> None:
 def _declared_outputs(run: Path) -> list[str]:
     """Returns the entries of a run directory that its last run was to write."""
     try:
-        earlier = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+        earlier = read_yaml((run / CONFIG_FILE).read_text(encoding="utf-8"))
         callbacks = earlier["trainer"]["callbacks"]
         outputs = [name for each in callbacks for name in each.get("init_args", {}).get("outputs", ())]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
@@ -224,7 +225,7 @@ def refuse_changed_config(run: Path, config: dict[str, Any]) -> None:
         _log.warning("%s is missing: cannot tell whether the run continues with the settings it began with", path)
         return
     try:
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+        earlier = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the earlier run's config is not valid YAML. Start again with `--fresh`.") from error
     if not isinstance(earlier, dict):

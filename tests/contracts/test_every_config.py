@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from datamodules.image_text import ImageTextShards
 from moextend_pl import cli
-from moextend_pl.cli.stage import MoExtendCLI
+from moextend_pl.cli.stage import MoExtendCLI, plain_config
 from moextend_pl.contracts import TrainPlan
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.encoder import VisionEncoder
@@ -127,6 +128,38 @@ def test_config_builds_everything_it_names(path: Path, workplace: Path, monkeypa
 def slow_if_full_size(path: Path) -> object:
     """Hundreds of tokens an image take seconds a stage."""
     return pytest.param(path, id=name_of(path), marks=[pytest.mark.slow] if path.parent in FULL_SIZE else [])
+
+
+@pytest.mark.parametrize("path", [slow_if_full_size(path) for path in RUNNABLE])
+def test_config_that_a_run_writes_starts_the_same_run(
+    path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[dict[str, Any]] = []
+
+    def settle(self: MoExtendCLI) -> None:
+        written.append(plain_config(self.config[str(self.subcommand)]))
+        self.config_init = self.config
+
+    monkeypatch.setattr(MoExtendCLI, "instantiate_classes", settle)
+    monkeypatch.setattr(MoExtendCLI, "_run_subcommand", lambda *_: None)
+
+    def settled(command: str, config: str | Path) -> dict[str, Any]:
+        cli.run([command, "--config", str(config)])
+        return written[-1]
+
+    def write(settings: dict[str, Any]) -> str:
+        Path("written.yaml").write_text(yaml.safe_dump(settings))
+        assert " at 0x" not in Path("written.yaml").read_text()
+        return "written.yaml"
+
+    fit, test = settled("fit", path), settled("test", path)
+    assert settled("fit", write(fit)) == fit
+    assert settled("test", write(fit)) == test  # a run is tested with what it was trained with
+    assert settled("test", write(test)) == test
+    capsys.readouterr()
+    assert cli.run(["fit", "--config", str(path), "--print_config"]) == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    assert settled("fit", "printed.yaml") == fit
 
 
 @pytest.mark.parametrize("path", [slow_if_full_size(path) for path in RUNNABLE])

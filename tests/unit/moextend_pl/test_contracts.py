@@ -80,3 +80,16 @@ def test_file_that_is_no_plan_is_one_clear_mistake(tmp_path: Path, content: byte
 def test_missing_plan_names_the_stage_that_writes_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found no file. Run the probe stage first"):
         ExtensionPlan.load(tmp_path / "plan.yaml")
+
+
+def test_plan_with_aliases_is_refused_and_none_is_written(tmp_path: Path) -> None:
+    shared = [0.5, 0.25]
+    PLAN.with_options(report={"before": shared, "after": shared}).save(tmp_path / "plan.yaml")
+    assert ExtensionPlan.load(tmp_path / "plan.yaml").report["after"] == shared
+    text = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'x'}]" for n in range(12))
+    (tmp_path / "plan.yaml").write_text(f"schema: 1\nlayers: []\nreport:\n  {text.replace(chr(10), chr(10) + '  ')}\n")
+    with pytest.raises(UserError, match="without aliases"):
+        ExtensionPlan.load(tmp_path / "plan.yaml")
+    (tmp_path / "plan.yaml").write_text("[" * 5000)
+    with pytest.raises(UserError, match="not valid YAML"):
+        ExtensionPlan.load(tmp_path / "plan.yaml")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
@@ -15,9 +17,11 @@ class Inner:
 
 
 class Toy(LightningModule):
-    def __init__(self, n_experts: int = 4, lr: float = 0.1, fail: str = "", inner: Inner | None = None) -> None:
+    def __init__(
+        self, n_experts: int = 4, lr: float = 0.1, fail: str = "", inner: Inner | None = None, anything: Any = None
+    ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["inner"])  # into the checkpoint, where nothing may read them back
+        self.save_hyperparameters(ignore=["inner", "anything"])  # into the checkpoint, where nothing may read them back
         self.layer = torch.nn.Linear(4, 1)
         self.lr = lr
         self.fail = fail

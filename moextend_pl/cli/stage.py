@@ -23,10 +23,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from moextend_pl.cli.config_errors import explain
 from moextend_pl.cli.config_files import ALLOW_OPTION, BASE_KEY, StageArguments, prepare_arguments
 from moextend_pl.cli.stage_parser import StageParser, guarded_parsing
+from moextend_pl.cli.start import CommonStart
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import remove_leftovers, write_atomically
+from moextend_pl.runs.checkpoint import peek
 from moextend_pl.runs.metrics_log import RunLogger
 from moextend_pl.runs.preflight import (
+    CHECKPOINT_FOLDER,
     CONFIG_FILE,
     check_numbers,
     check_writable,
@@ -151,8 +154,10 @@ class MoExtendCLI(LightningCLI):
             elif _is_first_rank():
                 set_aside(run, config, fresh)
             return
-        if command == "fit" and not given.get("ckpt_path"):
-            refuse_changed_config(run, config)
+        if command == "fit":
+            begun = Path(self._checkpoint).absolute().parent
+            if begun.name == CHECKPOINT_FOLDER:
+                refuse_changed_config(begun.parent, config, "sources" in peek(Path(self._checkpoint)))
         _log.info("%s from %s", "continuing" if command == "fit" else "weights", self._checkpoint)
 
     def instantiate_classes(self) -> None:
@@ -194,7 +199,7 @@ class MoExtendCLI(LightningCLI):
         if config.get("logger") in (None, True):
             config["logger"] = RunLogger(str(config.get("default_root_dir") or "."))
         try:
-            return super()._instantiate_trainer(config, [EndTogether(), *callbacks])
+            return super()._instantiate_trainer(config, [EndTogether(), *callbacks, CommonStart(self._checkpoint)])
         except (MisconfigurationException, ModuleNotFoundError, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its settings: {error}") from error
 

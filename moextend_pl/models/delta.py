@@ -36,8 +36,9 @@ from moextend_pl.runs.manifest import (
     versions,
 )
 from moextend_pl.runs.numbers import check_finite
+from moextend_pl.runs.sources import refuse_other_sources
 from moextend_pl.training.language_losses import RouterWeights
-from moextend_pl.training.stage import StageModule
+from moextend_pl.training.stage import StageModule, shapes_only
 
 log = logging.getLogger(__name__)
 
@@ -177,10 +178,27 @@ def save_delta(module: DeltaModule, run: Path) -> Manifest:
         delta_sha256=file_sha256(run / DELTA_FILE),
         versions=versions(),
         dtype=str(module.dtype).removeprefix("torch."),
+        sources=module.sources()["files"],
         run=run,
     )
     manifest.save()
     return manifest
+
+
+def check_start(module: DeltaModule, run: Path) -> None:
+    """Refuses an earlier stage that is not there, or whose base or tower was configured otherwise than this one's.
+
+    Args:
+        module: Built or not.
+        run: Run directory, or a delta file in one.
+
+    Raises:
+        UserError: If it is so, before any weight is read.
+    """
+    manifest = read_manifest(run)
+    if manifest.sources:
+        advice = "Restore the files, or train that stage again."
+        refuse_other_sources({"files": manifest.sources}, module.sources(), ["files"], str(manifest.run), advice)
 
 
 def inherited_names(run: Path) -> set[str]:
@@ -203,7 +221,7 @@ def load_delta(module: DeltaModule, run: Path) -> set[str]:
     this stage; a tensor that the delta has must exist here.
 
     Args:
-        module: The built model.
+        module: The built model; one of shapes alone takes no values, and finds out names only.
         run: Run directory, or a delta file in one.
 
     Returns:
@@ -212,6 +230,8 @@ def load_delta(module: DeltaModule, run: Path) -> set[str]:
     Raises:
         UserError: If the file is damaged or does not fit, or the base is not the one it belongs to.
     """
+    if shapes_only():
+        return inherited_names(run)
     manifest = read_manifest(run)
     path = manifest.run / DELTA_FILE
     if not path.is_file() or file_sha256(path) != manifest.delta_sha256:

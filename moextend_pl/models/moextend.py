@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec
 from moextend_pl.models.base_model import compile_layers
-from moextend_pl.models.delta import DeltaModule, encoder_arguments, inherited_names, language_arguments, load_delta
+from moextend_pl.models.delta import DeltaModule, check_start, encoder_arguments, language_arguments, load_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.feature_cache import FeatureCache
 from moextend_pl.models.fusion import scatter_features
@@ -35,7 +34,6 @@ from moextend_pl.training.half_precision import default_dtype
 from moextend_pl.training.language_losses import LanguageOutput
 from moextend_pl.training.losses import image_router_losses, learned_tokens
 from moextend_pl.training.optim import OptimSpec
-from moextend_pl.training.stage import shapes_only
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ class MoExtend(AnswerMixin, DeltaModule):
         self.features = FeatureCache()
         self.inherited: set[str] = set()
         if self.init_from is not None:
-            read_manifest(self.init_from)
+            check_start(self, self.init_from)
 
     @classmethod
     def load(cls, run: str | Path) -> MoExtend:
@@ -131,7 +129,7 @@ class MoExtend(AnswerMixin, DeltaModule):
             self.language.extend(plan)
         if self.init_from is not None:
             # Before the next extension, whose new experts may be copies of trained ones.
-            self.inherited = (inherited_names if shapes_only() else partial(load_delta, self))(self.init_from)
+            self.inherited = load_delta(self, self.init_from)
         for part in self.upcyclable().values():
             part.upcycle()
         own = self.extension_plan

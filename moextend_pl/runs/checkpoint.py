@@ -15,6 +15,15 @@ from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import write_atomically
 
 
+def peek(path: Path) -> dict[str, Any]:
+    """Returns what a checkpoint holds without reading its tensors; nothing if it is damaged, or no single file."""
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, EOFError, UnpicklingError, RuntimeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written into their own folder and moved into place.
 

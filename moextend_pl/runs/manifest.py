@@ -41,6 +41,7 @@ class Manifest:
         delta_sha256: SHA-256 of the delta file.
         versions: Versions of Python and of the packages that matter.
         dtype: Type of the weights; the base is read in it again.
+        sources: Configurations of tower and base, and the tokenizer, by content; empty in older manifests.
         run: Where the manifest was read from.
     """
 
@@ -51,6 +52,7 @@ class Manifest:
     delta_sha256: str
     versions: dict[str, str]
     dtype: str = "float32"
+    sources: dict[str, Any] = field(default_factory=dict)
     run: Path = field(default=Path(), compare=False)
 
     def save(self) -> None:
@@ -135,7 +137,9 @@ def read_manifest(run: Path) -> Manifest:
         dtype = str(data.get("dtype", "float32"))
         if not all(isinstance(values, dict) for values in (data["frozen"], *dict(data["model"]).values())):
             raise TypeError("`model` and `frozen` are no mappings")
-        return Manifest(plans=plans, run=path.parent, dtype=dtype, **{name: data[name] for name in names})
+        sources = dict(data.get("sources", {}))
+        facts = {name: data[name] for name in names}
+        return Manifest(plans=plans, run=path.parent, dtype=dtype, sources=sources, **facts)
     except UserError:
         raise
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -10,7 +10,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +19,7 @@ import yaml
 from moextend_pl.contracts import PLAN_FILE, UserError
 from moextend_pl.runs.manifest import DELTA_FILE, MANIFEST_FILE
 from moextend_pl.runs.plain_yaml import read_yaml
+from moextend_pl.runs.sources import TRAINER, differences, flatten, told
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -36,9 +37,6 @@ RUN_RECORDS = (
     *(CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "bad_samples.jsonl", "ledger.jsonl"),
     *(*RESULTS, "frozen.json", "usage.json", "plots"),
 )
-MISSING = "(not set)"
-_SHOWN_DIFFERENCES = 6
-_SHOWN_LENGTH = 80
 
 _log = logging.getLogger(__name__)
 
@@ -211,11 +209,16 @@ def _declared_outputs(run: Path) -> list[str]:
     return [part[0] for part in first if part and part[0] not in ("..", "/")]
 
 
-def refuse_changed_config(run: Path, config: dict[str, Any]) -> None:
+def refuse_changed_config(run: Path, config: dict[str, Any], plan_by_content: bool) -> None:
     """Compares a run that is about to continue with the config it was started with.
 
-    Only what defines the result counts: model, data, seed, and callbacks that decide what learns or
-    grows. Steps, loggers and devices may change.
+    Only what defines the result counts: model, data, seed, some settings of the trainer, and callbacks that decide what
+    learns or grows. Steps, loggers and devices may change.
+
+    Args:
+        run: Directory of the run that the checkpoint belongs to.
+        config: Of the run that is about to continue.
+        plan_by_content: Whether the checkpoint tells its plan, so that the place of the file does not matter.
 
     Raises:
         UserError: If they differ; names the keys with both values.
@@ -230,50 +233,33 @@ def refuse_changed_config(run: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: the earlier run's config is not valid YAML. Start again with `--fresh`.") from error
     if not isinstance(earlier, dict):
         raise UserError(f"{path}: the earlier run's config holds no settings. Start again with `--fresh`.")
-    differences = compare_configs(earlier, config)
-    if differences:
-        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
-        more = f"; and {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""
+    ignored = (*SPEED_KEYS, "plan") if plan_by_content else SPEED_KEYS
+    if found := compare_configs(earlier, config, ignored):
         raise UserError(
-            f"{run} holds a run that was started with other settings: {shown}{more}. Use another "
+            f"{run} holds a run that was started with other settings: {told(found)}. Use another "
             "`trainer.default_root_dir`, or `--fresh` to start this one again."
         )
 
 
-def compare_configs(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns one phrase for each setting that defines the result and differs."""
-    before, after = _result_settings(earlier), _result_settings(now)
-    phrases = []
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key, MISSING), after.get(key, MISSING)
-        if old != new and key.rsplit(".", 1)[-1] not in SPEED_KEYS:
-            phrases.append(f"{key} was {_shorten(old)}, now {_shorten(new)}")
-    return phrases
+def compare_configs(earlier: dict[str, Any], now: dict[str, Any], ignored: Sequence[str] = SPEED_KEYS) -> list[str]:
+    """Returns one phrase for each setting that defines the result and differs, but for keys to be ignored."""
+    before, after = (
+        {key: value for key, value in _result_settings(each).items() if key.rsplit(".", 1)[-1] not in ignored}
+        for each in (earlier, now)
+    )
+    return differences(before, after)
 
 
 def _result_settings(config: dict[str, Any]) -> dict[str, Any]:
     settings = {section: config.get(section) for section in RESULT_SECTIONS}
-    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    trainer = config.get("trainer") or {}
+    settings["trainer"] = {name: trainer.get(name) for name in TRAINER}
+    callbacks = trainer.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         arguments = (callback.get("init_args") or {}) if isinstance(callback, dict) else {}
         if any(name in arguments for name in PLAN_ARGUMENTS):
             settings[callback["class_path"].rsplit(".", 1)[-1]] = arguments
-    return _flatten(settings)
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        name = prefix if key == "init_args" else f"{prefix}.{key}" if prefix else str(key)
-        flat.update(_flatten(item, name))
-    return flat
-
-
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
+    return flatten(settings)
 
 
 def _list_checkpoints(run: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,6 +15,16 @@ from torch.optim import Optimizer
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UserError
 from moextend_pl.runs.numbers import check_finite, checkpoint_tensors
+from moextend_pl.runs.sources import (
+    DECIDE_ANSWERS,
+    DECIDE_WEIGHTS,
+    TRAINER,
+    Sources,
+    differences,
+    file_facts,
+    plain,
+    refuse_other_sources,
+)
 from moextend_pl.training.finite import NumbersGuard
 from moextend_pl.training.losses import count_learned, sum_over_ranks
 from moextend_pl.training.optim import (
@@ -27,6 +38,7 @@ from moextend_pl.training.optim import (
 )
 
 log = logging.getLogger(__name__)
+ADVICE = "Restore that, or start another run in another `trainer.default_root_dir`."
 
 
 def shapes_only() -> bool:
@@ -53,6 +65,7 @@ class StageModule(LightningModule):
         self.strict_loading = False
         self.init_seed = 0
         self._built = False
+        self._files: dict[str, Any] | None = None
         self._tokens: Tensor | None = None
 
     @abstractmethod
@@ -102,6 +115,7 @@ class StageModule(LightningModule):
         if self._built:
             return
         check_learnable(self.frozen_parts(), self.train_plan, self.optim)
+        self._files = self._file_facts()
         # Fresh weights must not depend on what else drew random numbers, on any rank or after a restart.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.init_seed)
@@ -151,27 +165,63 @@ class StageModule(LightningModule):
                 parameter.grad.mul_(factor)
         self._tokens = None
 
+    def sources(self) -> Sources:
+        """Returns what decides the result beside weights and data; files as they were when the networks were built."""
+        plan = None if self.extension_plan is None else self.extension_plan.to_dict()
+        found: Sources = {
+            "files": self._file_facts() if self._files is None else self._files,
+            "plan": {key: value for key, value in (plan or {}).items() if key != "report"},
+            "optim": asdict(self.optim),
+        }
+        if self._trainer is not None:
+            found["trainer"] = {name: getattr(self.trainer, name) for name in TRAINER}
+            found["told"] = {"trainer.max_steps": self.trainer.max_steps}
+        as_saved: Sources = plain(found)
+        return as_saved
+
+    def _file_facts(self) -> dict[str, Any]:
+        parts = [(name, part) for name, part in self.named_modules() if isinstance(part, StageModule)]
+        return {key: value for name, part in parts for key, value in file_facts(part, name).items()}
+
+    def refuse_other_sources(self, checkpoint: dict[str, Any], place: str) -> None:
+        """Refuses a checkpoint whose run was made from something else, and tells of another number of steps.
+
+        Args:
+            checkpoint: One of an earlier version says nothing of its sources.
+            place: Where it lies.
+
+        Raises:
+            UserError: If files, plan or, for a run that goes on, optimizer or settings of the trainer are others.
+        """
+        earlier, now = checkpoint.get("sources", {}), self.sources()
+        goes_on = self._trainer is not None and self.trainer.state.fn == "fit"
+        refuse_other_sources(earlier, now, DECIDE_WEIGHTS if goes_on else DECIDE_ANSWERS, place, ADVICE)
+        for change in differences(earlier.get("told", {}), now.get("told", {})) if goes_on and earlier else ():
+            log.warning("%s: learning rates follow the new number", change)
+
     def checkpoint_names(self) -> set[str]:
         """Returns the names of the tensors that a checkpoint holds: all but the frozen parameters."""
         frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         return set(self.state_dict()) - frozen
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves frozen parameters out: they are read from the base again.
+        """Leaves frozen parameters out, which are read from the base again, and adds what the run is made from.
 
         Raises:
             UserError: If what is left holds NaN or infinity; on all ranks, before one writes.
         """
         names = self.checkpoint_names()
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in names}
+        checkpoint["sources"] = self.sources()
         check_finite(checkpoint_tensors(checkpoint), "a checkpoint", "It was not written. Lower `optim.lr`.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another model or plan, before any weight is read.
+        """Refuses a checkpoint of another model or plan, or made from something else, before any weight is read.
 
         Raises:
-            UserError: If the names of its tensors are not those that this run saves.
+            UserError: If the names of its tensors are not those that this run saves, or its sources are others.
         """
+        self.refuse_other_sources(checkpoint, "the checkpoint")
         expected, got = self.checkpoint_names(), set(checkpoint["state_dict"])
         if expected != got:
             raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -147,6 +148,31 @@ def test_both_processes_end_when_one_of_them_has_no_numbers_again_and_again(
     assert log.count("got 3 steps in a row without; step 4: ") == 2
     assert not list((tmp_path / "run").glob("*.safetensors"))
     assert not (tmp_path / "run" / "stage.json").exists()
+
+
+def test_processes_that_do_not_share_the_run_directory_end_before_weights_are_read(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli.run(["fit", "--config", str(write_stage(tiny_world, tmp_path / "node0", "align", steps=4))])
+    configs = [write_stage(tiny_world, tmp_path / f"node{rank}", "align", steps=8) for rank in (0, 1)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank, config in enumerate(configs):  # as a scheduler starts them
+        for name, value in {"MASTER_PORT": port, "NODE_RANK": 0, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        ranks.append(start(config, *TWO))
+    try:
+        assert [process.wait(120) for process in ranks] == [2, 2]
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                end(process)
+    for config in configs:
+        log = config.with_suffix(".log").read_text()
+        assert "got the checkpoint of step 4 on rank 0 and no checkpoint on rank 1" in log
+        assert "Traceback" not in log
 
 
 @pytest.mark.parametrize("rank", [0, 1])

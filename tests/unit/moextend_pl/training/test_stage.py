@@ -82,11 +82,17 @@ def test_checkpoint_holds_what_learns_and_nothing_frozen(tiny_world: TinyWorld) 
     ],
     ids=["fewer layers", "more layers", "not grown", "other parts", "no calibration"],
 )
+@pytest.mark.parametrize("older", [False, True])
 def test_checkpoint_of_another_plan_is_refused_before_any_weight_is_read(
-    tiny_world: TinyWorld, plan: object, parts: tuple[str, ...]
+    tiny_world: TinyWorld, plan: object, parts: tuple[str, ...], older: bool
 ) -> None:
     checkpoint = {"state_dict": tiny_world.model(make_plan(), PARTS).state_dict()}
     tiny_world.model(make_plan(), PARTS).on_save_checkpoint(checkpoint)
+    if older:
+        del checkpoint["sources"]
     other = tiny_world.model(plan, parts)
-    with pytest.raises(UserError, match=r"does not fit this run.*Resuming needs the same extension plan"):
+    message = r"does not fit this run.*Resuming needs the same extension plan"
+    if not older and plan != make_plan():
+        message = r"was made from something else: plan\.(layers|calibration|init) was .*, now"
+    with pytest.raises(UserError, match=message):
         other.on_load_checkpoint(checkpoint)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from moextend_pl.contracts import UserError
@@ -18,6 +18,20 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded; below the limit at which Pillow itself warns of a bomb."""
+
+BACKGROUND = "white"
+"""What is seen through clear pixels."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation, see EXIF 2.32, tag 0x0112."""
 
 DECODERS = tuple(dict.fromkeys(IMAGE_FORMATS.values()))
 
@@ -46,7 +60,7 @@ def open_image(data: bytes, origin: str, max_pixels: int = MAX_PIXELS) -> Image.
 
 
 def decode_image(data: bytes, origin: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an image to RGB; 16-bit greys keep their upper 8 bits, an animation its first frame.
+    """Decodes an image to RGB, see `to_rgb`; an animation gives its first frame.
 
     Raises:
         UserError: As `open_image`, and if the pixels are cut short or damaged.
@@ -60,10 +74,27 @@ def decode_image(data: bytes, origin: str, max_pixels: int = MAX_PIXELS) -> Imag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns an image as RGB; 16-bit greys keep their upper 8 bits, where Pillow would make all but black white."""
+    """Returns an image as RGB as a viewer shows it: upright by its EXIF orientation, what is clear on white.
+
+    16-bit greys keep their upper 8 bits, where Pillow would make all but black white.
+    """
+    image = upright(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        # Without a ground the colours under clear pixels would show, which no one who drew them saw.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Returns an image turned as its EXIF orientation says; as it is where that is missing or unreadable."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever a damaged EXIF block makes Pillow raise: the pixels are there all the same
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 class PixelTransform:

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from moextend_pl.contracts import SampleSpec, UserError
 from moextend_pl.samples.pixels import PixelTransform, decode_image
@@ -37,6 +37,47 @@ def test_sixteen_bit_greys_keep_their_upper_bits():
     greys = np.array([[0, 255, 256, 65535]], dtype=np.uint16)
     pixels = np.asarray(decode_image(save(Image.fromarray(greys)), "x"))
     assert pixels[0].tolist() == [[0] * 3, [0] * 3, [1] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_a_photo_is_turned_upright_as_pillow_turns_it(kind, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = save(noise(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.array_equal(np.asarray(decode_image(data, "x")), np.asarray(expected))
+    assert decode_image(data, "x").size == ((5, 6) if orientation > 4 else (6, 5))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00not a block", b"Exif\x00\x00II*\x00\xff\xff\xff\xff"])
+def test_a_damaged_exif_block_leaves_a_photo_as_it_is(exif):
+    assert decode_image(save(noise(), "JPEG", exif=exif), "x").size == (6, 5)
+
+
+def test_an_orientation_that_does_not_exist_leaves_a_photo_as_it_is():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 9
+    assert np.array_equal(np.asarray(decode_image(save(noise(), exif=exif), "x")), np.asarray(noise()))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_clear_pixels_show_white_and_half_clear_ones_a_mixture(mode):
+    image = Image.new("RGBA", (3, 1))
+    for place, alpha in enumerate((0, 128, 255)):
+        image.putpixel((place, 0), (10, 10, 10, alpha))
+    pixels = np.asarray(decode_image(save(image.convert(mode)), "x"))[0, :, 0]
+    assert pixels.tolist() == [255, round(255 - 128 / 255 * 245), 10]
+
+
+def test_a_transparent_colour_of_a_palette_or_of_an_image_shows_white():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 0, 0, 0, 0, 200])
+    palette.putpixel((1, 0), 1)
+    key = Image.new("RGB", (2, 1), (200, 0, 0))
+    key.putpixel((1, 0), (0, 0, 200))
+    for data in (save(palette, transparency=0), save(key, transparency=(200, 0, 0))):
+        assert np.asarray(decode_image(data, "x"))[0].tolist() == [[255, 255, 255], [0, 0, 200]]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])

@@ -25,29 +25,29 @@ class PlainLoader(yaml.SafeLoader):
         """Composes a value and what it holds, and counts them.
 
         Raises:
-            ComposerError: If the text nests too deep, holds too much, or a value holds itself.
+            MarkedYAMLError: If the text nests too deep, holds too much, or a value holds itself.
         """
         event = self.peek_event()
         is_alias, before = self.check_event(yaml.AliasEvent), self._values
         self._depth += 1
         if self._depth > DEEPEST:
-            raise _too_much(f"values nest deeper than {DEEPEST} levels", event)
+            raise _too_much(f"values nest deeper than {DEEPEST} levels", event.start_mark)
         node = super().compose_node(parent, index)
         if node is None:
             return None
         self._depth -= 1
         if is_alias and node not in self._sizes:
-            raise _too_much("a value holds itself", event)
+            raise _too_much("a value holds itself", event.start_mark)
         self._values += self._sizes[node] if is_alias else 1
         if self._values > MOST_VALUES:
-            raise _too_much(f"aliases spelled out, it holds more than {MOST_VALUES} values", event)
+            raise _too_much(f"aliases spelled out, it holds more than {MOST_VALUES} values", event.start_mark)
         if not is_alias:
             self._sizes[node] = self._values - before
         return node
 
 
-def _too_much(problem: str, event: yaml.Event) -> yaml.YAMLError:
-    return yaml.composer.ComposerError(None, None, problem, event.start_mark)
+def _too_much(problem: str, mark: Any) -> yaml.YAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def read_yaml(text: str) -> Any:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, *NO_PLACE)
+WRITE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, *NO_PLACE)
 NO_ROOM = 2**16
-"""Free bytes of a disk that counts as full."""
+"""Bytes that are written to ask the system why a file could not be."""
 
 
 def write_fault(error: BaseException | None) -> OSError | None:
@@ -44,12 +44,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except Exception as error:
-        # torch and safetensors tell of a full disk in words of their own.
-        if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < NO_ROOM:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        # torch and safetensors tell of a full disk, a quota or a limit in words of their own.
+        if not isinstance(error, OSError) and (fault := _refusal(temporary)):
+            raise OSError(fault.errno, fault.strerror, str(path)) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that has become read-only
+            temporary.unlink(missing_ok=True)
+
+
+def _refusal(path: Path) -> OSError | None:
+    """Returns what the system says to some more bytes in a file, in place of a library that kept it to itself."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(NO_ROOM))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
 
 
 def remove_leftovers(run: Path) -> None:

@@ -113,7 +113,8 @@ def only_writer(run: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            file.truncate(0)
+            with contextlib.suppress(OSError):
+                file.truncate(0)
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)  # for forked workers too, which hold the same file
 

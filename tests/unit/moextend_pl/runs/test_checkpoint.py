@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from moextend_pl.contracts import UserError
 from moextend_pl.models.delta import load_delta, save_delta
 from moextend_pl.models.moextend import MoExtend
-from moextend_pl.runs.atomic import write_atomically
+from moextend_pl.runs.atomic import write_atomically, write_fault
 from moextend_pl.runs.checkpoint import AtomicCheckpointIO
 from moextend_pl.runs.fingerprints import file_sha256, fingerprints, tensor_sha256
 from moextend_pl.runs.manifest import read_manifest
@@ -95,11 +99,31 @@ def test_full_disk_is_called_so_whatever_the_writer_says(tmp_path: Path, monkeyp
 
     with pytest.raises(RuntimeError, match="unexpected pos"):
         write_atomically(tmp_path / "file", write)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        write_atomically(tmp_path / "file", write)
-    assert caught.value.filename == str(tmp_path / "file")
+    for number in (errno.ENOSPC, errno.EDQUOT):
+
+        def refuse(_: int, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
+            write_atomically(tmp_path / "file", write)
+        assert caught.value.filename == str(tmp_path / "file")
+        assert write_fault(caught.value) is caught.value
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_on_the_size_of_files_is_called_so(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, torch; from pathlib import Path\n"
+        "from moextend_pl.runs.checkpoint import AtomicCheckpointIO\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n    AtomicCheckpointIO().save_checkpoint({'a': torch.ones(100_000)}, Path(sys.argv[1]))\n"
+        "except OSError as error:\n    print(error.strerror)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "last.ckpt")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert ended.stdout.strip() == "File too large"
     assert list(tmp_path.iterdir()) == []
 
 

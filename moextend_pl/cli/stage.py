@@ -24,6 +24,7 @@ from moextend_pl.cli.config_errors import explain
 from moextend_pl.cli.config_files import ALLOW_OPTION, BASE_KEY, StageArguments, prepare_arguments
 from moextend_pl.cli.stage_parser import StageParser, guarded_parsing
 from moextend_pl.cli.start import CommonStart
+from moextend_pl.cli.trainer_settings import check_settings, check_trainer
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import remove_leftovers, write_atomically
 from moextend_pl.runs.checkpoint import peek
@@ -31,7 +32,6 @@ from moextend_pl.runs.metrics_log import RunLogger
 from moextend_pl.runs.preflight import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
-    check_numbers,
     check_writable,
     choose_checkpoint,
     only_writer,
@@ -123,7 +123,7 @@ class MoExtendCLI(LightningCLI):
         except argparse.ArgumentError as error:
             command = self._subcommand_parsers.get(self._arguments.argv[0], parser)
             raise UserError(explain(str(error), command, self._arguments)) from error
-        check_numbers(self.config[self.config["subcommand"]].as_dict())
+        check_settings(plain_config(self.config[self.config["subcommand"]]))
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would let the checkpoint's settings win over the config's without a word."""
@@ -191,17 +191,19 @@ class MoExtendCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Builds the trainer; its arguments all come from the user, so its complaints are theirs to mend."""
-        if SLURMEnvironment.detect():
-            # Lightning's own requeue saves inside the signal handler, where ranks stand at different places.
-            plugins = config.get("plugins") or []
-            plugins = plugins if isinstance(plugins, list) else [plugins]
-            config["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
         if config.get("logger") in (None, True):
             config["logger"] = RunLogger(str(config.get("default_root_dir") or "."))
         try:
-            return super()._instantiate_trainer(config, [EndTogether(), *callbacks, CommonStart(self._checkpoint)])
-        except (MisconfigurationException, ModuleNotFoundError, ValueError, TypeError) as error:
+            if SLURMEnvironment.detect():
+                # Lightning's own requeue saves inside the signal handler, where ranks stand at different places.
+                plugins = config.get("plugins") or []
+                plugins = plugins if isinstance(plugins, list) else [plugins]
+                config["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
+            trainer = super()._instantiate_trainer(config, [EndTogether(), *callbacks, CommonStart(self._checkpoint)])
+        except (MisconfigurationException, ModuleNotFoundError, RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its settings: {error}") from error
+        check_trainer(trainer, config.get("precision"))
+        return trainer
 
 
 def replace_plan(config: Namespace, path: str) -> None:

@@ -29,8 +29,6 @@ ORPHANS_END = 10  # seconds; torch's data workers look for their parent every fi
 RESULT_SECTIONS = ("model", "data", "seed_everything")
 # The order of samples is a function of seed and epoch alone, so these change speed and nothing else.
 SPEED_KEYS = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers")
-ABOVE_ZERO = ("accumulate_grad_batches", "val_check_interval")  # the trainer divides by them
-SEEDS = 2**32  # numpy takes no others
 PLAN_ARGUMENTS = ("parts", "plan")  # a callback with one of these decides what learns or grows
 RESULTS = ("stage.json", MANIFEST_FILE, DELTA_FILE, PLAN_FILE)
 RUN_RECORDS = (
@@ -54,21 +52,6 @@ def run_directory(config: dict[str, Any]) -> Path:
             "Set it in the stage file or add for example `--trainer.default_root_dir runs/my_run`."
         )
     return Path(folder)
-
-
-def check_numbers(config: dict[str, Any]) -> None:
-    """Refuses numbers of a parsed config that Lightning notices only when it uses them, or never.
-
-    Raises:
-        UserError: If one is out of its range.
-    """
-    seed = config.get("seed_everything")
-    if type(seed) is int and not 0 <= seed < SEEDS:
-        raise UserError(f"expected `seed_everything` from 0 to {SEEDS - 1}, got {seed}.")
-    for name in ABOVE_ZERO:
-        value = (config.get("trainer") or {}).get(name)
-        if isinstance(value, int | float) and value <= 0:
-            raise UserError(f"expected `trainer.{name}` above 0, got {value}. Leave it out for Lightning's default.")
 
 
 def check_writable(run: Path) -> None:

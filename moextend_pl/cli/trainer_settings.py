@@ -1,0 +1,120 @@
+"""What is asked of the trainer before anything is built: numbers in range, strategies that share gradients."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+from moextend_pl.contracts import UserError
+
+ABOVE_ZERO = ("accumulate_grad_batches", "val_check_interval", "log_every_n_steps")
+SEEDS = 2**32  # numpy takes no others
+HALF_BY_AUTOCAST = ("16-mixed", "16", 16)
+
+_USE_DDP = "Use `ddp`"
+_COPIED = f"starts its processes as copies of this one, to which no result comes back. {_USE_DDP} from a shell."
+_SHARDED = (
+    f"cuts up weights of which most are frozen, and has not been made to fit them. {_USE_DDP}; a base in 4 bits "
+    "(`language.compute.quantize: nf4`) leaves more memory free than sharding it."
+)
+_UNSHARED = f"does not share gradients here: every process would train a model of its own. {_USE_DDP}."
+_XLA = "needs a TPU, for which nothing here has been made. Use a CPU or GPUs, with `auto` or `ddp`."
+_UNKNOWN = f"is not known to share gradients. {_USE_DDP}, or a class of your own that is made from DDPStrategy."
+
+STRATEGIES: dict[str, str] = {
+    **dict.fromkeys(("auto", "single_device", "SingleDeviceStrategy"), ""),
+    **dict.fromkeys(("ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "DDPStrategy"), ""),
+    **{
+        f"ddp_{start}{unused}": _COPIED
+        for start in ("spawn", "fork", "notebook")
+        for unused in ("", "_find_unused_parameters_false", "_find_unused_parameters_true")
+    },
+    **dict.fromkeys(("fsdp", "fsdp_cpu_offload", "FSDPStrategy"), _SHARDED),
+    **dict.fromkeys(("deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload"), _SHARDED),
+    **dict.fromkeys(("deepspeed_stage_3", "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme"), _SHARDED),
+    "DeepSpeedStrategy": _SHARDED,
+    "ModelParallelStrategy": _UNSHARED,
+    **dict.fromkeys(("xla", "xla_debug", "single_xla", "single_tpu", "XLAStrategy", "SingleDeviceXLAStrategy"), _XLA),
+    **dict.fromkeys(("Strategy", "ParallelStrategy"), _UNKNOWN),
+}
+"""Every name and class that Lightning knows a strategy by -> why it is refused; empty where it works."""
+
+
+def check_settings(config: dict[str, Any]) -> None:
+    """Refuses settings that Lightning notices only when it uses them, or never.
+
+    Args:
+        config: Of one command, as plain data.
+
+    Raises:
+        UserError: If a number is none or out of its range, or the strategy is known not to work.
+    """
+    seed = config.get("seed_everything")
+    if type(seed) is int and not 0 <= seed < SEEDS:
+        raise UserError(f"expected `seed_everything` from 0 to {SEEDS - 1}, got {seed}.")
+    for key, value in _numbers(config):
+        if not math.isfinite(value):
+            raise UserError(f"expected a finite number as `{key}`, got {value}. Correct it, or leave it out.")
+    trainer = config.get("trainer") or {}
+    for name in ABOVE_ZERO:
+        value = trainer.get(name)
+        if isinstance(value, int | float) and value <= 0:
+            raise UserError(f"expected `trainer.{name}` above 0, got {value}. Leave it out for Lightning's default.")
+    clip = trainer.get("gradient_clip_val")
+    if isinstance(clip, int | float) and clip < 0:
+        raise UserError(f"expected `trainer.gradient_clip_val` of at least 0, got {clip}. 0 clips nothing.")
+    strategy = trainer.get("strategy") or "auto"
+    _refuse(str(strategy.get("class_path") if isinstance(strategy, dict) else strategy).rpartition(".")[2])
+
+
+def check_trainer(trainer: Trainer, precision: str | int | None) -> None:
+    """Refuses a trainer that would train something else than it was asked to.
+
+    Args:
+        trainer: As it was built.
+        precision: As it was asked for.
+
+    Raises:
+        UserError: If its strategy does not share gradients, its processes are not those that SLURM started, or it has
+            exchanged the precision.
+    """
+    # What is made from a class of the table is judged as that class.
+    _refuse(next(kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in STRATEGIES))
+    if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._start_method != "popen":
+        _refuse("ddp_fork")  # asked for by an argument, or chosen by Lightning in a notebook
+    tasks, processes = os.environ.get("SLURM_NTASKS"), trainer.num_devices * trainer.num_nodes
+    if tasks and SLURMEnvironment.detect() and int(tasks) != processes:
+        raise UserError(
+            f"expected as many processes as SLURM has tasks, got {processes} (`trainer.devices` {trainer.num_devices} "
+            f"x `trainer.num_nodes` {trainer.num_nodes}) for SLURM_NTASKS={tasks}: each task is one process. Set both "
+            "to what the job was given, or ask for other `--ntasks`."
+        )
+    if precision in HALF_BY_AUTOCAST and trainer.precision != "16-mixed":
+        raise UserError(
+            f"`trainer.precision` {precision} needs a GPU, and would be {trainer.precision} here. Set `bf16-mixed` or "
+            "`32-true`."
+        )
+
+
+def _refuse(name: str) -> None:
+    """Refuses a strategy by its name or class; a name that Lightning does not know either is left to it."""
+    if reason := STRATEGIES.get(name, ""):
+        raise UserError(f"`trainer.strategy` {name} {reason}")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yields (dotted key, number) of every fractional number in plain data."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(item, key if name in ("init_args", "dict_kwargs") else f"{key}.{name}".strip("."))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item, key)

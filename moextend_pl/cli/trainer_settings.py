@@ -58,9 +58,9 @@ def check_settings(config: dict[str, Any]) -> None:
     seed = config.get("seed_everything")
     if type(seed) is int and not 0 <= seed < SEEDS:
         raise UserError(f"expected `seed_everything` from 0 to {SEEDS - 1}, got {seed}.")
-    for key, value in _numbers(config):
-        if not math.isfinite(value):
-            raise UserError(f"expected a finite number as `{key}`, got {value}. Correct it, or leave it out.")
+    for key, number in _numbers(config):
+        if not math.isfinite(number):
+            raise UserError(f"expected a finite number as `{key}`, got {number}. Correct it, or leave it out.")
     trainer = config.get("trainer") or {}
     for name in ABOVE_ZERO:
         value = trainer.get(name)

@@ -26,9 +26,7 @@ what is not there yet is replaced by model/config.json, tower/config.json and ex
 """
 MIXED = "a tower or projector that learns is counted in fp32: under autocast it keeps less"
 POSITIVE = ("gpu_tflops", "gpu_memory", "gpus", "price", "mfu", "tokens_per_second", "length", "mean_length")
-REPLICATED = ("auto", "ddp", "singledevice", "single_device")
 PACKED = "packing is not counted: a row is planned as one conversation with one image"
-SHARDED = "`trainer.strategy` {} is not counted: each GPU is planned to hold everything, as with DDP"
 QUANTISED = "{} is quantised already: weights are planned as its unquantised model's"
 
 
@@ -87,10 +85,6 @@ def uncounted(stage: StageModel, shape: ModelShape) -> list[str]:
     data = (stage.config.get("data") or {}).get("init_args") or {}
     if (data.get("rows") or {}).get("packing"):
         notes.append(PACKED)
-    strategy = stage.config["trainer"].get("strategy") or "auto"
-    name = str(strategy.get("class_path") if isinstance(strategy, dict) else strategy).rpartition(".")[2]
-    if not name.lower().startswith(REPLICATED):
-        notes.append(SHARDED.format(name))
     base = getattr(getattr(stage.module, "language", stage.module), "base", None)
     return [*notes, QUANTISED.format(base)] if is_quantised(base) else notes
 

@@ -186,7 +186,10 @@ def test_what_the_arithmetic_leaves_out_is_said(tmp_path: Path) -> None:
     plain = plan(tmp_path)["notes"]
     assert plan(tmp_path, "--trainer.strategy=ddp")["notes"] == plain
     assert plan(tmp_path, "--data.rows.packing=true")["notes"] == [*plain, PACKED]
-    assert "`trainer.strategy` fsdp is not counted" in plan(tmp_path, "--trainer.strategy=fsdp")["notes"][-1]
+
+
+def test_a_strategy_that_no_stage_takes_is_not_planned_either(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "`trainer.strategy` fsdp" in error_of(capsys, "--config", EXTEND, "--trainer.strategy=fsdp")
 
 
 def test_base_that_is_quantised_already_is_said_and_not_quantised_again(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from moextend_pl.contracts import UserError
@@ -21,17 +21,6 @@ MAX_PIXELS = 64_000_000
 
 BACKGROUND = "white"
 """What is seen through clear pixels."""
-
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What undoes each EXIF orientation, see EXIF 2.32, tag 0x0112."""
 
 DECODERS = tuple(dict.fromkeys(IMAGE_FORMATS.values()))
 
@@ -89,12 +78,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Returns an image turned as its EXIF orientation says; as it is where that is missing or unreadable."""
+    """Returns an image turned as its EXIF orientation says, which it loses; as it is where that cannot be read."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return ImageOps.exif_transpose(image)
     except Exception:  # whatever a damaged EXIF block makes Pillow raise: the pixels are there all the same
         return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 class PixelTransform:

@@ -8,7 +8,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from moextend_pl.contracts import SampleSpec, UserError
-from moextend_pl.samples.pixels import PixelTransform, decode_image
+from moextend_pl.samples.pixels import PixelTransform, decode_image, to_rgb
 
 
 def save(image, kind="PNG", **options):
@@ -48,6 +48,8 @@ def test_a_photo_is_turned_upright_as_pillow_turns_it(kind, orientation):
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     assert np.array_equal(np.asarray(decode_image(data, "x")), np.asarray(expected))
     assert decode_image(data, "x").size == ((5, 6) if orientation > 4 else (6, 5))
+    # What is decoded may be given on as a picture of the user's.
+    assert np.array_equal(np.asarray(to_rgb(decode_image(data, "x"))), np.asarray(expected))
 
 
 @pytest.mark.parametrize("exif", [b"Exif\x00\x00not a block", b"Exif\x00\x00II*\x00\xff\xff\xff\xff"])

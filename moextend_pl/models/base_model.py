@@ -34,8 +34,8 @@ FLASH_PACKAGES = {
     "flash_attention_3": "flash_attn_interface",
     "flash_attention_4": "flash_attn",
 }
-# Keys that transformers reads although its configurations no longer have them.
-FORMER_KEYS = ("model_type", "rope_theta", "partial_rotary_factor", "attn_implementation")
+# Keys that transformers reads although its configurations do not have them, or no longer.
+FORMER_KEYS = ("model_type", "rope_theta", "partial_rotary_factor", "attn_implementation", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ComputeSpec:
 
     Attributes:
         experts_implementation: `moextend`, for frozen experts: on a CPU the numbers of `grouped_mm`, on a GPU Triton
-            kernels where experts are plain gated ones in 16 bits; `moextend_triton` asks for the kernels in 32 bits
+            kernels where experts are plain gated ones in 16 bits; `moextend_triton` takes the kernels in 32 bits
             too; or one of transformers.
         quantize: `nf4` holds the base's experts and Linear layers in 4 bits, frozen; None as they are.
         activation_checkpointing: Whether layers compute their activations again in the backward pass.

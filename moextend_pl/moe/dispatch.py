@@ -22,13 +22,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from moextend_pl.moe.kernels.gated_experts import available, gated_experts
+from moextend_pl.moe.kernels.gated_experts import ON_ANY_DEVICE, available, gated_experts
 
 FROZEN_EXPERTS = "moextend"
 """Name under which transformers knows `frozen_experts_forward` once it was registered."""
 
 KERNEL_EXPERTS = "moextend_triton"
-"""The same by Triton kernels wherever experts have the plain gated shape, on a CPU too: `TRITON_INTERPRET=1`."""
+"""The same, with kernels in 32 bits too, and on a CPU where `TRITON_INTERPRET=1` is set."""
 
 # Slots computed at a time on a CPU: what one chunk makes is still in the cache when it is read. Among 256 to 8192,
 # 512 was fastest or level for 8 wide experts (`benchmarks/block.py`).
@@ -91,8 +91,9 @@ def by_kernels(experts: Any, x_TD: Tensor) -> bool:
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     if implementation not in (FROZEN_EXPERTS, KERNEL_EXPERTS) or not available(experts):
         return False
-    on_gpu = x_TD.device.type == "cuda" and experts.down_proj.dtype.itemsize == 2
-    return (on_gpu or implementation == KERNEL_EXPERTS) and not any(p.requires_grad for p in experts.parameters())
+    by_default = x_TD.device.type == "cuda" and experts.down_proj.dtype.itemsize == 2
+    by_name = implementation == KERNEL_EXPERTS and (x_TD.device.type == "cuda" or ON_ANY_DEVICE)
+    return (by_default or by_name) and not any(parameter.requires_grad for parameter in experts.parameters())
 
 
 def kernel_experts(

@@ -1,7 +1,8 @@
 """A whole training step of every kind of stage on a pretended CUDA device, on machines that have none.
 
 Under FakeTensorMode tensors have a shape, a type and a device, and no values. An operation that mixes devices raises,
-and so does one that asks for a value: `.item()`, `bool(tensor)`, `nonzero`, indexing with booleans.
+and so does one that asks for a value, `.item()`, `bool(tensor)`, `nonzero`, indexing with booleans, or that takes one
+from the host.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from helpers.tiny_world import GROWN, TinyWorld, make_plan, perturb
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moextend_pl.contracts import Batch, ExtensionPlan, TrainPlan, UpcycleSpec
 from moextend_pl.models.delta import save_delta
@@ -40,6 +42,15 @@ def move(module: nn.Module, device: str) -> None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses an operation on the device that takes a tensor of the host: it is copied, and a GPU waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        devices = {one.device.type for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+        assert not ("cpu" in devices and len(devices) > 1), f"{func} mixes {devices}"
+        return func(*args, **(kwargs or {}))
+
+
 def step(model: MoExtend, batch: Batch) -> None:
     """Does what a trainer does with a batch, from the transfer to the optimizer's step.
 
@@ -53,12 +64,15 @@ def step(model: MoExtend, batch: Batch) -> None:
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
     with FakeTensorMode(allow_non_fake_inputs=True):
         move(model, "cuda")
-        assert model(elsewhere(batch, "cuda")).loss.device.type == "cuda"
+        there = elsewhere(batch, "cuda")
+        with NothingFromTheHost():
+            assert model(there).loss.device.type == "cuda"
     move(model, "meta")
     there = elsewhere(batch, "meta")
     optimizer, scheduler = build_optimizer(model.parameters(), OptimSpec(), total_steps=10)
     loss, guarded = model.by_tokens(model(there).loss, there["labels"]), Step()
-    loss.backward()
+    with NothingFromTheHost():
+        loss.backward()
     guarded.bad_loss = loss.detach().isfinite().logical_not()
     skip_step(optimizer, guarded.judge(dict(model.named_parameters()), loss.device))
     assert len(guarded.gradients) == sum(p.requires_grad for p in model.parameters())

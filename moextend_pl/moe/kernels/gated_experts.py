@@ -13,6 +13,7 @@ The layout of the products follows ScatterMoE (https://arxiv.org/abs/2403.08245)
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,6 +26,8 @@ from transformers.integrations.moe import _default_apply_gate
 from moextend_pl.moe.kernels.order import Order, order_slots
 
 HAS_TRITON = find_spec("triton") is not None
+ON_ANY_DEVICE = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton interprets kernels, on a CPU too; it asks once, when it is imported."""
 
 
 def available(experts: Any) -> bool:
@@ -35,8 +38,10 @@ def available(experts: Any) -> bool:
     if getattr(experts, "has_post_expert_norm", False) or type(experts)._apply_gate is not _default_apply_gate:
         return False
     weights = [experts._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
-    if any(not isinstance(weight, nn.Parameter) or isinstance(weight, DTensor) for weight in weights):
-        return False  # packed in 4 bits, or sharded
+    if not all(isinstance(weight, nn.Parameter) and weight.is_contiguous() for weight in weights):
+        return False  # packed in 4 bits, or a view that kernels would read in another order
+    if any(isinstance(weight, DTensor) for weight in weights):
+        return False
     return isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
 
 

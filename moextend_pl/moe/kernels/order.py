@@ -40,7 +40,8 @@ def order_slots(indices_TK: Tensor, experts: int) -> Order:
         experts: M.
     """
     device, slots = indices_TK.device, indices_TK.numel()
-    sorted_S, slot_S = torch.sort(indices_TK.reshape(-1).to(torch.int16), stable=True)
+    # 16 bits sort in half of the passes; whatever names nobody has to fit them.
+    sorted_S, slot_S = torch.sort(indices_TK.reshape(-1).clamp(max=experts).to(torch.int16), stable=True)
     place_S = torch.arange(slots, device=device, dtype=torch.int32)
     slots_TK = torch.empty_like(place_S).scatter_(0, slot_S, place_S).view_as(indices_TK)
     numbers_M = torch.arange(experts, device=device, dtype=torch.int16)

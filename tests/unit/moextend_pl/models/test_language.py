@@ -281,6 +281,15 @@ def test_key_by_its_general_name_is_accepted(tiny_world: TinyWorld) -> None:
     assert (made.num_local_experts, made.rope_parameters["rope_theta"]) == (3, 5e3)
 
 
+def test_a_width_of_heads_that_published_configurations_name_is_used(tiny_world: TinyWorld) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    few = {"num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    base = {"model_type": "qwen3_moe", "intermediate_size": 16, **sizes, **few}
+    model = MoELanguageModel(base=base, tokenizer=str(tiny_world.base))
+    model.configure_model()
+    assert model.model.get_submodule("model.layers.0.self_attn.q_proj").weight.shape == (4 * 16, 32)
+
+
 def test_an_answer_leaves_no_mask_behind_for_other_passes(tiny_world: TinyWorld) -> None:
     world = tiny_world.model(make_plan(init="copy", routing="masked"))
     perturb([p for part in ("new_experts", "new_routers") for p in world.language.parts()[part]])

@@ -104,6 +104,41 @@ def alone_and_extended() -> dict[str, bool]:
     }
 
 
+def corners() -> dict[str, bool]:
+    """Returns whether no token at all, and an index that names nobody and does not fit 16 bits, are taken."""
+    from moextend_pl.moe.kernels.gated_experts import gated_experts
+
+    torch.manual_seed(0)
+    stacks = torch.randn(3, 8, 16), torch.randn(3, 16, 4)
+    new = tuple(stack[:1].clone().requires_grad_() for stack in stacks)
+    none = gated_experts(torch.randn(0, 16), torch.empty(0, 2, dtype=torch.long), torch.rand(0, 2), stacks, new)
+    none.sum().backward()
+    x, weights, indices = torch.randn(5, 16), torch.rand(5, 2), torch.tensor([[0, 2]] * 5)
+    expected = gated_experts(x, torch.where(indices == 2, 4, indices), weights, stacks, new)
+    far = gated_experts(x, torch.where(indices == 2, 40_000, indices), weights, stacks, new)
+    return {
+        "no token": none.shape == (0, 16) and not any(one.grad.any() for one in new),
+        "nobody": torch.equal(far, expected) and bool(far.any()),
+    }
+
+
+def test_no_token_and_an_index_of_nobody_are_taken(tmp_path: Path) -> None:
+    assert interpreted("corners", tmp_path) == {"no token": True, "nobody": True}
+
+
+def test_a_view_in_another_order_is_left_to_others() -> None:
+    from helpers.tiny_world import tiny_mixtral
+
+    from moextend_pl.moe.blocks import find_blocks
+    from moextend_pl.moe.kernels.gated_experts import available
+
+    experts = find_blocks(tiny_mixtral())[0].experts
+    assert available(experts)
+    turned = experts.down_proj.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    experts.down_proj = torch.nn.Parameter(turned)
+    assert not available(experts)
+
+
 def test_a_token_has_the_same_bits_beside_others_and_beside_new_experts(tmp_path: Path) -> None:
     assert interpreted("alone_and_extended", tmp_path) == {"beside others": True, "extended": True, "changes": True}
 

@@ -90,11 +90,13 @@ def _add_build(build: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
     llava = build.add_parser(
         "llava",
-        help="shards of a LLaVA JSON file and a folder of images",
+        help="shards of a file of conversations and a folder of images",
         description="Writes shards and their index; the bytes do not depend on --workers. The same command "
         "goes on where a stopped one was.",
     )
-    llava.add_argument("--json", type=Path, required=True, help="list of {id, image, conversations}")
+    llava.add_argument(
+        "--json", type=Path, required=True, help="JSON or JSON Lines: LLaVA's, ShareGPT's, or OpenAI's messages"
+    )
     llava.add_argument("--images", type=Path, required=True, help="folder that the image names start from")
     llava.add_argument("--out", type=Path, required=True, help="folder to write")
     llava.add_argument(
@@ -167,6 +169,10 @@ def _build_llava(options: argparse.Namespace) -> int:
     _say(totals(options.out, built.shards))
     if built.renamed:
         _say(f"{built.renamed} entries got a key of their own: their id was taken, or held a dot")
+    if built.unnamed:
+        _say(f"{built.unnamed} entries have no id and are named by their number")
+    for what, count in sorted(built.done.dropped.items()):
+        _say(f"left out: {count} {what}")
     if options.resize:
         before, after = built.done.bytes_before / 2**20, built.done.bytes_after / 2**20
         _say(f"images: {before:.1f} MiB as files, {after:.1f} MiB in the shards")

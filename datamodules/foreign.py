@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.turns import IMAGE_MARK
+from moextend_pl.samples.turns import IMAGE_MARK, video_problem
 
 CAPTION_QUESTION = "Describe the image."
 MAX_TEXT_BYTES = 16 * 2**20
@@ -30,6 +30,8 @@ def conversations_of(texts: Mapping[str, bytes], images: int, origin: str) -> li
         UserError: If there is no text, or it is no strict UTF-8, no JSON, or holds neither conversation nor caption.
     """
     content = _parse(texts["json"], origin) if "json" in texts else {}
+    if video := video_problem(content):
+        raise UserError(f"{origin}: {video}. Leave the sample out.")
     if "conversations" in content or not (content or "txt" in texts):
         conversations = content.get("conversations")
         if not isinstance(conversations, list):

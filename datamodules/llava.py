@@ -1,4 +1,4 @@
-"""LLaVA's JSON files and folders of images as shards, built by several processes and continued after a stop.
+"""JSON files of conversations and folders of images as shards, built by several processes and continued after a stop.
 
 Which entry goes into which shard is settled before any process starts, so the bytes do not depend on how many
 there are. A shard that is finished has its final name; a build that was stopped goes on behind the finished ones.
@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from datamodules.index import Shard
-from datamodules.llava_entries import entry_name, make_entry, read_annotations, unique_keys
+from datamodules.llava_entries import entry_name, is_unnamed, make_entry, read_annotations, unique_keys
 from datamodules.pool import in_processes
 from datamodules.scan import build_index
 from datamodules.shards import (
@@ -75,17 +75,25 @@ class Done:
         problems: A sentence for each mistake of an entry.
         bytes_before: Bytes of the image files that were read.
         bytes_after: Bytes that they take in the shards.
+        dropped: What was left out of entries by a rule of `dialects.py`, counted by what it was.
     """
 
     problems: list[str] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Done) -> None:
         """Adds up two parts."""
         self.problems += other.problems
         self.bytes_before += other.bytes_before
         self.bytes_after += other.bytes_after
+        self.drop(other.dropped)
+
+    def drop(self, dropped: dict[str, int]) -> None:
+        """Counts what was left out."""
+        for what, count in dropped.items():
+            self.dropped[what] = self.dropped.get(what, 0) + count
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,13 @@ class Built:
     Attributes:
         shards: What was written.
         renamed: How many entries got another key, since theirs was taken or held a dot.
+        unnamed: How many entries have no id and are named by their place.
         done: Sizes, and the problems of entries that were left out.
     """
 
     shards: list[Shard]
     renamed: int
+    unnamed: int
     done: Done
 
 
@@ -120,10 +130,10 @@ def build_from_llava(
     options: BuildOptions | None = None,
     progress: Progress | None = None,
 ) -> Built:
-    """Builds shards from a LLaVA JSON file; the folder appears when all is written.
+    """Builds shards from a JSON or JSON Lines file; the folder appears when all is written.
 
     Args:
-        annotations: List of `{"id", "image"?: name or names, "conversations"}`.
+        annotations: Entries `{"id"?, "image"?: name or names, "conversations"}`, or in another dialect.
         images: Folder that the image names start from.
         out: Folder of shards to write.
         options: How to build.
@@ -160,7 +170,7 @@ def build_from_llava(
         if total.problems and not (options.skip_bad and any(folder.glob("*.tar"))):
             shutil.rmtree(folder)
             raise UserError(_summary(annotations, total.problems, options.skip_bad))
-        return Built(_finish(folder, out, total), renamed, total)
+        return Built(_finish(folder, out, total), renamed, sum(map(is_unnamed, items)), total)
 
 
 @contextmanager
@@ -223,6 +233,7 @@ def _entries(job: _Job, done: Done) -> Iterator[Entry]:
         done.bytes_before += made.bytes_before
         if made.entry is not None and (job.options.skip_bad or not done.problems):
             done.bytes_after += sum(map(len, made.entry.images))
+            done.drop(made.dropped)
             yield made.entry
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,9 @@ from moextend_pl.contracts import UserError
 
 IMAGE_MARK = "<image>"
 """Stands in a human turn where an image belongs."""
+
+VIDEO_MARK, VIDEO_KEYS = "<video>", ("video", "videos")
+"""What tells that a sample is about a video; it is refused, since a model would learn to speak of what it never saw."""
 
 IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 """Extensions of the images that may belong to a conversation, and the decoder of each."""
@@ -44,6 +48,12 @@ def lone_surrogate(text: str) -> int | None:
     return None
 
 
+def video_problem(sample: Mapping[str, Any]) -> str | None:
+    """Tells that a sample names a video, None if it does not."""
+    named = next((key for key in VIDEO_KEYS if sample.get(key)), None)
+    return f"expected images or texts, got a `{named}`; videos are not supported yet" if named else None
+
+
 def conversation_problems(conversations: Any, images: int) -> list[str]:
     """Lists everything that is wrong with a conversation; an empty list means it is valid.
 
@@ -72,6 +82,8 @@ def conversation_problems(conversations: Any, images: int) -> list[str]:
             continue
         value = turn.get("value")
         count = value.count(IMAGE_MARK) if isinstance(value, str) else 0
+        if isinstance(value, str) and VIDEO_MARK in value:
+            problems.append(f"turn {position}: `{VIDEO_MARK}` stands in the text; videos are not supported yet")
         if not isinstance(value, str) or not (value.replace(IMAGE_MARK, "") if count else value).strip():
             problems.append(f"turn {position}: expected a text, got {value!r}")
             continue

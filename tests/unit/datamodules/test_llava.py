@@ -50,20 +50,20 @@ def test_all_mistakes_of_a_llava_json_are_told_at_once_and_nothing_is_written(tm
     items = [
         {"id": "missing", "image": "none.png", "conversations": TURNS},
         {"id": "count", "image": ["one.png", "one.png"], "conversations": TURNS},
-        {"id": "odd", "image": "one.png", "conversations": TURNS[:1]},
+        {"id": "odd", "image": "one.png", "conversations": [*TURNS, TURNS[1]]},
         {"id": "empty", "image": "one.png", "conversations": conversation(("<image>\nwhat?", ""))},
         {"id": "fine", "image": "one.png", "conversations": TURNS},
         {"id": "fine", "image": "one.png", "conversations": TURNS},
         {"id": "broken", "image": "cut.png", "conversations": TURNS},
         {"id": "outside", "image": "../one.png", "conversations": TURNS},
-        {"image": "one.png", "conversations": TURNS},
+        {"id": 1.5, "image": "one.png", "conversations": TURNS},
         "no entry",
     ]
     with pytest.raises(UserError) as caught:
         build_from_llava(*llava(tmp_path, items))
     text = str(caught.value)
     expected = ["found no file", "1 `<image>` in the text for 2", "even number", "expected a text"]
-    for sentence in [*expected, "cut short", "'../one.png'", "expected `id`", "expected an object", "8 problem(s)"]:
+    for sentence in [*expected, "cut short", "'../one.png'", "expected `id`", "expected an object", "9 problem(s)"]:
         assert sentence in text
     assert "entry 4" not in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.png", "data.json", "one.png"]

@@ -18,7 +18,7 @@ def problems_of(item, root, key="a"):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(b"[]", "got an empty one"), (b'{"id": 1}\n{"id": 2}\n', r"JSONL.*jq -s"), (b"{}", "got dict")],
+    [(b"[]", "got an empty one"), (b'{"id": 1}\n{"id": 2\n', "line 2"), (b"{}", "got dict")],
 )
 def test_what_is_no_list_is_told_with_what_it_is(tmp_path, content, sentence):
     (tmp_path / "data.json").write_bytes(content)

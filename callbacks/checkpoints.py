@@ -1,4 +1,4 @@
-"""The newest state of a run, to continue from."""
+"""The newest states of a run, to continue from."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from moextend_pl.runs.preflight import LAST_CHECKPOINT
+from moextend_pl.runs.checkpoint import PENDING_CHECKPOINT, check_room, take_place
+
+MOMENTS = 8  # bytes of an optimizer for each number that learns
 
 
 class StageCheckpoint(ModelCheckpoint):
     """Keeps `checkpoints/last.ckpt` up to date while a stage trains, but not at its last step.
+
+    The one before stays as `previous.ckpt`, from which a run goes on if the last one is damaged.
 
     A run that is killed while it writes its results must train its last steps again and write them; a
     checkpoint of the last step would tell Lightning that nothing is left to do. `StageReceipt` saves
@@ -25,16 +29,23 @@ class StageCheckpoint(ModelCheckpoint):
         every_n_steps: Optimizer steps between two checkpoints.
     """
 
-    FILE_EXTENSION = ".tmp"  # what a run that is killed leaves behind is cleaned up by that name
+    FILE_EXTENSION = Path(PENDING_CHECKPOINT).suffix
 
     def __init__(self, every_n_steps: int = 100) -> None:
         super().__init__(
-            filename=f".{LAST_CHECKPOINT}",
+            filename=Path(PENDING_CHECKPOINT).stem,
             every_n_train_steps=every_n_steps,
             save_top_k=1,
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a disk without room for the checkpoints, before the first step."""
+        super().on_train_start(trainer, pl_module)
+        learning = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        size = sum(parameter.numel() * (parameter.element_size() + MOMENTS) for parameter in learning)
+        check_room(Path(str(self.dirpath)), size)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -46,7 +57,7 @@ class StageCheckpoint(ModelCheckpoint):
     def _take_place(self, trainer: Trainer) -> None:
         newest = Path(self.best_model_path)
         if trainer.is_global_zero and self.best_model_path and newest.exists():
-            newest.replace(newest.with_name(LAST_CHECKPOINT))
+            take_place(newest)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Puts the checkpoint of the step before in its place."""

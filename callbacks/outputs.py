@@ -15,7 +15,8 @@ from moextend_pl.models.delta import save_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
-from moextend_pl.runs.atomic import write_json, write_text
+from moextend_pl.runs.atomic import write_folder, write_json, write_text
+from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, PENDING_CHECKPOINT, take_place
 from moextend_pl.runs.fingerprints import file_sha256
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class SaveDelta(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
-        """Writes `delta.safetensors`, then `manifest.json`."""
+        """Writes `delta.safetensors` and `manifest.json`."""
         if trainer.is_global_zero:
             save_delta(pl_module, run_directory(trainer))
 
@@ -70,7 +71,7 @@ class SavePretrained(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: VisionEncoder | MoELanguageModel) -> None:
         """Writes the folder."""
         if trainer.is_global_zero:
-            pl_module.save_pretrained(run_directory(trainer) / self.folder)
+            write_folder(run_directory(trainer) / self.folder, pl_module.save_pretrained)
 
 
 class StageReceipt(Callback):
@@ -120,7 +121,10 @@ class StageReceipt(Callback):
         """Writes the receipt, and then the final checkpoint, which ends the stage for good."""
         if trainer.is_global_zero:
             self._write(trainer)
-        trainer.save_checkpoint(run_directory(trainer) / "checkpoints" / "last.ckpt")
+        final = run_directory(trainer) / CHECKPOINT_FOLDER / PENDING_CHECKPOINT
+        trainer.save_checkpoint(final)
+        if trainer.is_global_zero:
+            take_place(final)
 
     def _write(self, trainer: Trainer) -> None:
         run = run_directory(trainer)

@@ -27,10 +27,9 @@ from moextend_pl.cli.start import CommonStart
 from moextend_pl.cli.trainer_settings import check_settings, check_trainer
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import remove_leftovers, write_atomically
-from moextend_pl.runs.checkpoint import peek
+from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, drop_later, peek
 from moextend_pl.runs.metrics_log import RunLogger
 from moextend_pl.runs.preflight import (
-    CHECKPOINT_FOLDER,
     CONFIG_FILE,
     check_writable,
     choose_checkpoint,
@@ -148,6 +147,7 @@ class MoExtendCLI(LightningCLI):
         if command == "fit" and _is_first_rank():
             self._held.enter_context(only_writer(run))
             remove_leftovers(run)
+            drop_later(run / CHECKPOINT_FOLDER, self._checkpoint)
         if self._checkpoint is None:
             if command != "fit":
                 _log.warning("no checkpoint of %s is used: the model is taken as its config builds it", run)

@@ -30,7 +30,7 @@ from moextend_pl.models.tower import make_tower, vision_config
 from moextend_pl.moe.dense_mlp import DenseMLP
 from moextend_pl.moe.upcycle import UpcycledMLP
 from moextend_pl.runs.atomic import write_json
-from moextend_pl.runs.manifest import DELTA_FILE, Manifest, read_manifest
+from moextend_pl.runs.manifest import Manifest, read_manifest
 
 
 def convert_out(source: Path, target: Path, layout: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def convert_out(source: Path, target: Path, layout: str) -> dict[str, Any]:
         UserError: If the run holds what the layout has no place for.
     """
     manifest = read_manifest(source)
-    delta = dict(TensorFiles(source / DELTA_FILE))
+    delta = dict(TensorFiles(manifest.delta()))
     encoder = _encoder(manifest, layout)
     tower = {} if encoder is None else whole_tower(encoder, delta)
     whole = "language" in manifest.model

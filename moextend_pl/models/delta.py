@@ -25,10 +25,10 @@ from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.projector import Projector
 from moextend_pl.models.tower import FeatureSpec
-from moextend_pl.runs.atomic import write_atomically
-from moextend_pl.runs.fingerprints import WRAPPED, file_sha256, fingerprints, frozen_tensors, tensor_sha256
+from moextend_pl.runs.fingerprints import WRAPPED, fingerprints, frozen_tensors, tensor_sha256
 from moextend_pl.runs.manifest import (
     DELTA_FILE,
+    NEW_DELTA_FILE,
     Manifest,
     manifest_path,
     read_manifest,
@@ -154,7 +154,7 @@ def delta_tensors(module: DeltaModule) -> dict[str, Tensor]:
 
 
 def save_delta(module: DeltaModule, run: Path) -> Manifest:
-    """Writes `delta.safetensors` and then `manifest.json`.
+    """Writes `delta.safetensors` and `manifest.json`, which change as one.
 
     Args:
         module: The trained model.
@@ -169,20 +169,18 @@ def save_delta(module: DeltaModule, run: Path) -> Manifest:
     parameters = dict(module.named_parameters())
     delta = {name: tensor.detach().cpu().contiguous() for name, tensor in delta_tensors(module).items()}
     check_finite(delta, "what was learned", "Nothing was written. Lower `optim.lr`.")
-    write_atomically(run / DELTA_FILE, lambda path: save_file(delta, path))
     manifest = Manifest(
         plans=module.plans,
         model=relative_arguments(model_arguments(module), run),
         trained=[name for name, parameter in parameters.items() if parameter.requires_grad],
         frozen=fingerprints({name: t for name, t in frozen_tensors(module).items() if name not in delta}),
-        delta_sha256=file_sha256(run / DELTA_FILE),
+        delta_sha256="",  # of what is written now
         versions=versions(),
         dtype=str(module.dtype).removeprefix("torch."),
         sources=module.sources()["files"],
         run=run,
     )
-    manifest.save()
-    return manifest
+    return manifest.save_with(lambda path: save_file(delta, path))
 
 
 def check_start(module: DeltaModule, run: Path) -> None:
@@ -207,10 +205,10 @@ def inherited_names(run: Path) -> set[str]:
     Args:
         run: Run directory, or a delta file in one.
     """
-    path = manifest_path(run).with_name(DELTA_FILE)
-    if not path.is_file():
+    folder = manifest_path(run).parent
+    if not any((folder / name).is_file() for name in (DELTA_FILE, NEW_DELTA_FILE)):
         return set()
-    with safe_open(path, "pt") as delta:
+    with safe_open(read_manifest(folder).delta(), "pt") as delta:
         return {WRAPPED.sub("", name) for name in delta.keys()}  # noqa: SIM118 - no dictionary
 
 
@@ -233,9 +231,7 @@ def load_delta(module: DeltaModule, run: Path) -> set[str]:
     if shapes_only():
         return inherited_names(run)
     manifest = read_manifest(run)
-    path = manifest.run / DELTA_FILE
-    if not path.is_file() or file_sha256(path) != manifest.delta_sha256:
-        raise UserError(f"{path}: missing or damaged (its SHA-256 is not the manifest's). Train the stage again.")
+    path = manifest.delta()
     delta, parameters = load_file(path), module.state_dict(keep_vars=True)
     check_finite(delta, str(path), "Train the stage again.")
     unknown = [

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def write_fault(error: BaseException | None) -> OSError | None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file so that it is there whole or not at all, also after a power cut.
+    """Writes a file so that it is there whole or not at all, also after a power cut; the umask says who may read it.
 
     Args:
         path: The final place.
@@ -39,10 +40,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     # The process number keeps two runs from writing into one another's temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        mode = _new_file(temporary)
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _settle(temporary, mode)
         temporary.replace(path)
+        _sync(path.parent)
     except Exception as error:
         # torch and safetensors tell of a full disk, a quota or a limit in words of their own.
         if not isinstance(error, OSError) and (fault := _refusal(temporary)):
@@ -51,6 +53,58 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # on a disk that has become read-only
             temporary.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a folder so that it is there whole or not at all; an older one leaves only when the new one is written.
+
+    Args:
+        path: The final place.
+        write: Writes all files into the folder it is given, which lies beside that place.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{name}.tmp") for name in (os.getpid(), "old"))
+    try:
+        for rest in (temporary, old):
+            shutil.rmtree(rest, ignore_errors=True)
+        temporary.mkdir()
+        mode = _new_file(temporary / "mode")
+        (temporary / "mode").unlink()
+        write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _settle(file, mode)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        for rest in (temporary, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def _new_file(path: Path) -> int:
+    """Makes an empty file; returns the mode that the umask gives it, which cannot be asked for otherwise."""
+    path.touch()
+    return path.stat().st_mode
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Gives a file its mode, where safetensors lets nobody else read it, and waits until it is on the disk."""
+    with contextlib.suppress(OSError):  # some file systems know no modes
+        path.chmod(mode)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    with contextlib.suppress(OSError):  # some file systems cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _refusal(path: Path) -> OSError | None:
@@ -70,8 +124,11 @@ def remove_leftovers(run: Path) -> None:
     Args:
         run: Directory that no other process writes to.
     """
-    for leftover in run.rglob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    for leftover in list(run.rglob(".*.tmp")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from typing import Any
 import torch
 
 from moextend_pl.contracts import ExtensionPlan, UserError
-from moextend_pl.runs.atomic import write_json
+from moextend_pl.runs.atomic import read_json, write_atomically, write_json
+from moextend_pl.runs.fingerprints import file_sha256
 from moextend_pl.samples.templates import NAMED_TEMPLATES
 
 log = logging.getLogger(__name__)
 
 DELTA_FILE = "delta.safetensors"
+NEW_DELTA_FILE = "delta.new.safetensors"
+"""A delta until its manifest is there; the manifest's SHA-256 says which of the two files belongs to it."""
 MANIFEST_FILE, MANIFEST_SCHEMA = "manifest.json", 2
 PACKAGES = ("torch", "lightning", "transformers", "timm", "safetensors")
 # Arguments of the model's parts that are folders; a manifest names them relative to its own.
@@ -60,6 +63,37 @@ class Manifest:
         data = {"schema": MANIFEST_SCHEMA, **asdict(self), "plans": [plan.to_dict() for plan in self.plans]}
         data.pop("run")
         write_json(self.run / MANIFEST_FILE, data)
+
+    def save_with(self, write: Callable[[Path], object]) -> Manifest:
+        """Writes a delta and the manifest as one: a run that is killed leaves the older pair or the new one.
+
+        Args:
+            write: Writes the delta to the path it is given.
+
+        Returns:
+            The manifest with the SHA-256 of the delta.
+        """
+        new = self.run / NEW_DELTA_FILE
+        if new.exists() and file_sha256(new) == read_json(self.run / MANIFEST_FILE).get("delta_sha256"):
+            new.replace(self.run / DELTA_FILE)  # a run was killed just before it did that
+        write_atomically(new, write)
+        manifest = replace(self, delta_sha256=file_sha256(new))
+        manifest.save()  # from here on the new pair counts
+        new.replace(self.run / DELTA_FILE)
+        return manifest
+
+    def delta(self) -> Path:
+        """Returns the delta file that belongs to the manifest.
+
+        Raises:
+            UserError: If there is none, or it is damaged.
+        """
+        for path in (self.run / DELTA_FILE, self.run / NEW_DELTA_FILE):
+            if path.is_file() and file_sha256(path) == self.delta_sha256:
+                return path
+        raise UserError(
+            f"{self.run / DELTA_FILE}: missing or damaged (its SHA-256 is not the manifest's). Train the stage again."
+        )
 
     def model_arguments(self) -> dict[str, dict[str, Any]]:
         """Returns the arguments of the three parts, with folders that can be opened from here."""

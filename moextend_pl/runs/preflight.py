@@ -17,20 +17,19 @@ from typing import Any, TextIO
 import yaml
 
 from moextend_pl.contracts import PLAN_FILE, UserError
-from moextend_pl.runs.manifest import DELTA_FILE, MANIFEST_FILE
+from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, LAST_CHECKPOINT, newest_valid
+from moextend_pl.runs.manifest import DELTA_FILE, MANIFEST_FILE, NEW_DELTA_FILE
 from moextend_pl.runs.plain_yaml import read_yaml
 from moextend_pl.runs.sources import TRAINER, differences, flatten, told
 
 CONFIG_FILE = "config.yaml"
-CHECKPOINT_FOLDER = "checkpoints"
-LAST_CHECKPOINT = "last.ckpt"
 LOCK_FILE = ".lock"
 ORPHANS_END = 10  # seconds; torch's data workers look for their parent every five
 RESULT_SECTIONS = ("model", "data", "seed_everything")
 # The order of samples is a function of seed and epoch alone, so these change speed and nothing else.
 SPEED_KEYS = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers")
 PLAN_ARGUMENTS = ("parts", "plan")  # a callback with one of these decides what learns or grows
-RESULTS = ("stage.json", MANIFEST_FILE, DELTA_FILE, PLAN_FILE)
+RESULTS = ("stage.json", MANIFEST_FILE, DELTA_FILE, NEW_DELTA_FILE, PLAN_FILE)
 RUN_RECORDS = (
     *(CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "bad_samples.jsonl", "ledger.jsonl"),
     *(*RESULTS, "frozen.json", "usage.json", "plots"),
@@ -133,7 +132,7 @@ def _is_dead(holder: str) -> bool:
 
 
 def choose_checkpoint(run: Path, asked: str | None, fresh: bool) -> str | None:
-    """Returns the checkpoint a command starts from: the one asked for, else the run's last one, else none.
+    """Returns the checkpoint a command starts from: the one asked for, else the run's last undamaged one, else none.
 
     Args:
         run: The run directory.
@@ -141,20 +140,21 @@ def choose_checkpoint(run: Path, asked: str | None, fresh: bool) -> str | None:
         fresh: Whether earlier checkpoints of the run are to be ignored.
 
     Raises:
-        UserError: If a checkpoint and `--fresh` are both asked for, or the checkpoint is not there.
+        UserError: If a checkpoint and `--fresh` are both asked for, the checkpoint is not there, or all are damaged.
     """
     if asked and fresh:
         raise UserError("choose one of `--ckpt_path` (start from that file) and `--fresh` (start from nothing).")
-    last = run / CHECKPOINT_FOLDER / LAST_CHECKPOINT
     if asked and asked != "last":
         if not Path(asked).exists():
             raise UserError(f"expected a checkpoint at '{asked}', found none. {_list_checkpoints(run)}")
         return asked
     if fresh:
         return None
-    if asked == "last" and not last.exists():
+    found = newest_valid(run / CHECKPOINT_FOLDER)
+    if asked == "last" and found is None:
+        last = run / CHECKPOINT_FOLDER / LAST_CHECKPOINT
         raise UserError(f"expected a checkpoint at '{last}', found none. {_list_checkpoints(run)}")
-    return str(last) if last.exists() else None
+    return None if found is None else str(found)
 
 
 def set_aside(run: Path, config: dict[str, Any], fresh: bool) -> None:

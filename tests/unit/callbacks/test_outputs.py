@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,7 +65,19 @@ def test_checkpoints_come_at_their_steps_but_never_at_the_last(
     trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule())
     saved = torch.load(path, weights_only=False)
     assert saved["global_step"] == 4
-    assert list(path.parent.iterdir()) == [path]
+    before = path.with_name("previous.ckpt")
+    assert torch.load(before, weights_only=False)["global_step"] == 2
+    assert sorted(path.parent.iterdir()) == [path, before]
+
+
+def test_a_disk_without_room_for_checkpoints_is_refused_before_the_first_step(
+    tiny_world: TinyWorld, make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    trainer = make_trainer(TrainOnly(["projector"]), StageCheckpoint(2), enable_checkpointing=True)
+    with pytest.raises(UserError, match=r"GB for 3 checkpoints in .*checkpoints, found 0.0 GB free"):
+        trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule())
+    assert trainer.global_step == 0
 
 
 class LogsNothingMore(RunLogger):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def test_fresh_leaves_no_result_of_the_earlier_run_for_a_later_stage(stage: Path
 
 def test_results_without_a_checkpoint_are_set_aside_when_the_run_begins_anew(stage: Path, tmp_path: Path) -> None:
     with_results(stage, tmp_path / "run")
-    (tmp_path / "run/checkpoints/last.ckpt").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
     fit(stage, "--trainer.max_steps=1")
     assert (tmp_path / "run/old1/delta.safetensors").read_text() == "old"
     assert not (tmp_path / "run/delta.safetensors").exists()

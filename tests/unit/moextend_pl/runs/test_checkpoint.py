@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -20,9 +21,15 @@ from moextend_pl.contracts import UserError
 from moextend_pl.models.delta import load_delta, save_delta
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.runs.atomic import write_atomically, write_fault
-from moextend_pl.runs.checkpoint import AtomicCheckpointIO
+from moextend_pl.runs.checkpoint import (
+    PENDING_CHECKPOINT,
+    AtomicCheckpointIO,
+    drop_later,
+    newest_valid,
+    take_place,
+)
 from moextend_pl.runs.fingerprints import file_sha256, fingerprints, tensor_sha256
-from moextend_pl.runs.manifest import read_manifest
+from moextend_pl.runs.manifest import Manifest, read_manifest
 
 PARTS = ("projector", "new_experts", "new_routers", "calibration")
 
@@ -79,7 +86,7 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     plugin.save_checkpoint({"state_dict": {"weight": torch.ones(1000)}}, path)
     assert plugin.load_checkpoint(path, weights_only=True)["state_dict"]["weight"].tolist() == [1] * 1000
     path.write_bytes(SPOILT[damage](path.read_bytes()))
-    with pytest.raises(UserError, match=r"last\.ckpt', got a damaged one .*--fresh") as caught:
+    with pytest.raises(UserError, match=r"last\.ckpt', got a damaged or another file .*--fresh") as caught:
         plugin.load_checkpoint(path, weights_only=True)
     assert "\n" not in str(caught.value)
 
@@ -88,8 +95,64 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(1)}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match="without `state_dict`"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "weights.pt", weights_only=True)
-    with pytest.raises(UserError, match="damaged one .IsADirectoryError"):
+    with pytest.raises(UserError, match="another file .IsADirectoryError"):
         AtomicCheckpointIO().load_checkpoint(tmp_path, weights_only=True)
+
+
+def checkpoint(path: Path, step: int) -> None:
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.ones(1000)}, "global_step": step}, path)
+
+
+def step_of(path: Path | None) -> int:
+    return -1 if path is None else torch.load(path, weights_only=True)["global_step"]
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    assert newest_valid(tmp_path) is None
+    for step in (1, 2, 3):
+        checkpoint(tmp_path / PENDING_CHECKPOINT, step)
+        take_place(tmp_path / PENDING_CHECKPOINT)
+        assert newest_valid(tmp_path) == tmp_path / "last.ckpt"
+    assert {path.name: step_of(path) for path in tmp_path.iterdir()} == {"last.ckpt": 3, "previous.ckpt": 2}
+
+
+@pytest.mark.parametrize("damage", [*SPOILT, "gone"])
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    checkpoint(last, 2)
+    checkpoint(previous, 1)
+    if damage == "gone":  # as where a run is killed between two renames
+        last.unlink()
+    else:
+        last.write_bytes(SPOILT[damage](last.read_bytes()))
+    with caplog.at_level(logging.WARNING, logger="moextend_pl"):
+        chosen = newest_valid(tmp_path)
+    assert chosen == previous
+    assert ("damaged: " in caplog.text and str(last) in caplog.text) == (damage != "gone")
+    # The next checkpoint takes the place of the damaged one, never that of the good one.
+    drop_later(tmp_path, str(chosen))
+    checkpoint(tmp_path / PENDING_CHECKPOINT, 2)
+    take_place(tmp_path / PENDING_CHECKPOINT)
+    assert (step_of(last), step_of(previous)) == (2, 1)
+
+
+def test_a_run_all_of_whose_checkpoints_are_damaged_names_them(tmp_path: Path) -> None:
+    for name in ("last.ckpt", "previous.ckpt"):
+        (tmp_path / name).write_bytes(b"hello")
+    with pytest.raises(UserError, match=r"only damaged ones: .*last\.ckpt.*previous\.ckpt.*--ckpt_path.*--fresh"):
+        newest_valid(tmp_path)
+
+
+def test_going_back_to_the_checkpoint_before_keeps_it(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "last.ckpt", 2)
+    checkpoint(tmp_path / "previous.ckpt", 1)
+    for other in (None, str(tmp_path / "last.ckpt"), "elsewhere/previous.ckpt"):
+        drop_later(tmp_path, other)
+        assert step_of(tmp_path / "last.ckpt") == 2
+    drop_later(tmp_path, str(tmp_path / "previous.ckpt"))
+    assert not (tmp_path / "last.ckpt").exists()
 
 
 def test_full_disk_is_called_so_whatever_the_writer_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +275,46 @@ def test_run_and_base_can_be_moved_together(saved: tuple[MoExtend, Path], tmp_pa
     for name in ("world", "run"):
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
     MoExtend.load(tmp_path / "elsewhere" / "run")
+
+
+class Killed(BaseException):
+    """Ends what it is raised in, as a kill would."""
+
+
+@pytest.mark.parametrize("point", ["before the delta", "before the manifest", "before the rename"])
+def test_row_3_a_run_killed_anywhere_between_delta_and_manifest_leaves_a_pair(
+    saved: tuple[MoExtend, Path], world: TinyWorld, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    model, run = saved
+    before = [p.clone() for p in model.parameters()]
+    perturb(model.parts()["projector"], seed=9)
+    after = [p.clone() for p in model.parameters()]
+    replace = Path.replace
+
+    def die(self: Path, target: Path) -> Path:
+        names = {"before the delta": "delta.new.safetensors", "before the manifest": "manifest.json"}
+        if Path(target).name == names.get(point, "delta.safetensors"):
+            raise Killed
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        with pytest.raises(Killed):
+            save_delta(model, run)
+    expected = after if point == "before the rename" else before
+    loaded = list(MoExtend.load(run).parameters())
+    assert all(torch.equal(a, b) for a, b in zip(loaded, expected, strict=True))
+    # Killed a second time while it writes the next delta, and then not: neither loses the pair that is there.
+    perturb(model.parts()["projector"], seed=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "save", lambda self: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            save_delta(model, run)
+    loaded = list(MoExtend.load(run).parameters())
+    assert all(torch.equal(a, b) for a, b in zip(loaded, expected, strict=True))
+    save_delta(model, run)
+    assert sorted(path.name for path in run.iterdir()) == ["delta.safetensors", "manifest.json"]
+    assert all(torch.equal(a, b) for a, b in zip(MoExtend.load(run).parameters(), model.parameters(), strict=True))
 
 
 def flip_a_byte(path: Path) -> None:

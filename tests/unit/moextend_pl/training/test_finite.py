@@ -139,7 +139,10 @@ def test_some_in_a_row_end_the_run_and_nothing_is_written(
         UserError, match=rf"got {row} steps in a row without; step {row + 1}: the loss is not .*samples"
     ):
         trainer.fit(extended(tiny_world), tiny_world.datamodule())
-    assert sorted(path.name for path in (tmp_path / "run").rglob("*") if path.is_file()) == ["last.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*") if path.is_file()) == [
+        "last.ckpt",
+        "previous.ckpt",
+    ]
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert non_finite(saved["state_dict"]) == []
 

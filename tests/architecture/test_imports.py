@@ -19,6 +19,7 @@ ORDER = (
     "training",
     "models",
     "reports",
+    "evaluation",
     "convert",
     "cli",
     "plan",

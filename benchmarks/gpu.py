@@ -20,6 +20,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.fusion import scatter_features
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.projector import Projector
+from moextend_pl.plan.cost import RunShape, memory
+from moextend_pl.plan.facts import Network
+from moextend_pl.plan.shapes import read_shape
 from moextend_pl.runs.atomic import write_json
 from moextend_pl.training.half_precision import default_dtype
 from moextend_pl.training.optim import OptimSpec, apply_train_plan, build_optimizer
@@ -66,20 +70,44 @@ CASES: dict[str, tuple[bool, ComputeSpec]] = {
 }
 
 
+def language_model(config: dict[str, Any], extended: bool, compute: ComputeSpec, device: str) -> MoELanguageModel:
+    """Returns a random language model on a device, its upper half extended where that is asked for."""
+    layers = config["num_hidden_layers"]
+    with tempfile.TemporaryDirectory() as folder, default_dtype(torch.bfloat16), torch.device(device):
+        word_tokenizer(["a word"]).save_pretrained(folder)
+        model = MoELanguageModel(base=dict(config), tokenizer=folder, compute=compute)
+        if extended:
+            grown = tuple(LayerGrowth(layer, (1,)) for layer in range(layers // 2, layers))
+            model.extension_plan = ExtensionPlan(layers=grown)
+        model.configure_model()
+        assert model.image_token_id == config["vocab_size"]  # reads the tokenizer while it is there
+    return model
+
+
+def planned_bytes(config: dict[str, Any], compute: ComputeSpec) -> float:
+    """Returns the memory that `plan` predicts for an extended case."""
+    model, width = language_model(config, True, compute, "meta"), config["hidden_size"]
+    apply_train_plan(model.parts(), TrainPlan(NEW))
+    # Of the projector its inputs and hidden values matter, and that gradients run through all layers.
+    projector = Network(forward=0, backward=0, saved=LENGTH // 4 * width * 2 * 3, learns=True)
+    shape = replace(read_shape(model, 2), projector=projector)
+    run = RunShape(
+        gpus=1, micro_batch=SEQUENCES, accumulate=1, steps=1, length=LENGTH, mean_length=LENGTH,
+        learned=LENGTH // 8, compiled=compute.compile,
+    )  # fmt: skip
+    # `plan` counts a mask of attention for each layer; sequences without padding have none.
+    masks = config["num_hidden_layers"] * SEQUENCES * LENGTH * LENGTH * 2
+    return memory(shape, run).total - masks
+
+
 class Trained(nn.Module):
     """Projector and language model of one case on the GPU, with their optimizer."""
 
     def __init__(self, config: dict[str, Any], extended: bool, compute: ComputeSpec) -> None:
         super().__init__()
-        width, layers = config["hidden_size"], config["num_hidden_layers"]
-        with tempfile.TemporaryDirectory() as folder, default_dtype(torch.bfloat16), torch.device("cuda"):
-            word_tokenizer(["a word"]).save_pretrained(folder)
-            self.language = MoELanguageModel(base=config, tokenizer=folder, compute=compute)
-            if extended:
-                grown = tuple(LayerGrowth(layer, (1,)) for layer in range(layers // 2, layers))
-                self.language.extension_plan = ExtensionPlan(layers=grown)
-            self.language.configure_model()
-            assert self.language.image_token_id == config["vocab_size"]  # reads the tokenizer while it is there
+        width = config["hidden_size"]
+        self.language = language_model(config, extended, compute, "cuda")
+        with default_dtype(torch.bfloat16), torch.device("cuda"):
             self.projector = Projector(kind="mlp2x_gelu", in_features=width, out_features=width)
             self.projector.build()
         parts = {**self.projector.parts(), **self.language.parts()}
@@ -189,6 +217,7 @@ def measure(shape: str, case: str, rounds: int, peak_rate: float, show: bool) ->
         print(longest, *waited.items(), sep="\n")
     return {
         "shape": shape, "case": case, "ms": 1000 * seconds, "tokens/s": SEQUENCES * LENGTH / seconds, "peak GB": peak,
+        "planned GB": planned_bytes(config, compute) / 1e9 if extended else float("nan"),
         "of ceiling": useful_operations(config, extended) / seconds / peak_rate, "kernels": started,
         "waits": waited.total(), "first step s": first,
     }  # fmt: skip

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from moextend_pl.moe.kernels.gated_experts import ON_ANY_DEVICE, available, gated_experts
+from moextend_pl.moe.kernels.gated_experts import HAS_TRITON, ON_ANY_DEVICE, fits, gated_experts
 
 FROZEN_EXPERTS = "moextend"
 """Name under which transformers knows `frozen_experts_forward` once it was registered."""
@@ -75,7 +75,7 @@ def frozen_experts_forward(
     Returns:
         (T, D).
     """
-    if by_kernels(self, hidden_states):
+    if by_kernels(self, hidden_states.device):
         return kernel_experts(self, None, hidden_states, top_k_index, top_k_weights)
     if not _is_frozen_here(self, hidden_states):
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -83,16 +83,21 @@ def frozen_experts_forward(
     return output
 
 
-def by_kernels(experts: Any, x_TD: Tensor) -> bool:
-    """Returns whether kernels compute a base's experts for these tokens: set so, plain, frozen, 16 bits on a GPU.
+def by_kernels(experts: Any, device: torch.device) -> bool:
+    """Returns whether kernels compute a base's experts on a device: `meant_for_kernels`, and Triton is installed."""
+    return HAS_TRITON and meant_for_kernels(experts, device)
+
+
+def meant_for_kernels(experts: Any, device: torch.device) -> bool:
+    """Returns whether kernels are to compute a base's experts on a device: set so, plain, frozen, 16 bits on a GPU.
 
     In 32 bits the products of libraries are faster.
     """
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    if implementation not in (FROZEN_EXPERTS, KERNEL_EXPERTS) or not available(experts):
+    if implementation not in (FROZEN_EXPERTS, KERNEL_EXPERTS) or not fits(experts):
         return False
-    by_default = x_TD.device.type == "cuda" and experts.down_proj.dtype.itemsize == 2
-    by_name = implementation == KERNEL_EXPERTS and (x_TD.device.type == "cuda" or ON_ANY_DEVICE)
+    by_default = device.type == "cuda" and experts.down_proj.dtype.itemsize == 2
+    by_name = implementation == KERNEL_EXPERTS and (device.type == "cuda" or ON_ANY_DEVICE)
     return (by_default or by_name) and not any(parameter.requires_grad for parameter in experts.parameters())
 
 

@@ -116,6 +116,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
         cast_copies=stage.is_mixed,
         nf4=stage.compute.quantize == "nf4",
         recompute=stage.compute.activation_checkpointing,
+        compiled=stage.compute.compile,
     )
     time = None
     if options.tokens_per_second:

@@ -12,11 +12,11 @@ Symbols as in `plan.facts`; S padded length, T tokens of one rank's batch.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Norm, Part, Stack
 
-FP32, INT64 = 4, 8
+FP32, INT32, INT64 = 4, 4, 8
 # Half a byte and a 32-bit scale for each 64 values, as bitsandbytes stores them without double quantisation.
 NF4_BYTES = 0.5 + FP32 / 64
 NO_GRAPH, EXPERTS_ONLY, WHOLE = range(3)
@@ -42,6 +42,7 @@ class RunShape:
         learned: Learned tokens of a sequence; None for all of its text.
         on_cpu: Whether old experts leave out the selections of new ones, for which a GPU would have to wait.
         recompute: Whether decoder layers keep their input only and are computed again in the backward pass.
+        compiled: Whether decoder layers are compiled, so that norms keep what they read as it is, not in fp32.
     """
 
     gpus: int
@@ -59,6 +60,7 @@ class RunShape:
     learned: float | None = None
     on_cpu: bool = False
     recompute: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Memory:
         optimizer: Both moments of AdamW and its counters.
         buckets: Second copy of the gradients that DDP sends; 0 on one GPU.
         activations: What is kept for the backward pass.
-        temporaries: The largest that comes and goes: scores of the head with their gradients, or, in 4 bits, the
-            experts of one layer unpacked.
+        temporaries: The largest that comes and goes: scores of the head with their gradients, gradients inside the
+            kernels of one layer's experts, or, in 4 bits, the experts of one layer unpacked.
     """
 
     weights: float
@@ -132,9 +134,42 @@ def saved_inputs(matrices: Iterable[Matrix]) -> int:
     return sum({m.reads: m.inputs for m in matrices if m.learns}.values())
 
 
-def saved_by_norms(norms: Iterable[Norm], size: int) -> float:
-    """Returns bytes of a token: the input in fp32, one factor, and the normalised value where the weight learns."""
+def saved_by_norms(norms: Iterable[Norm], run: RunShape) -> float:
+    """Returns bytes of a token: the input in fp32, one factor, and the normalised value where the weight learns.
+
+    A compiler keeps the input as it was read, and computes the rest again.
+    """
+    size = run.compute_bytes
+    if run.compiled:
+        return sum(size * norm.width + FP32 for norm in norms)
     return sum(FP32 * norm.width + FP32 + size * norm.width * norm.learns for norm in norms)
+
+
+def by_kernels(layer: Layer, run: RunShape) -> bool:
+    """Returns whether kernels compute a layer's experts in a run: on a GPU, and not in 4 bits."""
+    return layer.kernels and not run.on_cpu and not run.nf4
+
+
+def saved_by_kernels(layer: Layer) -> float:
+    """Returns bytes of a token that the kernels of a layer's experts keep.
+
+    For each of its K slots gate and value (2 I), its place, its token and its weight; and the token itself (D) where
+    new experts learn, unless a router that learns keeps that already.
+    """
+    stack = layer.stacks[0]
+    learns = any(each.learns for each in layer.stacks) and not any(m.learns and m.reads == "mlp" for m in layer.mlp)
+    return layer.top_k * (2 * stack.inner * stack.bytes + 2 * INT32 + FP32) + learns * stack.width * stack.bytes
+
+
+def inside_kernels(layer: Layer) -> float:
+    """Returns bytes of a token that come and go in the backward pass of the kernels.
+
+    For each slot the gradients of activation and projection (3 I), then those of projection and token (2 I + D), and
+    beside them the activations of new experts that learn.
+    """
+    stack = layer.stacks[0]
+    learned = min(layer.top_k, sum(each.experts for each in layer.stacks if each.learns))
+    return (layer.top_k * (2 * stack.inner + max(stack.inner, stack.width)) + learned * stack.inner) * stack.bytes
 
 
 def saved_by_stack(stack: Stack, layer: Layer, run: RunShape, state: int) -> float:
@@ -161,7 +196,10 @@ def saved_by_layer(layer: Layer, run: RunShape, state: int) -> float:
     size = run.compute_bytes
     if state == NO_GRAPH:
         return 0.0
-    kept = sum(saved_by_stack(stack, layer, run, state) for stack in layer.stacks)
+    if by_kernels(layer, run):
+        kept = saved_by_kernels(layer)
+    else:
+        kept = sum(saved_by_stack(stack, layer, run, state) for stack in layer.stacks)
     kept += saved_inputs(layer.mlp) * size
     if layer.stacks:
         # Probabilities for the choice and for the balance loss, the choice, its weights and their sum.
@@ -171,7 +209,7 @@ def saved_by_layer(layer: Layer, run: RunShape, state: int) -> float:
         kept += 2 * FP32 * layer.routed + 2 * FP32 * layer.correction + (INT64 + FP32) * layer.top_k + 3 * FP32
     if state == EXPERTS_ONLY:
         return kept
-    kept += saved_by_norms(layer.norms, size) + saved_inputs(layer.mixer) * size + layer.inner * size
+    kept += saved_by_norms(layer.norms, run) + saved_inputs(layer.mixer) * size + layer.inner * size
     # Queries, keys, values and output (keys and values stand for all heads), log-sums, one row of the mask.
     return kept + 2 * (layer.scores + layer.values) * size + FP32 * layer.heads + size * run.length
 
@@ -192,7 +230,7 @@ def activation_bytes(shape: ModelShape, run: RunShape) -> float:
         kept = [layer for layer, state in zip(shape.layers, states, strict=True) if state != NO_GRAPH]
         token = sum(layer.width for layer in kept) * size + max(layers, default=0.0)
     if shape.final_norm is not None:
-        token += saved_by_norms([shape.final_norm], run.compute_bytes)
+        token += saved_by_norms([shape.final_norm], replace(run, compiled=False))
     token += shape.embeddings_learn * INT64
     sequence = token * run.length
     if shape.head is not None:
@@ -201,7 +239,14 @@ def activation_bytes(shape: ModelShape, run: RunShape) -> float:
         sequence += head * learned_tokens(shape, run)
     sequence += run.images * sum(n.saved for n in (shape.tower, shape.projector) if n is not None)
     copies = run.compute_bytes * _copied_weights(shape, states, run.recompute) if run.cast_copies else 0
-    return sequence * run.micro_batch + copies
+    return sequence * run.micro_batch + copies + _joined_stacks(shape, run, states)
+
+
+def _joined_stacks(shape: ModelShape, run: RunShape, states: list[int]) -> int:
+    """Returns bytes of the new experts of several extensions, which kernels read as one stack."""
+    layers = [layer for layer, state in zip(shape.layers, states, strict=True) if state and by_kernels(layer, run)]
+    stacks = [[stack for stack in layer.stacks if stack.new] for layer in layers]
+    return sum(s.experts * s.weights * s.bytes for new in stacks if len(new) > 1 for s in new)
 
 
 def _copied_weights(shape: ModelShape, states: list[int], recompute: bool) -> int:
@@ -221,13 +266,19 @@ def memory(shape: ModelShape, run: RunShape) -> Memory:
     vocabulary = shape.head.weights / max(shape.head.inputs, 1) if shape.head is not None else 0
     unpacked = max((s.experts * s.weights for layer in shape.layers for s in layer.stacks), default=0)
     scores = learned_tokens(shape, run) * run.micro_batch * vocabulary
+    layers = [layer for layer, state in zip(shape.layers, graph_states(shape), strict=True) if state]
+    kernels = [inside_kernels(layer) for layer in layers if by_kernels(layer, run)]
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=sum(optimizer_bytes(part) for part in shape.parts),
         buckets=gradients if run.gpus > 1 else 0,
         activations=activation_bytes(shape, run),
-        temporaries=max(scores * (2 * run.compute_bytes + FP32), run.nf4 * unpacked * run.compute_bytes),
+        temporaries=max(
+            scores * (2 * run.compute_bytes + FP32),
+            run.nf4 * unpacked * run.compute_bytes,
+            max(kernels, default=0.0) * run.length * run.micro_batch,
+        ),
     )
 
 

@@ -106,6 +106,7 @@ class Layer:
         routed: Experts that the router chooses from.
         correction: Hidden units of the calibrations.
         router_learns: Whether rows of the router or a calibration learn.
+        kernels: Whether `moextend_pl.moe.kernels` computes its experts on a GPU, all stacks in one pass.
     """
 
     width: int
@@ -121,6 +122,7 @@ class Layer:
     routed: int = 0
     correction: int = 0
     router_learns: bool = False
+    kernels: bool = False
 
 
 @dataclass(frozen=True)

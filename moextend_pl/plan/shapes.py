@@ -19,7 +19,7 @@ from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.blocks import MoEBlock, list_blocks
-from moextend_pl.moe.dispatch import takes
+from moextend_pl.moe.dispatch import meant_for_kernels, takes
 from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Network, Norm, Part, Stack
 from moextend_pl.training.stage import StageModule
 
@@ -159,6 +159,7 @@ def _layer(layer: nn.Module, block: MoEBlock | None, top_k: int, config: Any, co
         routed=routed,
         correction=sum(len(p) for p in calibrations if p.shape[-1] == routed),
         router_learns=_learns(block.router),
+        kernels=meant_for_kernels(getattr(block.experts, "root", block.experts), torch.device("cuda")),
         **common,
     )
 

@@ -109,7 +109,7 @@ class ExtendedExperts(nn.Module):
         Returns:
             (T, D).
         """
-        if not self.reach.nowhere and by_kernels(self.root, hidden_states):
+        if not self.reach.nowhere and by_kernels(self.root, hidden_states.device):
             return kernel_experts(self.root, self._new_stacks(), hidden_states, top_k_index, top_k_weights)
         is_new_TK = top_k_index >= self.base_experts
         y_TD = self._call(self.base, hidden_states, top_k_index, top_k_weights, is_new_TK)

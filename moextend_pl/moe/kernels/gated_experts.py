@@ -2,7 +2,8 @@
 
 An operation of torch with a backward pass of its own, so that `torch.compile` and pretended tensors take it as one
 node. What the backward pass keeps for each slot is the output of the first projection; the activation is computed
-again, and the gradient of a routing weight is `<activation, dy down>`, for which no output of `down` is needed.
+again, and the gradient of a routing weight is `<activation, dy down>`, for which no output of `down` is needed. Tokens
+are kept only where new experts learn, and get a gradient only where something before them learns.
 
 Shapes: T tokens, K selected per token, S = T * K slots sorted by expert, D width, I width of the activation, H = 2 I,
 E frozen experts, N new ones, M = E + N, R tiles of slots.
@@ -30,10 +31,10 @@ ON_ANY_DEVICE = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets kernels, on a CPU too; it asks once, when it is imported."""
 
 
-def available(experts: Any) -> bool:
-    """Returns whether kernels can compute experts: Triton is there, plain gates, SiLU, no bias, no packing."""
+def fits(experts: Any) -> bool:
+    """Returns whether kernels can compute experts where Triton is installed: plain gates, SiLU, no bias, no packing."""
     plain = getattr(experts, "has_gate", False) and getattr(experts, "is_concatenated", True)
-    if not HAS_TRITON or not plain or experts.is_transposed or experts.has_bias:
+    if not plain or experts.is_transposed or experts.has_bias:
         return False
     if getattr(experts, "has_post_expert_norm", False) or type(experts)._apply_gate is not _default_apply_gate:
         return False
@@ -85,9 +86,10 @@ def _(x_TD: Tensor, weights_TK: Tensor, frozen: list[Tensor], *_: list[Tensor]) 
 
 @torch.library.custom_op("moextend::gated_experts_backward", mutates_args=())
 def _backward(
-    dy_TD: Tensor, x_TD: Tensor, weights_TK: Tensor, projected_SH: Tensor,
-    frozen: list[Tensor], new: list[Tensor], order: list[Tensor], learns: bool,
+    dy_TD: Tensor, x_TD: Tensor | None, weights_TK: Tensor, projected_SH: Tensor,
+    frozen: list[Tensor], new: list[Tensor], order: list[Tensor], onwards: bool,
 ) -> list[Tensor]:  # fmt: skip
+    """Returns the gradients of routing weights, of tokens if `onwards`, and of new experts if tokens are given."""
     from moextend_pl.moe.kernels import launch
 
     sorted_, E = Order(*order), len(frozen[0])
@@ -95,41 +97,43 @@ def _backward(
     weight_S = torch.empty_like(weights_TK.view(-1)).scatter_(0, slots_S, weights_TK.view(-1))
     d_SI = launch.product(dy_TD, frozen[1], new[1], sorted_, transposed=False, gather=True)
     # A token selects an expert once at most.
-    room = len(x_TD) * min(len(new[0]), weights_TK.shape[1]) if learns else 0
+    room = 0 if x_TD is None else len(x_TD) * min(len(new[0]), weights_TK.shape[1])
     dprojected_SH, dweight_S, activated_UI = launch.activation_gradient(d_SI, projected_SH, weight_S, sorted_, E, room)
     del d_SI
-    dx_SD = launch.product(dprojected_SH, frozen[0], new[0], sorted_, transposed=False)
-    dx_TD = launch.sum_slots(dx_SD, None, sorted_)
-    dweights_TK = dweight_S[slots_S].view_as(weights_TK).to(weights_TK.dtype)
-    if not learns:
-        return [dx_TD, dweights_TK]
-    dgate_up = launch.weight_gradient(dprojected_SH, x_TD, sorted_, new[0], E, gathered="right")
-    ddown = launch.weight_gradient(dy_TD, activated_UI, sorted_, new[1], E, gathered="left")
-    return [dx_TD, dweights_TK, dgate_up, ddown]
+    gradients = [dweight_S[slots_S].view_as(weights_TK).to(weights_TK.dtype)]
+    if onwards:
+        dx_SD = launch.product(dprojected_SH, frozen[0], new[0], sorted_, transposed=False)
+        gradients.append(launch.sum_slots(dx_SD, None, sorted_))
+        del dx_SD
+    if x_TD is not None:
+        gradients.append(launch.weight_gradient(dprojected_SH, x_TD, sorted_, new[0], E, gathered="right"))
+        gradients.append(launch.weight_gradient(dy_TD, activated_UI, sorted_, new[1], E, gathered="left"))
+    return gradients
 
 
 @_backward.register_fake
 def _(
-    dy_TD: Tensor, x_TD: Tensor, weights_TK: Tensor, projected_SH: Tensor,  # noqa: ARG001
-    frozen: list[Tensor], new: list[Tensor], order: list[Tensor], learns: bool,  # noqa: ARG001
+    dy_TD: Tensor, x_TD: Tensor | None, weights_TK: Tensor, projected_SH: Tensor,  # noqa: ARG001
+    frozen: list[Tensor], new: list[Tensor], order: list[Tensor], onwards: bool,  # noqa: ARG001
 ) -> list[Tensor]:  # fmt: skip
-    return [torch.empty_like(one) for one in (x_TD, weights_TK, *(new if learns else ()))]
+    like = [weights_TK, *([dy_TD] if onwards else []), *(new if x_TD is not None else [])]
+    return [torch.empty_like(one) for one in like]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x_TD, weights_TK, frozen, new, order = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x_TD, weights_TK, output[1], *frozen, *new, *order)
+    learns = any(stack.requires_grad for stack in new)
+    ctx.save_for_backward(x_TD if learns else None, weights_TK, output[1], *frozen, *new, *order)
 
 
 def _differentiate(ctx: Any, dy_TD: Tensor, _: Any) -> tuple[Any, ...]:
     x_TD, weights_TK, projected_SH, *stacks = ctx.saved_tensors
     frozen, new, order = stacks[:2], stacks[2:4], stacks[4:]
-    learns = any(ctx.needs_input_grad[3])
-    dx_TD, dweights_TK, *dnew = _backward(
-        dy_TD.contiguous(), x_TD, weights_TK, projected_SH, frozen, new, order, learns
-    )
-    return dx_TD, dweights_TK, [None, None], dnew or [None, None], [None] * len(order)
+    onwards = ctx.needs_input_grad[0]
+    dweights_TK, *rest = _backward(dy_TD.contiguous(), x_TD, weights_TK, projected_SH, frozen, new, order, onwards)
+    dx_TD = rest.pop(0) if onwards else None
+    return dx_TD, dweights_TK, [None, None], rest or [None, None], [None] * len(order)
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

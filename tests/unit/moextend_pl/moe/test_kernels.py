@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.interpreted import answer, interpreted
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -64,15 +61,6 @@ CASES = [
 ]
 
 
-def interpreted(what: str, tmp_path: Path) -> Any:
-    """Runs a function of this file in a process whose kernels Triton interprets; the choice is made at import."""
-    out = tmp_path / "out.json"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__, what, str(out)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
-
-
 def worst_errors() -> list[list[float]]:
     """Returns for each case the largest error of output and gradients, against the largest true number."""
     pairs = [zip(*both(case), strict=True) for case in CASES]
@@ -80,7 +68,7 @@ def worst_errors() -> list[list[float]]:
 
 
 def test_output_and_gradients_are_those_of_a_plain_loop(tmp_path: Path) -> None:
-    for case, errors in zip(CASES, interpreted("worst_errors", tmp_path), strict=True):
+    for case, errors in zip(CASES, interpreted(__file__, "worst_errors", tmp_path), strict=True):
         assert max(errors) < 1e-5, (case, errors)
 
 
@@ -119,28 +107,54 @@ def corners() -> dict[str, bool]:
     return {
         "no token": none.shape == (0, 16) and not any(one.grad.any() for one in new),
         "nobody": torch.equal(far, expected) and bool(far.any()),
+        "tokens": tokens_matter_only_where_something_learns(),
     }
 
 
+def tokens_matter_only_where_something_learns() -> bool:
+    """Returns whether tokens are kept for new experts that learn alone, and get a gradient only if they ask for one."""
+    from moextend_pl.moe.kernels.gated_experts import gated_experts
+
+    T, D, E = 9, 16, 3
+    indices, dy, right = torch.rand(T, E + 1).topk(2).indices, torch.randn(T, D), []
+    stacks = [torch.randn(n, *shape) for n in (E, 1) for shape in ((8, D), (D, 4))]
+    every: list[Any] = []
+    for x_learns, new_learns in ((True, True), (True, False), (False, True), (False, False)):
+        x, weights = torch.randn(T, D, generator=torch.Generator().manual_seed(1)), torch.full((T, 2), 0.5)
+        new, kept = tuple(one.clone().requires_grad_(new_learns) for one in stacks[2:]), []
+        x.requires_grad_(x_learns)
+        weights.requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()) or t, lambda t: t):
+            y = gated_experts(x, indices, weights, tuple(stacks[:2]), new)
+        y.backward(dy)
+        every.append((x.grad, weights.grad, new[0].grad, new[1].grad))
+        right.append((x.data_ptr() in kept) == new_learns)
+        asked = (x_learns, True, new_learns, new_learns)
+        right += [(one is not None) == ask for one, ask in zip(every[-1], asked, strict=True)]
+        right += [torch.equal(one, all_) for one, all_ in zip(every[-1], every[0], strict=True) if one is not None]
+    return all(right)
+
+
 def test_no_token_and_an_index_of_nobody_are_taken(tmp_path: Path) -> None:
-    assert interpreted("corners", tmp_path) == {"no token": True, "nobody": True}
+    assert interpreted(__file__, "corners", tmp_path) == {"no token": True, "nobody": True, "tokens": True}
 
 
 def test_a_view_in_another_order_is_left_to_others() -> None:
     from helpers.tiny_world import tiny_mixtral
 
     from moextend_pl.moe.blocks import find_blocks
-    from moextend_pl.moe.kernels.gated_experts import available
+    from moextend_pl.moe.kernels.gated_experts import fits
 
     experts = find_blocks(tiny_mixtral())[0].experts
-    assert available(experts)
+    assert fits(experts)
     turned = experts.down_proj.detach().transpose(1, 2).contiguous().transpose(1, 2)
     experts.down_proj = torch.nn.Parameter(turned)
-    assert not available(experts)
+    assert not fits(experts)
 
 
 def test_a_token_has_the_same_bits_beside_others_and_beside_new_experts(tmp_path: Path) -> None:
-    assert interpreted("alone_and_extended", tmp_path) == {"beside others": True, "extended": True, "changes": True}
+    found = interpreted(__file__, "alone_and_extended", tmp_path)
+    assert found == {"beside others": True, "extended": True, "changes": True}
 
 
 def twice_extended_model() -> dict[str, float]:
@@ -169,11 +183,10 @@ def twice_extended_model() -> dict[str, float]:
 
 
 def test_a_twice_extended_model_learns_as_by_the_products_of_transformers(tmp_path: Path) -> None:
-    result = interpreted("twice_extended_model", tmp_path)
+    result = interpreted(__file__, "twice_extended_model", tmp_path)
     assert result["compared"] > 6
     assert result["error"] < 1e-5
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[3]))
-    Path(sys.argv[2]).write_text(json.dumps(globals()[sys.argv[1]]()))
+    answer(globals())

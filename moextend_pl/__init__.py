@@ -1,12 +1,15 @@
 """Gives a trusted mixture-of-experts language model new senses without it losing what it knows.
 
-The names that notebooks and stage files use stand here, and are imported when they are first used.
+The names that notebooks and stage files use stand here, and are imported when they are first used. Exported models are
+known to transformers after `import moextend_pl`.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from moextend_pl.export.registration import register
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,3 +100,6 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'moextend_pl' has no attribute {name!r}")
     return getattr(importlib.import_module(f"moextend_pl.{home}"), name)
+
+
+register()

@@ -30,6 +30,7 @@ TOOL_COMMANDS = {
     "plan": ("moextend_pl.plan.command", "memory, hours and cost of a stage, without its weights"),
     "quickstart": ("moextend_pl.quickstart.command", "run the whole method on easy-VQA and write a report"),
     "generate": ("moextend_pl.cli.generate", "ask a trained model about a picture"),
+    "export": ("moextend_pl.export.command", "write a run as a folder that transformers loads"),
     "convert": ("moextend_pl.convert.command", "read and write published checkpoints of CuMo and MoExtend"),
     "shards": ("datamodules.command", "build, index, check and show shards of samples"),
 }

@@ -207,10 +207,11 @@ class VisionEncoder(StageModule):
     @cached_property
     def tokens_per_image(self) -> int:
         """P, tokens of one image after pooling; needs no built tower."""
-        return pooled_side(self._grid_side, int(self.config["pool"])) ** 2
+        return pooled_side(self.grid_side, int(self.config["pool"])) ** 2
 
     @cached_property
-    def _grid_side(self) -> int:
+    def grid_side(self) -> int:
+        """Side of the tower's grid before pooling; needs no built tower."""
         side = int(self.config["image_size"])
         if not self.is_timm:
             return patches_side(self.folder, side)
@@ -240,17 +241,10 @@ class VisionEncoder(StageModule):
             (I, P, C) features, row by row.
         """
         grid_ICHW = encode_scales(self._grid, pixels_I3HW, self.config["scales"])
-        pool = int(self.config["pool"])
-        grid_ICHW = F.avg_pool2d(grid_ICHW, pool) if pool > 1 else grid_ICHW
-        return grid_ICHW.flatten(2).transpose(1, 2)
+        return towers.pooled_tokens(grid_ICHW, int(self.config["pool"]))
 
     def _grid(self, pixels_I3HW: Tensor) -> Tensor:
-        pixels_I3HW = towers.cast_for(self.tower, pixels_I3HW)
-        if self._reader is None:
-            return self.tower(pixels_I3HW)[-1]
-        side = self._grid_side
-        patches = self._reader(pixels_I3HW)[:, -side * side :]  # a class token, if any, comes first
-        return patches.transpose(1, 2).unflatten(2, (side, side))
+        return towers.read_grid(self.tower, self._reader, pixels_I3HW, self.grid_side)
 
     def save_pretrained(self, path: Path) -> None:
         """Writes the tower without its training heads, readable by `VisionEncoder(path=...)`."""

@@ -1,13 +1,46 @@
-"""Puts image features on the positions that the data reserved for them.
+"""From the features of a tower to the positions that the data reserved for them.
 
-Shapes: B batch, S sequence, D width, I images, P placeholders of one image, T placeholders in all.
+Shapes: B batch, S sequence, D width, I images, P tokens of one image, C channels of the tower, T placeholders in all.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import itertools
+import math
+
+from torch import Tensor, nn
 
 from moextend_pl.contracts import UserError
+
+
+def merge_neighbours(features_IPC: Tensor, side: int) -> Tensor:
+    """Joins each square of neighbouring tokens into one token with all their channels (pixel shuffle).
+
+    Args:
+        features_IPC: Features of square grids, row by row; the grid's side is a multiple of `side`.
+        side: Side of the squares, s.
+
+    Returns:
+        (I, P / s^2, C * s^2).
+    """
+    images, tokens, channels = features_IPC.shape
+    grid = math.isqrt(tokens)
+    squares = features_IPC.reshape(images, grid // side, side, grid // side, side, channels)
+    return squares.permute(0, 1, 3, 2, 4, 5).reshape(images, tokens // side**2, channels * side**2)
+
+
+def dense_layers(narrow: int, wide: int, depth: int) -> nn.Sequential:
+    """Returns the linear maps of a projector, with GELU between them.
+
+    Args:
+        narrow: Width of what comes in.
+        wide: Width behind each map.
+        depth: Number of maps.
+    """
+    layers: list[nn.Module] = []
+    for n, (into, out) in enumerate(itertools.pairwise([narrow] + [wide] * depth)):
+        layers += [nn.GELU()] * (n > 0) + [nn.Linear(into, out)]
+    return nn.Sequential(*layers)
 
 
 def scatter_features(embeddings_BSD: Tensor, features_IPD: Tensor, places_T: Tensor) -> Tensor:

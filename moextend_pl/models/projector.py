@@ -5,7 +5,6 @@ Shapes: I images, P tokens of an image, C channels of the tower, D width of the 
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 
@@ -13,27 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moextend_pl.contracts import SampleSpec, UpcycleSpec, UserError
+from moextend_pl.models.fusion import dense_layers, merge_neighbours
 from moextend_pl.moe.dense_mlp import read_mlp
 from moextend_pl.moe.upcycle import UpcycledMLP
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.training.optim import OptimSpec
 from moextend_pl.training.stage import StageModule
-
-
-def merge_neighbours(features_IPC: Tensor, side: int) -> Tensor:
-    """Joins each square of neighbouring tokens into one token with all their channels (pixel shuffle).
-
-    Args:
-        features_IPC: Features of square grids, row by row; the grid's side is a multiple of `side`.
-        side: Side of the squares, s.
-
-    Returns:
-        (I, P / s^2, C * s^2).
-    """
-    images, tokens, channels = features_IPC.shape
-    grid = math.isqrt(tokens)
-    squares = features_IPC.reshape(images, grid // side, side, grid // side, side, channels)
-    return squares.permute(0, 1, 3, 2, 4, 5).reshape(images, tokens // side**2, channels * side**2)
 
 
 class Projector(StageModule):
@@ -127,11 +111,7 @@ class Projector(StageModule):
                 "Expected `in_features` and `out_features` of a projector on its own, got "
                 f"{self.in_features} and {self.out_features}."
             )
-        widths = [self.in_features * self.merge**2] + [self.out_features] * self.depth
-        layers: list[nn.Module] = []
-        for n, (narrow, wide) in enumerate(itertools.pairwise(widths)):
-            layers += [nn.GELU()] * (n > 0) + [nn.Linear(narrow, wide)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = dense_layers(self.in_features * self.merge**2, self.out_features, self.depth)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Returns the one part, `projector`."""

@@ -1,6 +1,6 @@
 """Vision transformers of the transformers library: read at one block, without the blocks behind it.
 
-Shapes: I images, N tokens of one image, D width.
+Shapes: I images, N tokens of one image, D width, C channels of a grid, g its side.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig
 
 from moextend_pl.contracts import UserError
@@ -220,6 +221,29 @@ class BlockReader:
         unread = {id(parameter) for parameter in self.unread_parameters()}
         unread -= {id(parameter) for parameter in blocks_of(self.tower).parameters()}
         return {name for name, parameter in self.tower.named_parameters() if id(parameter) in unread}
+
+
+def read_grid(tower: Any, reader: BlockReader | None, pixels_I3HW: Tensor, side: int) -> Tensor:
+    """Returns the (I, C, g, g) features that a tower makes of images.
+
+    Args:
+        tower: The tower.
+        reader: Of a transformers tower; None for a timm one, whose features are a grid already.
+        pixels_I3HW: Normalised images.
+        side: g.
+    """
+    pixels_I3HW = cast_for(tower, pixels_I3HW)
+    if reader is None:
+        grid_ICgg: Tensor = tower(pixels_I3HW)[-1]
+        return grid_ICgg
+    patches = reader(pixels_I3HW)[:, -side * side :]  # a class token, if any, comes first
+    return patches.transpose(1, 2).unflatten(2, (side, side))
+
+
+def pooled_tokens(grid_ICgg: Tensor, pool: int) -> Tensor:
+    """Averages a grid over squares of side `pool` and returns its (I, P, C) tokens, row by row."""
+    grid_ICgg = F.avg_pool2d(grid_ICgg, pool) if pool > 1 else grid_ICgg
+    return grid_ICgg.flatten(2).transpose(1, 2)
 
 
 def load_tower(tower: nn.Module, path: Path, reader: BlockReader | None) -> None:

@@ -130,6 +130,10 @@ class ConversationEncoder:
         """
         return len(self._encode(turns).ids)
 
+    def encode_text(self, text: str) -> torch.Tensor:
+        """Returns the ids of a text that a chat template made, with placeholders where `<image>` stands."""
+        return self._expand(Rendered(text, ()), truncate=False).ids
+
     def filler(self) -> Sample:
         """Returns the sample that stands where a rank has none left: empty key, nothing to learn."""
         ids = torch.tensor([self.pad_id])

@@ -21,6 +21,7 @@ ORDER = (
     "reports",
     "evaluation",
     "convert",
+    "export",
     "cli",
     "plan",
     "quickstart",

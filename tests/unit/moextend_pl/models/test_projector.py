@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from moextend_pl.contracts import UserError
-from moextend_pl.models.projector import Projector, merge_neighbours
+from moextend_pl.models.fusion import merge_neighbours
+from moextend_pl.models.projector import Projector
 
 
 def test_merged_tokens_hold_the_channels_of_their_square() -> None:

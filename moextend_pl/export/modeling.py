@@ -1,0 +1,171 @@
+"""An exported model: one transformers model of tower, projector and extended language model.
+
+Shapes: B batch, S sequence, I images, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+
+from moextend_pl.contracts import ExtensionPlan, UpcycleSpec
+from moextend_pl.export.configuration import MoExtendConfig
+from moextend_pl.export.seeing import ImageEncoder, ImageProjector, keep_buffers
+from moextend_pl.models.fusion import scatter_features
+from moextend_pl.moe.extension.growth import extensions, grow
+from moextend_pl.moe.extension.reach import Reach, check_task, reachable
+from moextend_pl.moe.upcycle import upcycle
+
+
+class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Answers questions about images; texts without an image are the base's business alone where routing is masked.
+
+    Which tokens may reach new experts is kept in the model from a prompt to the end of its answer, so that one model
+    answers one call of `generate` at a time, of any number of prompts.
+
+    Args:
+        config: As it was exported.
+    """
+
+    config_class = MoExtendConfig
+    config: MoExtendConfig
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]  # noqa: RUF012 - as transformers declares it
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MoExtendConfig) -> None:
+        super().__init__(config)
+        self.encoder, self.projector = ImageEncoder(config.encoder), ImageProjector(config.projector)
+        self.language_model: Any = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        spec = UpcycleSpec.from_dict(config.upcycle)
+        if spec is not None:
+            upcycle(self.language_model, spec)
+        self.image_token_id = int(config.image_token_id or 0)
+        self.extensions: list[tuple[ExtensionPlan, Reach]] = []
+        for plan in map(ExtensionPlan.from_dict, config.plans):
+            self.extensions.append((plan, Reach()))
+            grow(self.language_model, *self.extensions[-1])
+        for part in (self.encoder, *extensions(self.language_model)):
+            keep_buffers(part)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the embeddings of the language model."""
+        embeddings: nn.Module = self.language_model.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Returns the head of the language model."""
+        head: nn.Module = self.language_model.get_output_embeddings()
+        return head
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Encodes (I, 3, H, W) normalised images into (I, P, D) embeddings."""
+        embedded: Tensor = self.projector(self.encoder(pixel_values))
+        return embedded
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Embeds (B, S) ids, image features on their placeholders, and declares which tokens reach new experts.
+
+        Args:
+            input_ids: With the placeholders of each image.
+            pixel_values: (I, 3, H, W), in the order of the placeholders; None without images.
+
+        Raises:
+            ValueError: If placeholders and images are not of the same number, or the task is not the model's.
+        """
+        is_image_BS = input_ids.eq(self.image_token_id)
+        has_image = bool(is_image_BS.any())
+        check_task([plan for plan, _ in self.extensions], self.config.task, has_image)
+        for plan, reach in self.extensions:
+            tasks = [self.config.task] * len(input_ids)
+            reach.set(reachable(plan.routing, plan.task, is_image_BS, tasks))
+        embeddings_BSD: Tensor = self.get_input_embeddings()(input_ids.masked_fill(is_image_BS, 0))
+        if not has_image and (pixel_values is None or not len(pixel_values)):
+            return embeddings_BSD
+        if pixel_values is None:
+            raise ValueError("Expected `pixel_values` for the image placeholders in `input_ids`, got none.")
+        places_T = is_image_BS.flatten().nonzero().flatten()
+        return scatter_features(embeddings_BSD, self.get_image_features(pixel_values), places_T)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Predicts the next token.
+
+        Args:
+            input_ids: (B, S); with a filled cache, what comes after it, of the same sequences.
+            pixel_values: (I, 3, H, W) of the images in `input_ids`.
+            attention_mask: (B, S), 1 on real tokens.
+            labels: (B, S), -100 where nothing is learned.
+            kwargs: Whatever the base language model takes.
+
+        Returns:
+            The output of the base language model, with (B, S, V) logits.
+
+        Raises:
+            ValueError: If no ids are given: without them nobody knows where images are.
+        """
+        if input_ids is None:
+            raise ValueError("Expected `input_ids`, which say where images are, got none.")
+        cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None and cache.get_seq_length() > 0:
+            embeddings_BSD = self.get_input_embeddings()(input_ids)
+        else:
+            embeddings_BSD = self.embed(input_ids, pixel_values)
+        return self.language_model(inputs_embeds=embeddings_BSD, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generates as the base language model does, from prompts with images.
+
+        Args:
+            inputs: Same as `input_ids`.
+            generation_config: As for every model of transformers.
+            input_ids: (B, S) prompts, padded on the left.
+            pixel_values: (I, 3, H, W) of their images.
+            attention_mask: (B, S); by default all tokens are real.
+            kwargs: Further options of generation.
+
+        Returns:
+            What transformers returns: prompts with what was generated behind them.
+
+        Raises:
+            ValueError: If no ids are given.
+        """
+        ids_BS = inputs if input_ids is None else input_ids
+        if ids_BS is None:
+            raise ValueError("Expected `input_ids` of at least one prompt, got none.")
+        kwargs["attention_mask"] = torch.ones_like(ids_BS) if attention_mask is None else attention_mask
+        kwargs["generation_config"] = self.generation_config if generation_config is None else generation_config
+        try:
+            made = self.language_model.generate(inputs_embeds=self.embed(ids_BS, pixel_values), **kwargs)
+        finally:
+            for _, reach in self.extensions:
+                reach.set(None)
+        answers = made if isinstance(made, Tensor) else made.sequences
+        prompts = ids_BS.to(answers.device).repeat_interleave(len(answers) // len(ids_BS), dim=0)
+        whole = torch.cat([prompts, answers], dim=1)
+        if isinstance(made, Tensor):
+            return whole
+        made.sequences = whole
+        return made

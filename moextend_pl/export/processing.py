@@ -1,0 +1,182 @@
+"""What an exported model reads: pictures and messages, encoded exactly as the data was when it learned.
+
+Shapes: B prompts, S sequence, I images, H = W side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+
+from moextend_pl.contracts import SampleSpec, UserError
+from moextend_pl.export.messages import as_picture, batched, read_messages
+from moextend_pl.samples.collate import pad
+from moextend_pl.samples.conversation import ConversationEncoder
+from moextend_pl.samples.pixels import PixelTransform, to_rgb
+from moextend_pl.samples.templates import apply_template
+from moextend_pl.samples.turns import IMAGE_MARK
+
+NOT_PIXELS = ("tokenizer", "image_token_id", "tokens_per_image", "packing_obstacle")
+
+
+class MoExtendImageProcessor(BaseImageProcessor):
+    """Turns pictures into pixel values.
+
+    Args:
+        pixels: What `SampleSpec` says of pictures, by its names.
+        kwargs: What every image processor of transformers has.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 - as transformers declares it
+
+    def __init__(self, pixels: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.pixels = pixels or {}
+
+    def spec(self, tokenizer: Any = None, image_token_id: int = 0, tokens_per_image: int = 0) -> SampleSpec:
+        """Returns what the model asks of its data."""
+        facts: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self.pixels.items()
+        }
+        return SampleSpec(tokenizer, image_token_id, tokens_per_image, **facts)
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
+        """Returns `pixel_values` (I, 3, H, W).
+
+        Args:
+            images: One picture or a list: PIL image, array, tensor, bytes, path, address or data URL.
+            return_tensors: As elsewhere in transformers.
+        """
+        transform = PixelTransform(self.spec())
+        values = [transform(to_rgb(as_picture(image))) for one in batched(images) for image in batched(one)]
+        return BatchFeature({"pixel_values": torch.stack(values)}, tensor_type=return_tensors)
+
+
+class MoExtendProcessor(ProcessorMixin):
+    """Turns messages or texts with pictures into what the model takes.
+
+    Args:
+        image_processor: For pictures.
+        tokenizer: For texts.
+        chat_template: Taken from the tokenizer where none is given.
+        image_token_id: Id that stands on every place that an image feature fills.
+        tokens_per_image: Number of such places of one image.
+        kwargs: What every processor of transformers has.
+    """
+
+    def __init__(
+        self,
+        image_processor: MoExtendImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        image_token_id: int = 0,
+        tokens_per_image: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.image_token, self.image_token_id, self.tokens_per_image = IMAGE_MARK, image_token_id, tokens_per_image
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template, **kwargs)
+        tokenizer.chat_template = self.chat_template
+        self._encoder: ConversationEncoder | None = None
+
+    def encoder(self) -> ConversationEncoder:
+        """Returns what encoded the data."""
+        if self._encoder is None:
+            spec = self.image_processor.spec(self.tokenizer, self.image_token_id, self.tokens_per_image)
+            self._encoder = ConversationEncoder(spec)
+        return self._encoder
+
+    def __call__(
+        self, images: Any = None, text: Any = None, return_tensors: str | None = None, **options: Any
+    ) -> BatchFeature:
+        """Encodes texts as a chat template made them, in which `<image>` stands for each picture.
+
+        Args:
+            images: Pictures in the order of their marks.
+            text: One text or several.
+            return_tensors: `pt` for tensors; several texts are then padded on the left.
+            options: Of the tokenizer; they change nothing, since control tokens stand in the texts already.
+        """
+        rows = [self.encoder().encode_text(each) for each in batched(text)]
+        pictures = [image for one in batched(images) for image in batched(one)] if images is not None else []
+        marks = sum(each.count(IMAGE_MARK) for each in batched(text))
+        if marks != len(pictures):
+            raise UserError(f"Expected one picture for each `{IMAGE_MARK}`, got {len(pictures)} for {marks}.")
+        return self._features(rows, self._pixels(pictures), return_tensors)
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: Any = None,
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Turns messages into text, or into what the model takes.
+
+        Control tokens that stand in messages stay text, as in training; a text can therefore not say everything that
+        ids say, and `tokenize=True` is the way to ask.
+
+        Args:
+            conversation: Messages, or a list of such lists; the parts of a message may be pictures. Pictures of a
+                message stand before its text, as in training.
+            chat_template: Only the processor's own.
+            tools: None.
+            add_generation_prompt: Whether an answer is to follow.
+            tokenize: Whether to encode.
+            return_dict: Whether all inputs are wanted or ids alone.
+            return_tensors: `pt` for tensors.
+            options: Others of transformers, of which there are none here.
+
+        Raises:
+            UserError: If a message cannot be taken.
+        """
+        if chat_template not in (None, self.chat_template):
+            raise UserError("Expected the processor's own chat template, got another. Set `processor.chat_template`.")
+        if tools:
+            raise UserError("Expected no `tools`, got some: the model was trained without. Leave them out.")
+        is_one = not conversation or isinstance(conversation[0], Mapping)
+        chats = [read_messages(chat, add_generation_prompt) for chat in ([conversation] if is_one else conversation)]
+        if not tokenize:
+            texts = [self._rendered(chat.messages, add_generation_prompt) for chat in chats]
+            return texts[0] if is_one else texts
+        samples = [chat.encode(self.encoder(), self._pixels(chat.pictures)) for chat in chats]
+        pixels = torch.cat([sample.pixel_values for sample in samples])
+        inputs = self._features([sample.input_ids for sample in samples], pixels, return_tensors, is_one)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _rendered(self, messages: list[dict[str, str]], prompt: bool) -> str:
+        return apply_template(self.tokenizer, [messages], prompt)[0]
+
+    def _pixels(self, pictures: Sequence[Any]) -> Tensor:
+        return self.image_processor(pictures)["pixel_values"] if pictures else torch.zeros(0)
+
+    def _features(
+        self, rows: list[Tensor], pixels: Tensor, return_tensors: str | None, is_one: bool = False
+    ) -> BatchFeature:
+        masks = [torch.ones_like(row) for row in rows]
+        data: dict[str, Any] = {"input_ids": rows, "attention_mask": masks}
+        if return_tensors is not None:
+            data = {
+                "input_ids": pad(rows, self.encoder().pad_id, left=True),
+                "attention_mask": pad(masks, 0, left=True),
+            }
+        elif is_one:
+            data = {name: value[0] for name, value in data.items()}
+        if return_tensors is None:
+            data = {name: _lists(value) for name, value in data.items()}
+        if pixels.numel():
+            data["pixel_values"] = pixels
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+def _lists(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else [row.tolist() for row in value]

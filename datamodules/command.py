@@ -15,12 +15,14 @@ from tqdm import tqdm
 from datamodules.audit import AuditOptions, audit, totals
 from datamodules.easy_vqa import build_easy_vqa
 from datamodules.index import ARRAYS_FILE, INDEX_FILE, Shard
-from datamodules.llava import BuildOptions, Progress, build_from_llava
+from datamodules.llava import BuildOptions, Progress, build_shards
+from datamodules.own_data import FORMS, read_data
 from datamodules.scan import build_index
 from datamodules.scenes import IMAGES, build_scenes
 from datamodules.sets import SPLITS, TOKENIZER
 from datamodules.shards import SAMPLES_PER_SHARD, SKIPPED_FILE
 from datamodules.show import describe_labels, describe_sample, find_sample, save_picture
+from datamodules.tables import COLUMNS
 from moextend_pl.contracts import UserError
 
 SHOWN_FAULTS = 20
@@ -88,25 +90,35 @@ def _add_build(build: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _shard_option(scenes)
     scenes.set_defaults(run=_build_scenes)
 
-    llava = build.add_parser(
-        "llava",
-        help="shards of a file of conversations and a folder of images",
-        description="Writes shards and their index; the bytes do not depend on --workers. The same command "
-        "goes on where a stopped one was.",
+    about = (
+        "Writes shards and their index; the bytes do not depend on --workers. The same command goes on where a stopped "
+        "one was."
     )
+    data = build.add_parser("data", help="shards of your own data, whatever their form", description=about)
+    data.add_argument("place", type=Path, help=FORMS)
+    data.add_argument("--images", type=Path, help="folder that the image names start from (default: the file's own)")
+    data.add_argument("--question", help="what every picture is asked where the data hold no question")
+    data.add_argument("--columns", help="columns of a table, as picture=NAME,question=NAME,answer=NAME")
+    llava = build.add_parser("llava", help="the same for a file of conversations", description=about)
     llava.add_argument(
-        "--json", type=Path, required=True, help="JSON or JSON Lines: LLaVA's, ShareGPT's, or OpenAI's messages"
+        "--json", dest="place", type=Path, required=True, help="LLaVA's, ShareGPT's or OpenAI's JSON or JSON Lines"
     )
     llava.add_argument("--images", type=Path, required=True, help="folder that the image names start from")
-    llava.add_argument("--out", type=Path, required=True, help="folder to write")
-    llava.add_argument(
+    llava.set_defaults(question=None, columns=None)
+    for parser in (data, llava):
+        _image_options(parser)
+        _workers_option(parser)
+        _shard_option(parser)
+        parser.set_defaults(run=_build_own)
+
+
+def _image_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
         "--resize", type=int, metavar="SIDE", help="shrink larger images to SIDE x SIDE JPEGs, as training would"
     )
-    llava.add_argument("--quality", type=int, default=90, help="JPEG quality of what --resize shrinks (default 90)")
-    llava.add_argument("--skip-bad", action="store_true", help=f"leave bad entries out, listed in {SKIPPED_FILE}")
-    _workers_option(llava)
-    _shard_option(llava)
-    llava.set_defaults(run=_build_llava)
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of what --resize shrinks (default 90)")
+    parser.add_argument("--skip-bad", action="store_true", help=f"leave bad entries out, listed in {SKIPPED_FILE}")
 
 
 def _shard_option(parser: argparse.ArgumentParser) -> None:
@@ -162,10 +174,13 @@ def _build_scenes(options: argparse.Namespace) -> int:
     return 0
 
 
-def _build_llava(options: argparse.Namespace) -> int:
+def _build_own(options: argparse.Namespace) -> int:
+    data = read_data(options.place, options.images, options.question, _columns(options.columns))
+    for line in data.told:
+        _say(line)
     how = BuildOptions(options.samples_per_shard, options.workers, options.resize, options.quality, options.skip_bad)
     with _progress() as progress:
-        built = build_from_llava(options.json, options.images, options.out, how, progress)
+        built = build_shards(data, options.out, how, progress)
     _say(totals(options.out, built.shards))
     if built.renamed:
         _say(f"{built.renamed} entries got a key of their own: their id was taken, or held a dot")
@@ -179,6 +194,13 @@ def _build_llava(options: argparse.Namespace) -> int:
     if built.done.problems:
         _say(f"{len(built.done.problems)} problem(s): see {options.out / SKIPPED_FILE} for what was left out")
     return 0
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")] if text else []
+    if not all(what in COLUMNS and name for what, _, name in pairs):
+        raise UserError(f"Expected `--columns` as picture=NAME,question=NAME,answer=NAME, got {text!r}. Mend it.")
+    return {what: name for what, _, name in pairs}
 
 
 def _index(options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from datamodules.index import Shard
 from datamodules.llava_entries import entry_name, is_unnamed, make_entry, read_annotations, unique_keys
+from datamodules.own_data import OwnData
 from datamodules.pool import in_processes
 from datamodules.scan import build_index
 from datamodules.shards import (
@@ -130,11 +131,28 @@ def build_from_llava(
     options: BuildOptions | None = None,
     progress: Progress | None = None,
 ) -> Built:
-    """Builds shards from a JSON or JSON Lines file; the folder appears when all is written.
+    """Builds shards from a JSON or JSON Lines file, see `build_shards`.
 
     Args:
         annotations: Entries `{"id"?, "image"?: name or names, "conversations"}`, or in another dialect.
         images: Folder that the image names start from.
+        out: Folder of shards to write.
+        options: How to build.
+        progress: Is told how far it got.
+    """
+    if not images.is_dir():
+        raise UserError(f"Expected a folder of images at {images}, found none (cwd {Path.cwd()}).")
+    data, items = read_annotations(annotations)
+    return build_shards(OwnData(annotations, hashlib.sha256(data).hexdigest(), items, images), out, options, progress)
+
+
+def build_shards(
+    data: OwnData, out: Path, options: BuildOptions | None = None, progress: Progress | None = None
+) -> Built:
+    """Builds shards from entries; the folder appears when all is written.
+
+    Args:
+        data: The entries.
         out: Folder of shards to write.
         options: How to build.
         progress: Is told how far it got.
@@ -145,13 +163,13 @@ def build_from_llava(
     options = options or BuildOptions()
     out = out.absolute()
     check_free(out, is_shard_folder)
-    if not images.is_dir():
-        raise UserError(f"Expected a folder of images at {images}, found none (cwd {Path.cwd()}).")
-    data, items = read_annotations(annotations)
+    if not data.images.is_dir():
+        raise UserError(f"Expected a folder of images at {data.images}, found none (cwd {Path.cwd()}).")
+    items, images = data.items, data.images
     keys, renamed = unique_keys(items)
     # The images themselves are not part of it: reading all of them again would cost as much as the build.
-    facts = {"annotations": hashlib.sha256(data).hexdigest(), "images": str(images.absolute()), **asdict(options)}
-    del facts["workers"], data
+    facts = {"annotations": data.digest, "images": str(images.absolute()), **asdict(options)}
+    del facts["workers"]
     with _workplace(out, facts) as folder:
         rows = [(number, key, item) for number, (key, item) in enumerate(zip(keys, items, strict=True))]
         step = options.samples_per_shard
@@ -164,12 +182,12 @@ def build_from_llava(
             finished[number] = done
             if progress is not None:
                 progress(min(len(finished) * step, len(rows)), len(rows))
-        total = Done()
+        total = Done(dropped=dict(data.dropped))
         for number in sorted(finished):
             total.add(finished[number])
         if total.problems and not (options.skip_bad and any(folder.glob("*.tar"))):
             shutil.rmtree(folder)
-            raise UserError(_summary(annotations, total.problems, options.skip_bad))
+            raise UserError(_summary(data.place, total.problems, options.skip_bad))
         return Built(_finish(folder, out, total), renamed, sum(map(is_unnamed, items)), total)
 
 

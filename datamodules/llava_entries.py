@@ -171,6 +171,10 @@ def _size_problems(conversations: list[dict[str, str]], images: list[bytes]) -> 
 
 
 def _read_image(root: Path, name: Any) -> bytes:
+    if isinstance(name, dict):  # a cell of a table, as datasets of the hub hold pictures
+        name = name.get("bytes") or name.get("path")
+    if isinstance(name, bytes):
+        return name
     if not isinstance(name, str):
         raise UserError(f"expected the name of an image, got {name!r}")
     if name.startswith("data:"):
@@ -208,8 +212,10 @@ def _data_address(name: str) -> bytes:
         raise UserError(f"expected base64 in {_shown(name)!r}, got: {error}") from error
 
 
-def _shown(name: str) -> str:
+def _shown(name: Any) -> str:
     """Returns a name short enough for a message."""
+    if not isinstance(name, str):
+        return "the picture"
     return name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..."
 
 

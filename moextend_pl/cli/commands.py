@@ -91,7 +91,10 @@ def main(argv: list[str]) -> int:
         )
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        goes_on = argv[:1] in (["fit"], ["quickstart"]) or argv[:3] == ["shards", "build", "llava"]
+        goes_on = argv[:1] in (["fit"], ["quickstart"]) or argv[:3] in (
+            ["shards", "build", "llava"],
+            ["shards", "build", "data"],
+        )
         sys.stderr.write(f"interrupted{'; the same command continues where it stopped' if goes_on else ''}\n")
         return EXIT_INTERRUPTED
     return result if isinstance(result, int) else 0

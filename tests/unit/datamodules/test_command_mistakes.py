@@ -31,7 +31,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "00000.tar")
 
-    monkeypatch.setattr(command, "build_from_llava", full)
+    monkeypatch.setattr(command, "build_shards", full)
     with pytest.raises(UserError, match=r"00000.tar, got: No space left"):
         build(tmp_path, tmp_path / "out")
 

@@ -31,6 +31,8 @@ TOOL_COMMANDS = {
     "quickstart": ("moextend_pl.quickstart.command", "run the whole method on easy-VQA and write a report"),
     "generate": ("moextend_pl.cli.generate", "ask a trained model about a picture"),
     "export": ("moextend_pl.export.command", "write a run as a folder that transformers loads"),
+    "evaluate": ("moextend_pl.evaluation.command", "ask a trained model published test sets and score it"),
+    "rescore": ("moextend_pl.evaluation.rescore", "score kept answers again, without a model"),
     "convert": ("moextend_pl.convert.command", "read and write published checkpoints of CuMo and MoExtend"),
     "shards": ("datamodules.command", "build, index, check and show shards of samples"),
 }

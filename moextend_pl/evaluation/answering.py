@@ -1,0 +1,135 @@
+"""Asks a model the questions of a set and keeps what it says, so that scores can be made again without it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from moextend_pl.contracts import UserError
+from moextend_pl.evaluation.metrics.keyed import Record
+from moextend_pl.evaluation.question import Question, read_lines
+from moextend_pl.runs.atomic import read_json, write_json
+from moextend_pl.runs.fingerprints import file_sha256
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from moextend_pl.models.moextend import MoExtend
+
+PREDICTIONS, ASKED = "predictions.jsonl", "asked.json"
+DATA_ADDRESS = "data:"
+Answers = Callable[[Sequence[Question]], list[str]]
+
+
+def check_pictures(questions: Sequence[Question], task: str) -> None:
+    """Refuses a set that lacks pictures, before a model is loaded.
+
+    Raises:
+        UserError: If one is not there.
+    """
+    places = dict.fromkeys(q.picture for q in questions if q.picture and not q.picture.startswith(DATA_ADDRESS))
+    missing = [place for place in places if not Path(place).is_file()]
+    if missing:
+        raise UserError(
+            f"Expected the pictures of {task}, found no file for {len(missing)} of {len(places)}, for example "
+            f"{missing[0]}. Unpack them there."
+        )
+
+
+def picture_of(question: Question) -> Image.Image | None:
+    """Returns the picture of a question, read as the data reads it.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    from moextend_pl.samples.pixels import decode_image
+
+    if not question.picture:
+        return None
+    if question.picture.startswith(DATA_ADDRESS):
+        try:
+            return decode_image(base64.b64decode(question.picture.partition(",")[2], validate=True), question.key)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{question.key}: expected a picture in base64, got text that fails: {error}.") from error
+    return decode_image(Path(question.picture).read_bytes(), question.picture)
+
+
+def model_facts(run: Path) -> dict[str, str]:
+    """Returns what tells one trained model from another."""
+    return {name: file_sha256(run / name) for name in ("manifest.json", "delta.safetensors") if (run / name).is_file()}
+
+
+def answers_of(model: MoExtend, task: str = "") -> Answers:
+    """Returns a function that asks a model.
+
+    Args:
+        model: Ready to be asked.
+        task: Name of the model's task, where it was extended for several.
+    """
+    return lambda questions: [model.generate(picture_of(q), q.prompt, task) for q in questions]
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """Returns the kept answers of a folder, first ones first; a last line that was cut off by a kill is dropped.
+
+    Raises:
+        UserError: If there are none.
+    """
+    path = folder / PREDICTIONS
+    if not path.is_file():
+        raise UserError(f"Expected kept answers at {path}, found no file. Run `evaluate` first.")
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    return list(read_lines(path))
+
+
+def records(rows: Sequence[dict[str, Any]]) -> list[Record]:
+    """Returns kept answers as metrics take them."""
+    return [{"key": row["key"], "prediction": row["prediction"], "truth": row["truth"]} for row in rows]
+
+
+def ask(
+    questions: Sequence[Question], folder: Path, facts: dict[str, Any], answers: Answers, batch_size: int
+) -> list[dict[str, Any]]:
+    """Returns the answers to all questions; those that the folder keeps already are not asked again.
+
+    Args:
+        questions: Of one task.
+        folder: Of the task in the run; `predictions.jsonl` grows batch by batch.
+        facts: What decides the answers; a folder with others is refused.
+        answers: Asks the model.
+        batch_size: Questions between two writes.
+
+    Raises:
+        UserError: If the folder keeps answers of another model, or to other prompts.
+    """
+    kept = {row["key"]: row for row in read_predictions(folder)} if (folder / PREDICTIONS).is_file() else {}
+    if kept and read_json(folder / ASKED) != facts:
+        raise UserError(
+            f"{folder} keeps answers of another model, or of this one before it was trained again. Remove it, or name "
+            "another folder by --out."
+        )
+    changed = [q.key for q in questions if q.key in kept and kept[q.key]["prompt"] != q.prompt]
+    if changed:
+        raise UserError(f"{folder} keeps answers to other prompts, for example of {changed[0]}. Remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / ASKED, facts)
+    left = [question for question in questions if question.key not in kept]
+    with (folder / PREDICTIONS).open("a", encoding="utf-8") as file, tqdm(total=len(left), desc=folder.name) as bar:
+        for first in range(0, len(left), batch_size):
+            batch = left[first : first + batch_size]
+            for question, text in zip(batch, answers(batch), strict=True):
+                row = {"key": question.key, "prompt": question.prompt, "prediction": text, "truth": question.truth}
+                kept[question.key] = row
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    return [kept[question.key] for question in questions]

@@ -1,0 +1,86 @@
+"""`evaluate` and `rescore` from the command line, on a tiny model and tiny sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.cli_runs import error_of
+from helpers.test_sets import write_all
+from helpers.tiny_world import TinyWorld, make_plan
+
+from moextend_pl import cli
+from moextend_pl.contracts import TrainPlan
+from moextend_pl.evaluation.answering import picture_of
+from moextend_pl.evaluation.tasks import TASKS, folder_of
+from moextend_pl.models.delta import save_delta
+from moextend_pl.models.moextend import MoExtend
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture
+def run(tiny_world: TinyWorld, tmp_path: Path) -> Path:
+    model = tiny_world.unbuilt()
+    model.extension_plan, model.train_plan = make_plan(), TrainPlan(("projector", "new_experts"))
+    model.configure_model()
+    save_delta(model, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def kept(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_kept_scored_and_scored_again(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", str(run), "--tasks", "own,vqav2", "--data", str(data), "--limit", "3",
+                     "--draws", "20"]) == 0  # fmt: skip
+    first = capsys.readouterr().out
+    assert [line.split()[0] for line in first.splitlines()] == ["task", "own", "vqav2"]
+    folder = run / "evaluation" / "vqav2"
+    rows = kept(folder)
+    model = MoExtend.load(run)
+    questions = list(TASKS["vqav2"].questions(folder_of(data, "vqav2")))[:3]
+    assert [row["prediction"] for row in rows] == [model.generate(picture_of(q), q.prompt) for q in questions]
+    scores = json.loads((folder / "scores_official.json").read_text())
+    assert scores["questions"] == 3
+    assert set(scores["scores"]["accuracy"]) == {"value", "low", "high"}
+    # Offline: neither the data nor the model is there any more.
+    (run / "manifest.json").unlink()
+    assert cli.main(["rescore", str(run), "--draws", "20"]) == 0
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(first.splitlines())
+    assert cli.main(["rescore", str(run), "--tasks", "vqav2:lmms_eval", "--against", str(run), "--draws", "20"]) == 0
+    assert "p = 1.000" in capsys.readouterr().out
+    assert (folder / "scores_lmms_eval.json").is_file()
+
+
+def test_only_what_is_left_is_asked(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", str(run), "--tasks", "own", "--data", str(data), "--draws", "5"]
+    assert cli.main(command) == 0
+    path = run / "evaluation" / "own" / "predictions.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) - 9])  # killed while it wrote
+    asked = []
+    ours = MoExtend.generate
+    monkeypatch.setattr(MoExtend, "generate", lambda *a, **k: asked.append(a) or ours(*a, **k))
+    assert cli.main(command) == 0
+    assert path.read_text() == whole
+    assert len(asked) == 1
+    (run / "manifest.json").write_text((run / "manifest.json").read_text() + "\n")
+    capsys.readouterr()
+    assert "answers of another model" in error_of(capsys, command)
+
+
+def test_mistakes_come_before_the_model(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = ["evaluate", "nowhere", "--data", str(data)]
+    assert "tasks out of" in error_of(capsys, [*nowhere, "--tasks", "vqa"])
+    assert "at least 1" in error_of(capsys, [*nowhere, "--tasks", "own", "--batch-size", "0"])
+    assert "found none. Run `evaluate` first" in error_of(capsys, ["rescore", str(run)])
+    assert "found no file" in error_of(capsys, ["rescore", str(run), "--tasks", "pope"])
+    assert "nowhere" in error_of(capsys, [*nowhere, "--tasks", "own"])

@@ -15,7 +15,7 @@ class RowSpec:
     Attributes:
         turns: `together` (a sample is a whole conversation) or `single` (each question with its answer is
             a sample; for sets whose questions do not depend on each other).
-        max_length: Longest sequence; longer ones are cut, but never inside an image. None for no limit.
+        max_length: Longest sequence; longer ones are cut, but never inside an image. None for the model's context.
         packing: Whether a row of a training batch holds as many samples as fit into `max_length` tokens, each
             attending to itself only, instead of one. `batch_size` stays the number of rows.
         bucket: Batches whose samples are sorted by length together, so that little is padded; 1 for none.

@@ -27,7 +27,8 @@ import moextend_pl  # noqa: E402
 from datamodules.mixture import ShardSet  # noqa: E402
 from datamodules.options import EvaluationSpec, ReadingSpec, RowSpec  # noqa: E402
 from datamodules.streaming import StreamOptions  # noqa: E402
-from moextend_pl.models.base_model import ComputeSpec, GenerationSpec  # noqa: E402
+from moextend_pl.inference.spec import GenerationSpec  # noqa: E402
+from moextend_pl.models.base_model import ComputeSpec  # noqa: E402
 from moextend_pl.models.tower import FeatureSpec  # noqa: E402
 from moextend_pl.training.language_losses import RouterWeights  # noqa: E402
 

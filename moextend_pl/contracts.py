@@ -46,6 +46,7 @@ class SampleSpec:
         image_mean: Per channel mean of the pixel values in [0, 1].
         image_std: Per channel standard deviation of the pixel values in [0, 1].
         packing_obstacle: Why the model cannot take rows of several documents; empty if it can.
+        context: Longest sequence that the model was made for, in positions; None if it says none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,6 +56,7 @@ class SampleSpec:
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     packing_obstacle: str = ""
+    context: int | None = None
 
 
 @dataclass

@@ -60,17 +60,6 @@ class ComputeSpec:
     attn_implementation: str | None = None
 
 
-@dataclass(frozen=True)
-class GenerationSpec:
-    """How answers are generated.
-
-    Attributes:
-        max_new_tokens: Longest answer in test and predict runs.
-    """
-
-    max_new_tokens: int = 8
-
-
 def check_options(base: str | dict[str, Any], tokenizer: str | None, compute: ComputeSpec, upcycled: bool) -> None:
     """Refuses options of a language model that do not fit together, before anything is read.
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moextend_pl.contracts import ExtensionPlan, UserError
-from moextend_pl.models.base_model import ComputeSpec, GenerationSpec
+from moextend_pl.inference.spec import GenerationSpec
+from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.projector import Projector

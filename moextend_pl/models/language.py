@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moextend_pl.contracts import Batch, ExtensionPlan, HostFacts, SampleSpec, UpcycleSpec, UserError
+from moextend_pl.inference import decoding
+from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.models import base_model
-from moextend_pl.models.base_model import ComputeSpec, GenerationSpec
+from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.model_folder import read_config
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks, list_blocks
@@ -47,7 +49,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         upcycle: How the MLPs of a dense base become mixtures of experts; None leaves them dense.
         router_losses: Weights of the router losses; `upcycle` replaces them by its own.
         compute: Implementation of the experts, 4 bits, activation checkpointing.
-        generation: How answers are generated in test and predict runs.
+        generation: How answers are generated.
         optim: Optimizer, where the model is trained alone.
 
     Raises:
@@ -106,8 +108,10 @@ class MoELanguageModel(AnswerMixin, StageModule):
 
     def sample_spec(self) -> SampleSpec:
         """Returns what the model asks of text-only data."""
-        obstacle = packing_obstacle(self.model_config(), self.compute.attn_implementation)
-        return SampleSpec(self.tokenizer, self.image_token_id, 0, 0, packing_obstacle=obstacle)
+        config = self.model_config()
+        obstacle = packing_obstacle(config, self.compute.attn_implementation)
+        context = decoding.context_of(config)
+        return SampleSpec(self.tokenizer, self.image_token_id, 0, 0, packing_obstacle=obstacle, context=context)
 
     def build(self) -> None:
         """Reads or makes the model, upcycles it, and grows it by the extension plan where it is trained alone."""
@@ -270,28 +274,20 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=learned_tokens(batch["labels"]))
 
     @torch.no_grad()
-    def answer(self, batch: Batch, embeddings: Tensor | None = None) -> list[str]:
-        """Generates greedily.
-
-        Args:
-            batch: Prompts, padded on the left.
-            embeddings: As in `forward`.
-
-        Returns:
-            B texts without special tokens.
-        """
+    def answer(
+        self,
+        batch: Batch,
+        embed: Callable[[Batch], Tensor] | None = None,
+        spec: GenerationSpec | None = None,
+        heard: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """Generates one text for each prompt of a batch, see `decoding.answers`; ids are embedded by default."""
         self.set_reach(batch)
-        model: Any = self.model  # `generate` comes from a mixin that the stub of PreTrainedModel lacks
-        tokens = model.generate(
-            inputs_embeds=self.embed(batch["input_ids"]) if embeddings is None else embeddings,
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=self.generation.max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        self.close_reach()
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        embed, spec = embed or (lambda prompts: self.embed(prompts["input_ids"])), spec or self.generation
+        try:
+            return decoding.answers(self.model, self.tokenizer, batch, embed, spec, heard)
+        finally:
+            self.close_reach()
 
     def save_pretrained(self, path: Path) -> None:
         """Writes model and tokenizer in the transformers layout."""

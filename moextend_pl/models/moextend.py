@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec
+from moextend_pl.inference.asking import AskMixin
+from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.models.base_model import compile_layers
 from moextend_pl.models.delta import DeltaModule, check_start, encoder_arguments, language_arguments, load_delta
 from moextend_pl.models.encoder import VisionEncoder
@@ -24,12 +25,9 @@ from moextend_pl.models.feature_cache import FeatureCache
 from moextend_pl.models.fusion import scatter_features
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.projector import Projector
-from moextend_pl.moe.extension.reach import check_task
 from moextend_pl.moe.touch import touch
 from moextend_pl.moe.upcycle import agreed_spec
 from moextend_pl.runs.manifest import Manifest, read_manifest
-from moextend_pl.samples.prompt import prompt_batch
-from moextend_pl.training.answers import AnswerMixin
 from moextend_pl.training.half_precision import default_dtype
 from moextend_pl.training.language_losses import LanguageOutput
 from moextend_pl.training.losses import image_router_losses, learned_tokens
@@ -40,7 +38,7 @@ log = logging.getLogger(__name__)
 ENCODE_TOGETHER = 16
 
 
-class MoExtend(AnswerMixin, DeltaModule):
+class MoExtend(AskMixin, DeltaModule):
     """A vision tower, a projector and a mixture-of-experts language model as one.
 
     Args:
@@ -85,7 +83,7 @@ class MoExtend(AnswerMixin, DeltaModule):
             UserError: If the directory holds no finished run or its base has changed.
 
         Example:
-            MoExtend.load("runs/quickstart/3_extend").generate(Image.open("shape.png"), "what color is the shape?")
+            MoExtend.load("runs/quickstart/3_extend").generate("shape.png", "what color is the shape?")
         """
         manifest = read_manifest(Path(run))
         parts = manifest.model_arguments()
@@ -271,27 +269,14 @@ class MoExtend(AnswerMixin, DeltaModule):
         values = {"val/loss": output.token, "val/token_accuracy": output.accuracy}
         self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=learned_tokens(batch["labels"]))
 
+    @property
+    def generation(self) -> GenerationSpec:
+        """How answers are generated where a question says nothing."""
+        return self.language.generation
+
     @torch.no_grad()
-    def answer(self, batch: Batch) -> list[str]:
-        """Generates greedily, one text for each prompt of the batch."""
-        return self.language.answer(batch, self.embed(batch))
-
-    def generate(self, image: Image.Image | None, question: str, task: str = "") -> str:
-        """Answers one question.
-
-        Args:
-            image: A picture, or None for a question about text alone.
-            question: The question, without any image mark.
-            task: Name of the task, where the model was extended for several.
-
-        Returns:
-            The answer.
-
-        Raises:
-            UserError: If the model was extended for other tasks.
-        """
-        check_task(self.plans, task, image is not None)
-        self.eval()
-        batch = prompt_batch(self.sample_spec(), image, question, self.device)
-        batch["tasks"] = [task]
-        return self.answer(batch)[0]
+    def answer(
+        self, batch: Batch, spec: GenerationSpec | None = None, heard: Callable[[str], None] | None = None
+    ) -> list[str]:
+        """Generates one text for each prompt of the batch, see `MoELanguageModel.answer`."""
+        return self.language.answer(batch, self.embed, spec, heard)

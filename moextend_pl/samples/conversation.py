@@ -58,7 +58,7 @@ class ConversationEncoder:
 
     Args:
         spec: What the model asks of its data.
-        max_length: Longest sequence, in positions; None for no limit.
+        max_length: Longest sequence, in positions; None for the model's context.
 
     Raises:
         UserError: If the tokenizer has no chat template, or `max_length` is not positive.
@@ -72,10 +72,10 @@ class ConversationEncoder:
             )
         if max_length is not None and max_length < 1:
             raise UserError(
-                f"Expected `max_length` of at least 1, got {max_length}. Raise it, or give null for no limit."
+                f"Expected `max_length` of at least 1, got {max_length}. Raise it, or give null: the model's context."
             )
         self.spec = spec
-        self.max_length = max_length
+        self.max_length = spec.context if max_length is None else max_length
         self._forget()
 
     def __getstate__(self) -> dict[str, object]:
@@ -133,6 +133,14 @@ class ConversationEncoder:
     def encode_text(self, text: str) -> torch.Tensor:
         """Returns the ids of a text that a chat template made, with placeholders where `<image>` stands."""
         return self._expand(Rendered(text, ()), truncate=False).ids
+
+    def prompt_length(self, turns: tuple[Turn, ...]) -> int:
+        """Returns how many positions everything left of the last answer takes.
+
+        Raises:
+            UserError: If the template cannot be used.
+        """
+        return len(self._encode_prompt(turns).ids)
 
     def filler(self) -> Sample:
         """Returns the sample that stands where a rank has none left: empty key, nothing to learn."""

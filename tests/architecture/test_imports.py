@@ -17,6 +17,7 @@ ORDER = (
     "moe",
     "runs",
     "training",
+    "inference",
     "models",
     "reports",
     "evaluation",

@@ -245,7 +245,9 @@ def build_tiny_world(root: Path) -> TinyWorld:
     """Writes the world into an empty folder."""
     world = TinyWorld(root)
     tokenizer = tiny_tokenizer()
-    tiny_mixtral(len(tokenizer)).save_pretrained(world.base)
+    model = tiny_mixtral(len(tokenizer))
+    model.generation_config.max_new_tokens = 8  # a random model never comes to an end
+    model.save_pretrained(world.base)
     tokenizer.save_pretrained(world.base)
     sizes = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     dense = MistralConfig(vocab_size=len(tokenizer), **sizes, num_key_value_heads=2, head_dim=16, initializer_range=0.3)

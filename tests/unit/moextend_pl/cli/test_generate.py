@@ -10,8 +10,8 @@ import torch
 from helpers.tiny_world import QUESTION, TinyWorld, make_plan
 from PIL import Image
 
-from moextend_pl.cli.generate import open_picture
 from moextend_pl.contracts import UserError
+from moextend_pl.inference.pictures import open_picture
 from moextend_pl.samples.pixels import decode_image
 from moextend_pl.samples.prompt import prompt_batch
 

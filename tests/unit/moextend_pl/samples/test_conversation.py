@@ -201,3 +201,14 @@ def test_text_without_an_image_has_an_empty_stack_of_pixels(spec):
 def test_a_filler_has_no_key_and_nothing_to_learn(spec):
     filler = ConversationEncoder(spec).filler()
     assert (filler.key, filler.labels.tolist(), filler.pixel_values.shape) == ("", [X], (0, 3, 8, 8))
+
+
+def test_a_text_is_cut_at_the_models_context_where_no_length_is_given(tiny_world):
+    spec = tiny_world.language().sample_spec()
+    assert spec.context == 128
+    turns = (Turn("what ?", "red " * 6_000),)
+    sample = ConversationEncoder(spec).encode("long", turns, [], [])
+    assert len(sample.input_ids) == 128
+    with pytest.raises(UserError, match=r"'long'.*max_length=128"):
+        ConversationEncoder(spec).encode("long", (Turn("red " * 6_000, "red"),), [], [])
+    assert len(ConversationEncoder(spec, 300).encode("long", turns, [], []).input_ids) == 300

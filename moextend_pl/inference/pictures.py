@@ -1,0 +1,116 @@
+"""Pictures from wherever a question names them: files, web and `data:` addresses; read as the data reads them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from http.client import HTTPException, HTTPMessage
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from PIL import Image
+
+from moextend_pl.contracts import UserError
+from moextend_pl.samples.messages import Picture
+from moextend_pl.samples.pixels import decode_image
+
+MAX_BYTES = 20 * 2**20
+"""Largest file that is fetched from an address."""
+
+PATIENCE = 30.0
+"""Seconds that fetching a picture may take in all."""
+
+PIECE = 2**16
+THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """Opens a picture, PNG, JPEG or WebP, as the data does: with the same limits and conversions.
+
+    Args:
+        picture: An image of Pillow, a file, an `https` address or a `data:` address.
+
+    Raises:
+        UserError: If it cannot be read, is too large, or takes too long to come.
+    """
+    if isinstance(picture, Image.Image):
+        return picture
+    place = str(picture)
+    if place.startswith("data:"):
+        return decode_image(_inline(place), "the `data:` address")
+    if "://" in place:
+        return decode_image(fetch(place), place)
+    try:
+        data = Path(place).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"Expected a picture at {place}, found no file. Correct the path.") from error
+    except OSError as error:
+        raise UserError(f"Expected a picture at {place}, got: {error.strerror}. Correct the path.") from error
+    return decode_image(data, place)
+
+
+def fetch(address: str, limit: int = MAX_BYTES, patience: float = PATIENCE) -> bytes:
+    """Fetches a file from the web.
+
+    Args:
+        address: `https`, or `http` on this machine; so is every address that it leads on to.
+        limit: Largest size, in bytes.
+        patience: Seconds that all of it may take.
+
+    Raises:
+        UserError: If the address is of another kind, or the file does not come, is too large or too slow.
+    """
+    _check_address(address)
+    end = time.monotonic() + patience
+    pieces, size = [], 0
+    try:
+        # Some hosts refuse the name that Python gives itself.
+        request = Request(address, headers={"User-Agent": "moextend_pl", "Accept": "image/*"})
+        with build_opener(_SafeRedirects).open(request, timeout=patience) as answer:
+            while piece := answer.read1(PIECE):
+                pieces.append(piece)
+                size += len(piece)
+                if size > limit:
+                    raise UserError(f"{address}: expected a picture of at most {limit} bytes, got more. Shrink it.")
+                if time.monotonic() > end:
+                    raise UserError(f"{address}: did not come within {patience:g} seconds. Fetch it yourself.")
+    except (OSError, HTTPException, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{address}: cannot be fetched ({error}). Correct the address, or fetch it yourself."
+        ) from error
+    return b"".join(pieces)
+
+
+class _SafeRedirects(HTTPRedirectHandler):
+    """Follows to addresses that could have been given in the first place."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Any:
+        _check_address(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check_address(address: str) -> None:
+    parts = urlsplit(address)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in THIS_MACHINE):
+        raise UserError(
+            f"Expected a picture as a file, an `https://` or a `data:` address, got {address[:80]!r}. Other kinds are "
+            "never opened."
+        )
+
+
+def _inline(address: str) -> bytes:
+    """Returns what a `data:` address holds."""
+    head, comma, body = address.partition(",")
+    try:
+        if not comma:
+            raise ValueError("it has no comma")
+        return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
+    except (ValueError, binascii.Error) as error:
+        raise UserError(f"Expected a `data:` address with a picture in base64, got: {error}. Correct it.") from error

@@ -1,0 +1,151 @@
+"""Questions as people ask them: pictures and a text, or messages as OpenAI and transformers have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from moextend_pl.contracts import UserError
+from moextend_pl.samples.turns import IMAGE_MARK, Turn
+
+Picture = Image.Image | str | Path
+"""A picture, or where it lies: a file, an `https` or a `data:` address."""
+
+UNKNOWN_ANSWER = "?"
+"""Stands where the answer will be: a template is asked for a whole conversation."""
+
+PICTURES_OR_NONE = "a picture, a path or address of one, a list of them, or None"
+FORM = 'messages such as {"role": "user", "content": "..."}'
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that ends with a question.
+
+    Attributes:
+        turns: What was said; the last answer is not known yet.
+        pictures: Those of all turns, in the order of their marks.
+    """
+
+    turns: tuple[Turn, ...]
+    pictures: tuple[Picture, ...] = ()
+
+
+def ask(text: str, pictures: Sequence[Picture] = (), earlier: Question | None = None) -> Question:
+    """Returns a question with its pictures before it, as the data shows them.
+
+    Args:
+        text: Without any image mark.
+        pictures: Of this question.
+        earlier: The conversation that it goes on with, answered.
+
+    Raises:
+        UserError: If the question is empty or holds an image mark, which would ask for a picture that nobody gave.
+    """
+    _check_text(text)
+    before = earlier or Question(())
+    turn = Turn(f"{IMAGE_MARK}\n" * len(pictures) + text, UNKNOWN_ANSWER)
+    return Question((*before.turns, turn), (*before.pictures, *pictures))
+
+
+def read_questions(asked: Any, question: str | Sequence[str] | None) -> tuple[list[Question], bool]:
+    """Reads what `generate` is asked.
+
+    Args:
+        asked: Pictures of a question, or with no question messages; for many at once a list of them.
+        question: A question; a list of them for many at once; None where `asked` is messages.
+
+    Returns:
+        The questions, and whether only one was asked.
+
+    Raises:
+        UserError: If it is neither.
+    """
+    if question is None:
+        if not isinstance(asked, list | tuple) or not asked:
+            raise UserError(f"Expected {FORM}, or a question beside the picture, got {type(asked).__name__} alone.")
+        one = isinstance(asked[0], Mapping)
+        return [read_messages(messages) for messages in ([asked] if one else asked)], one
+    if isinstance(question, str):
+        return [ask(question, _pictures(asked))], True
+    each = asked if isinstance(asked, list | tuple) else [asked] * len(question)
+    if len(each) != len(question):
+        raise UserError(
+            f"Expected as many entries of pictures as questions, got {len(each)} for {len(question)}; where a question "
+            "has several pictures, its entry is a list, and None where it has none."
+        )
+    return [ask(text, _pictures(pictures)) for text, pictures in zip(question, each, strict=True)], False
+
+
+def read_messages(messages: Any) -> Question:
+    """Reads a conversation as OpenAI and transformers write it.
+
+    Args:
+        messages: From `system` (optional, first), `user` and `assistant` in turn, `user` last. A content is a text, or
+            a list of parts: `{"type": "text", "text"}`, `{"type": "image", "image"}`, `{"type": "image_url",
+            "image_url": {"url"}}`; each part is a line, and a picture stands where its part does.
+
+    Raises:
+        UserError: If it is no such conversation.
+    """
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        raise UserError(f"Expected {FORM}, got {type(messages).__name__}: {str(messages)[:80]!r}.")
+    pictures: list[Picture] = []
+    spoken = [(message.get("role"), _content(message, pictures)) for message in messages]
+    system = spoken[0][1] if spoken and spoken[0][0] == "system" else ""
+    rest = spoken[1:] if system else spoken
+    expected = [("user", "assistant")[place % 2] for place in range(len(rest))]
+    if [role for role, _ in rest] != expected or not len(rest) % 2:
+        raise UserError(
+            "Expected messages from 'user' and 'assistant' in turn, 'user' first and last and 'system' before all, "
+            f"got {[role for role, _ in spoken]}."
+        )
+    texts = [text for _, text in rest] + [UNKNOWN_ANSWER]
+    if marked := [text for text in (system, *texts[1::2]) if IMAGE_MARK in text]:
+        raise UserError(f"Expected pictures in messages from 'user' only, got one in {marked[0]!r}.")
+    turns = [Turn(human, gpt) for human, gpt in zip(texts[::2], texts[1::2], strict=True)]
+    return Question((Turn(turns[0].human, turns[0].gpt, system), *turns[1:]), tuple(pictures))
+
+
+def _pictures(given: Any) -> list[Picture]:
+    listed = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    for picture in listed:
+        if not isinstance(picture, Image.Image | str | Path):
+            raise UserError(f"Expected {PICTURES_OR_NONE}, got {type(picture).__name__}.")
+    return listed
+
+
+def _content(message: Mapping[str, Any], pictures: list[Picture]) -> str:
+    """Returns the text of a message with marks for its pictures, which it adds to a list."""
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    lines = []
+    for part in parts if isinstance(parts, list | tuple) and parts else [content]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            _check_text(part["text"])
+            lines.append(part["text"])
+        elif kind in ("image", "image_url"):
+            place = next((part[name] for name in ("image", "image_url", "url", "path") if part.get(name)), None)
+            pictures += _pictures([place.get("url") if isinstance(place, Mapping) else place])
+            lines.append(IMAGE_MARK)
+        else:
+            raise UserError(
+                "Expected a text as content of a message, or a list of parts of the types 'text', 'image' and "
+                f"'image_url', got {str(part)[:80]!r}."
+            )
+    return "\n".join(lines)
+
+
+def _check_text(text: str) -> None:
+    if not text.strip():
+        raise UserError("Expected a question, got an empty text.")
+    if IMAGE_MARK in text:
+        raise UserError(
+            f"Expected a question without {IMAGE_MARK}, got {text!r}. Leave the mark out: pictures are put before the "
+            "question, or in messages where their part stands."
+        )

@@ -14,6 +14,7 @@ from moextend_pl.export.card import write_card
 from moextend_pl.export.configuration import MoExtendConfig
 from moextend_pl.export.modeling import MoExtendForConditionalGeneration
 from moextend_pl.export.processing import NOT_PIXELS, MoExtendImageProcessor, MoExtendProcessor
+from moextend_pl.inference.decoding import end_tokens, longest_answer
 from moextend_pl.models.model_folder import read_config
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.extension.reach import check_task
@@ -117,13 +118,14 @@ def exported(model: MoExtend, task: str = "") -> MoExtendForConditionalGeneratio
 
 def generation_of(model: MoExtend) -> GenerationConfig:
     """Returns how answers are generated where a caller says nothing: greedily, as `MoExtend.generate` does."""
-    tokenizer = model.language.tokenizer
+    language = model.language
+    ends = end_tokens(language.model, language.tokenizer)
     return GenerationConfig(
         do_sample=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=model.language.generation.max_new_tokens,
+        bos_token_id=language.tokenizer.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=language.tokenizer.pad_token_id,
+        max_new_tokens=longest_answer(language.model, language.generation),
     )
 
 

@@ -73,7 +73,13 @@ def answers_of(model: MoExtend, task: str = "") -> Answers:
         model: Ready to be asked.
         task: Name of the model's task, where it was extended for several.
     """
-    return lambda questions: [model.generate(picture_of(q), q.prompt, task) for q in questions]
+
+    def answers(questions: Sequence[Question]) -> list[str]:
+        found = model.generate([picture_of(q) for q in questions], [q.prompt for q in questions], task)
+        assert isinstance(found, list)
+        return found
+
+    return answers
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:

@@ -122,9 +122,10 @@ def _pictures(given: Any) -> list[Picture]:
 def _content(message: Mapping[str, Any], pictures: list[Picture]) -> str:
     """Returns the text of a message with marks for its pictures, which it adds to a list."""
     content = message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    text = [{"type": "text", "text": content}] if isinstance(content, str) else None
+    parts: Any = content if isinstance(content, list | tuple) and content else text or [content]
     lines = []
-    for part in parts if isinstance(parts, list | tuple) and parts else [content]:
+    for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             _check_text(part["text"])

@@ -29,7 +29,8 @@ import webdataset
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from datamodules.index import Keys, Shard, save_index
+from datamodules.index import Shard, save_index
+from datamodules.keys import Keys
 from datamodules.llava import BuildOptions, build_from_llava
 from datamodules.order import Order
 from datamodules.reader import ShardReader

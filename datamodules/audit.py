@@ -212,7 +212,7 @@ def _encoder(options: AuditOptions) -> ConversationEncoder:
 
 def _strangers(source: Source, shards: list[Shard]) -> list[str]:
     known = {shard.name for shard in shards}
-    paths = [] if source.remote else sorted(Path(str(source)).glob("*.tar"))
+    paths = [] if source.remote or source.names else sorted(Path(str(source)).glob("*.tar"))
     return [f"{path.name}: not in the index" for path in paths if path.name not in known]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import time
 from pathlib import Path
 
+import braceexpand
 from filelock import FileLock
 
 from datamodules.streaming import (
@@ -22,6 +24,7 @@ from moextend_pl.contracts import UserError
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 GIB = 2**30
+SHARD_SUFFIX, MAX_SHARDS = ".tar", 1_000_000
 EVICTION_LOCK = ".lock-room"
 DEAD_AFTER = 3600.0
 """Seconds without a byte after which a partial download is a killed process's."""
@@ -111,27 +114,32 @@ class ShardCache:
 
 
 class Source:
-    """A folder of shards, local or remote.
+    """A folder of shards, local or remote, or some shards of one.
 
     Args:
-        place: Path, or address with an allowed scheme.
+        place: Path, or address with an allowed scheme; a last part that ends with `.tar`, such as
+            `{000000..000099}.tar`, names the shards.
         options: How remote folders are read.
 
     Raises:
-        UserError: If the scheme is refused.
+        UserError: If the scheme is refused, or the pattern names shards of several folders.
     """
 
     def __init__(self, place: str | Path, options: StreamOptions | None = None) -> None:
         self.options = options or StreamOptions()
         text = str(place)
         self.remote = scheme_of(text) != LOCAL
+        self.asked = text
+        self.names: list[str] | None = None
+        if text.endswith(SHARD_SUFFIX):
+            text, self.names = named_shards(text)
         self.place = text.rstrip("/") if self.remote else str(Path(text.removeprefix("file://")))
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moextend_pl"
         folder = Path(self.options.cache_dir) if self.options.cache_dir else default
         self.cache = ShardCache(folder, int(self.options.cache_gib * GIB))
 
     def __str__(self) -> str:
-        return self.place
+        return self.place if self.names is None else self.asked
 
     def name(self, file: str) -> str:
         """Returns path or address of a file of the folder."""
@@ -186,6 +194,23 @@ class Source:
             ) from None
         if found != size:
             raise _other_size(str(path), size, found)
+
+
+def named_shards(pattern: str) -> tuple[str, list[str]]:
+    """Expands a pattern with braces into its folder and the names in it.
+
+    Raises:
+        UserError: If it cannot be expanded, names several folders, or too many shards.
+    """
+    try:
+        places = list(itertools.islice(braceexpand.braceexpand(pattern), MAX_SHARDS + 1))
+    except ValueError as error:
+        raise UserError(f"Expected braces in pairs, got {pattern!r}. Mend the pattern.") from error
+    folders = {place.rpartition("/")[0] for place in places}
+    if len(folders) > 1 or len(places) > MAX_SHARDS:
+        found = f"{len(folders)} folders" if len(folders) > 1 else f"more than {MAX_SHARDS}"
+        raise UserError(f"{pattern}: expected shards of one folder, got {found}. Name each folder in a list.")
+    return folders.pop() or ".", [place.rpartition("/")[2] for place in places]
 
 
 def _other_size(name: str, size: int, found: int) -> UserError:

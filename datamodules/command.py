@@ -7,17 +7,19 @@ import contextlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from datamodules.audit import AuditOptions, audit, totals
+from datamodules.cache import Source
 from datamodules.easy_vqa import build_easy_vqa
 from datamodules.index import ARRAYS_FILE, INDEX_FILE, Shard
 from datamodules.llava import BuildOptions, Progress, build_shards
 from datamodules.own_data import FORMS, read_data
-from datamodules.scan import build_index
+from datamodules.scan import build_index, index_shard
 from datamodules.scenes import IMAGES, build_scenes
 from datamodules.sets import SPLITS, TOKENIZER
 from datamodules.shards import SAMPLES_PER_SHARD, SKIPPED_FILE
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_build(commands.add_parser("build", help="write shards").add_subparsers(required=True, metavar="source"))
 
     index = commands.add_parser("index", help="write the index of shards of others: WebDataset, img2dataset")
-    index.add_argument("folder", type=Path)
+    index.add_argument("folder", type=Path, help="folder, or its shards as in 'set/{000..099}.tar'")
     index.set_defaults(run=_index)
 
     check = commands.add_parser("check", help="compare shards with their index and decode every member")
@@ -204,13 +206,19 @@ def _columns(text: str | None) -> dict[str, str]:
 
 
 def _index(options: argparse.Namespace) -> int:
-    if not options.folder.is_dir():
-        raise UserError(f"Expected a folder with shards at {options.folder}, found none (cwd {Path.cwd()}).")
+    source = Source(options.folder)
+    folder = Path(source.place)
+    if not folder.is_dir():
+        raise UserError(f"Expected a folder with shards at {folder}, found none (cwd {Path.cwd()}).")
     faults: list[str] = []
-    shards = build_index(options.folder, faults)
+    skipped: Counter[str] = Counter()
+    named = None if source.names is None else (index_shard(folder / name, faults, skipped) for name in source.names)
+    shards = build_index(folder, faults, named, skipped)
     for fault in faults[:SHOWN_FAULTS]:
         _say(fault)
-    _say(totals(options.folder, shards))
+    _say(totals(folder, shards))
+    for what, count in skipped.most_common(SHOWN_FAULTS):
+        _say(f"skipped: {count} member(s) {what!r}, of which no sample is made")
     _say(f"wrote {INDEX_FILE} and {ARRAYS_FILE}")
     if faults:
         _say(f"{len(faults)} sample(s) cannot be used; training counts them as bad samples (`max_bad_samples`)")

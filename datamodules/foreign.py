@@ -41,6 +41,8 @@ def conversations_of(texts: Mapping[str, bytes], images: int, origin: str) -> li
     caption = _decode(texts["txt"], origin) if "txt" in texts else content.get("caption")
     if not isinstance(caption, str) or not caption.strip():
         raise UserError(f"{origin}: expected `conversations` or a caption, got the caption {str(caption)[:40]!r}.")
+    if not images:
+        raise UserError(f"{origin}: expected an image with the caption, got none. Leave the sample out.")
     question = f"{IMAGE_MARK}\n" * images + CAPTION_QUESTION
     # A caption is an answer, where no image belongs.
     answer = caption.strip().replace(IMAGE_MARK, "")

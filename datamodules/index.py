@@ -14,16 +14,16 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
 from datamodules.cache import DIGEST, Source
+from datamodules.keys import Keys
 from datamodules.members import Member, check_name
 from datamodules.streaming import ShardError
 from moextend_pl.contracts import UserError
@@ -42,48 +42,6 @@ DTYPES: dict[str, type] = {
     "keys": np.uint8,
     "key_ends": np.int64,
 }
-
-
-class Keys(Sequence[str]):
-    """Names of samples, kept as bytes and decoded one at a time.
-
-    Args:
-        data: All names in a row, UTF-8.
-        ends: (n + 1,) name i is `data[ends[i]:ends[i + 1]]`.
-    """
-
-    def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
-        self.data = data
-        self.ends = ends
-
-    @classmethod
-    def of(cls, keys: Sequence[str]) -> Keys:
-        """Packs names."""
-        names = [key.encode("utf-8") for key in keys]
-        ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(names), dtype=np.uint8), ends)
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    @overload
-    def __getitem__(self, position: int) -> str: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[str]: ...
-    def __getitem__(self, position: int | slice) -> str | list[str]:
-        if isinstance(position, slice):
-            return [self[i] for i in range(*position.indices(len(self)))]
-        if not -len(self) <= position < len(self):
-            raise IndexError(position)
-        position %= len(self)
-        name = self.data[int(self.ends[position]) : int(self.ends[position + 1])].tobytes()
-        return name.decode("utf-8", "replace")
-
-    def __iter__(self) -> Iterator[str]:
-        text = self.data[int(self.ends[0]) : int(self.ends[-1])].tobytes()
-        ends = (self.ends - self.ends[0]).tolist()
-        for start, end in pairwise(ends):
-            yield text[start:end].decode("utf-8", "replace")
 
 
 @dataclass
@@ -205,16 +163,31 @@ def load_index(place: str | Path | Source) -> list[Shard]:
             f"{name}: expected `schema: {INDEX_SCHEMA}`, got {schema!r}. Shards written for another version stay as "
             "they are; run `python -m moextend_pl shards index` on their folder."
         )
+    shards = _named(source, shards)
     if not any(len(shard) for shard in shards):
         raise UserError(f"{name}: expected at least one sample, the index lists none. {HINT}")
     return shards
+
+
+def _named(source: Source, shards: list[Shard]) -> list[Shard]:
+    """Returns the shards that a pattern names, all if it names none."""
+    if source.names is None:
+        return shards
+    known = {shard.name: shard for shard in shards}
+    missing = [name for name in source.names if name not in known]
+    if missing:
+        some = ", ".join(missing[:3])
+        raise UserError(
+            f"{source}: expected {len(source.names)} shards, the index of {source.place} lacks {some}. {HINT}"
+        )
+    return [known[name] for name in dict.fromkeys(source.names)]
 
 
 def _absent(source: Source) -> str:
     there = Path(source.place).is_dir()
     state = "a folder without it" if there else "no such folder"
     pattern = any(sign in source.place for sign in "*?[{") and not there
-    advice = " Patterns and braces are not expanded: name each folder in a list." if pattern else ""
+    advice = " Patterns are not expanded, but for names of shards in braces, `{000..099}.tar`." if pattern else ""
     return f"Expected shards with {INDEX_FILE} in {source}, found {state} (cwd {Path.cwd()}).{advice} {HINT}"
 
 

@@ -12,7 +12,11 @@ TEXTS = ("json", "txt")
 """Extensions of texts: LLaVA's conversations or facts with a caption, and a plain caption."""
 
 MEMBER_NAME = re.compile(r"((?:[^/]+/)*[^/.]+)\.((?:[0-9]{1,6}\.)?[A-Za-z]+)")
-"""KEY.EXTENSION or KEY.NUMBER.EXTENSION; a key has no dot, so that WebDataset reads the same key."""
+"""KEY.EXTENSION or KEY.NUMBER.EXTENSION, as we write them; a key has no dot, so that WebDataset reads the same key."""
+
+KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+FACTS = re.compile(r"__[^/]*__($|/)")
+NUMBER = re.compile(r"[0-9]{1,6}")
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,26 @@ def check_name(name: str) -> str:
     return name
 
 
-def split_member(name: str, origin: str) -> tuple[str, str]:
-    """Splits a member's name into key and extension.
+def split_member(name: str) -> tuple[str, str] | None:
+    """Splits a member's name into key and extension by webdataset's rule: a key ends at the first dot of the last part.
+
+    Returns:
+        None for what webdataset passes over: names without a key, and its own facts.
 
     Raises:
-        UserError: If the name is absolute, leads outside, or is no text or image of a known kind.
+        UserError: If the name is absolute or leads outside.
     """
-    match = MEMBER_NAME.fullmatch(check_name(name))
-    kind = match[2].rpartition(".")[2].lower() if match else ""
-    if match is None or kind not in (*IMAGE_FORMATS, *TEXTS) or (kind in TEXTS and "." in match[2]):
-        kinds = ", ".join([*TEXTS, *IMAGE_FORMATS])
-        raise UserError(f"{origin}: expected members named KEY.EXTENSION with one of {kinds}, got {name!r}.")
-    return match[1], match[2]
+    # https://github.com/webdataset/webdataset/blob/main/src/webdataset/tariterators.py, `base_plus_ext`
+    match = None if FACTS.match(check_name(name)) else KEY_AND_EXTENSION.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+
+def is_used(extension: str) -> bool:
+    """Tells whether a member belongs to a sample: `json`, `txt`, and images as `png` or `0.png`; others are skipped."""
+    number, dot, kind = extension.lower().rpartition(".")
+    if not dot:
+        return kind in (*TEXTS, *IMAGE_FORMATS)
+    return kind in IMAGE_FORMATS and NUMBER.fullmatch(number) is not None
 
 
 def is_text(extension: str) -> bool:

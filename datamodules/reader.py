@@ -69,7 +69,7 @@ class ShardReader:
         return int(self.ends[-1])
 
     def __reduce__(self) -> tuple[type[ShardReader], tuple[str, StreamOptions]]:
-        return ShardReader, (self.source.place, self.source.options)  # an index may be large; the file is there
+        return ShardReader, (str(self.source), self.source.options)  # an index may be large; the file is there
 
     @property
     def folder(self) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.foreign import MAX_TEXT_BYTES, conversations_of
-from datamodules.index import Keys, Shard, file_sha256, save_index
-from datamodules.members import Member, is_text, split_member
+from datamodules.index import Shard, file_sha256, save_index
+from datamodules.keys import Keys
+from datamodules.members import Member, is_text, is_used, split_member
 from datamodules.tar import TarError, walk
 from moextend_pl.contracts import UserError
 
+SHOWN = 5
 MAX_SAMPLE_BYTES = 256 * 2**20
 """Largest sample that is read into memory."""
 
@@ -38,13 +41,14 @@ class Found:
         return sum(not is_text(member.extension) for member in self.members)
 
 
-def index_shard(path: Path, faults: list[str] | None = None) -> Shard:
+def index_shard(path: Path, faults: list[str] | None = None, skipped: Counter[str] | None = None) -> Shard:
     """Reads one tar file and returns its part of the index.
 
     Args:
         path: The file.
         faults: Takes a sentence for each sample whose text or size is wrong; the sample is indexed all the same and
             fails when it is read. If None, the first one is raised.
+        skipped: Counts members that belong to no sample, by their extension.
 
     Raises:
         UserError: If the shard is damaged, a name is refused, a key stands twice, or a sample is wrong.
@@ -56,7 +60,7 @@ def index_shard(path: Path, faults: list[str] | None = None) -> Shard:
     extensions: dict[str, int] = {}
     seen: set[str] = set()
     images = 0
-    for found in walk_shard(path):
+    for found in walk_shard(path, Counter() if skipped is None else skipped):
         if found.key in seen or len({m.extension.lower() for m in found.members}) != len(found.members):
             raise UserError(f"{path}: key {found.key!r} stands twice. Give each sample a key of its own.")
         seen.add(found.key)
@@ -78,8 +82,8 @@ def index_shard(path: Path, faults: list[str] | None = None) -> Shard:
     )
 
 
-def walk_shard(path: Path) -> Iterator[Found]:
-    """Yields the samples of a tar file, and checks its structure.
+def walk_shard(path: Path, skipped: Counter[str]) -> Iterator[Found]:
+    """Yields the samples of a tar file, checks its structure, and counts what it passes over.
 
     Raises:
         UserError: If the file is no plain tar, is cut short, or a name is refused.
@@ -88,11 +92,14 @@ def walk_shard(path: Path) -> Iterator[Found]:
         with path.open("rb") as stream:
             found = Found("")
             for item in walk(stream, path.stat().st_size):
-                key, extension = split_member(item.name, str(path))
-                if key != found.key and found.members:
-                    yield found
+                key, extension = split_member(item.name) or (found.key, "")
+                if key != found.key:
+                    if found.members:
+                        yield found
                     found = Found(key)
-                found.key = key
+                if not is_used(extension):
+                    skipped[f".{extension}" if extension else "without a key"] += 1
+                    continue
                 found.members.append(Member(extension, item.offset, item.size))
                 if is_text(extension):
                     stream.seek(item.offset)
@@ -118,24 +125,30 @@ def _turns(found: Found, path: Path, faults: list[str] | None) -> int:
         return 1
 
 
-def build_index(folder: Path, faults: list[str] | None = None, shards: Iterable[Shard] | None = None) -> list[Shard]:
+def build_index(
+    folder: Path,
+    faults: list[str] | None = None,
+    shards: Iterable[Shard] | None = None,
+    skipped: Counter[str] | None = None,
+) -> list[Shard]:
     """Indexes every `*.tar` of a folder and writes the index beside them.
 
     Args:
         folder: Holds the shards.
         faults: As for `index_shard`.
         shards: What `index_shard` found in each, if that is known already.
+        skipped: As for `index_shard`.
 
     Raises:
         UserError: If there is no shard, or a key stands in two shards.
     """
     if shards is None:
-        shards = (index_shard(path, faults) for path in sorted(folder.glob("*.tar")))
+        shards = (index_shard(path, faults, skipped) for path in sorted(folder.glob("*.tar")))
     found = list(shards)
     if not any(len(shard) for shard in found):
         raise UserError(
-            f"Expected samples in {folder / '*.tar'}, found {len(found)} shard(s) with none. Give the folder that "
-            "holds them."
+            f"Expected samples in {folder / '*.tar'}, found {len(found)} shard(s) with none{_told(skipped)}. Give the "
+            "folder that holds them."
         )
     owner: dict[str, str] = {}
     for shard in found:
@@ -144,3 +157,8 @@ def build_index(folder: Path, faults: list[str] | None = None, shards: Iterable[
                 raise UserError(f"{folder}: key {key!r} stands in {owner[key]} and {shard.name}; keys must differ.")
     save_index(folder, found)
     return found
+
+
+def _told(skipped: Counter[str] | None) -> str:
+    some = ", ".join(f"{count} {what!r}" for what, count in (skipped or Counter()).most_common(SHOWN))
+    return f", but members that are skipped: {some}" if some else ""

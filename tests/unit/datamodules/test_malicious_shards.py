@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 
 import pytest
 from helpers.faulty_shards import GOOD, conversation_json, plain_image, write_tar
 
-from datamodules.scan import index_shard
+from datamodules.reader import ShardReader
+from datamodules.scan import build_index, index_shard
 from moextend_pl.contracts import UserError
 
-MALICIOUS = {
-    "pickle": ([("a.pickle", b"cos\nsystem\n(S'x'\ntR.")], "expected members named"),
-    "pyd": ([("a.json", conversation_json("q")), ("a.pyd", b"x")], "expected members named"),
-    "weights": ([("a.pth", b"x")], "expected members named"),
-    "svg": ([("a.svg", b"<svg/>")], "expected members named"),
+REFUSED = {
     "backslash": ([("..\\a.json", b"{}")], "refused"),
     "home": ([("~/a.json", b"{}")], "refused"),
-    "a number of thousands of digits": ([*GOOD, (f"good.{'9' * 5000}.png", plain_image(2))], "expected members named"),
     "two texts of one name": ([*GOOD, ("good.JSON", conversation_json())], "stands twice"),
     "two images of one name": ([*GOOD, ("good.png", plain_image(2))], "stands twice"),
 }
+SKIPPED = {
+    "pickle": ("good.pickle", b"cos\nsystem\n(S'x'\ntR."),
+    "pyd": ("good.pyd", b"x"),
+    "weights": ("good.pth", b"x"),
+    "svg": ("good.svg", b"<svg/>"),
+    "a number of thousands of digits": (f"good.{'9' * 5000}.png", plain_image(2)),
+    "no image of its own": ("good.seg.png", plain_image(2)),
+    "a text of another name": ("good.0.json", b"{}"),
+    "a compressed text": ("good.json.gz", b"x"),
+}
 
 
-@pytest.mark.parametrize("name", MALICIOUS)
+@pytest.mark.parametrize("name", REFUSED)
 def test_malicious_members_are_refused(tmp_path, name):
-    members, sentence = MALICIOUS[name]
+    members, sentence = REFUSED[name]
     with pytest.raises(UserError, match=sentence):
         index_shard(write_tar(tmp_path / "0.tar", members), faults=[])
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_members_of_other_kinds_are_never_read_and_counted(tmp_path, name):
+    member, data = SKIPPED[name]
+    skipped: Counter[str] = Counter()
+    shard = index_shard(write_tar(tmp_path / "0.tar", [GOOD[0], (member, data), *GOOD[1:]]), skipped=skipped)
+    assert skipped == {member.removeprefix("good"): 1}
+    assert [part.extension for part in shard.sample(0)] == ["json", "png"]
+    build_index(tmp_path)
+    (raw,) = [ShardReader(tmp_path).read(0)]
+    assert raw.images == (GOOD[1][1],)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd.json", "../../x.json", "a/" * 40 + "../" * 50 + "x.json"])

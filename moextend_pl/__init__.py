@@ -80,18 +80,20 @@ _HOMES = {
 }
 
 
-def load(run: str | Path) -> MoExtend:
+def load(run: str | Path, base: str | Path | None = None) -> MoExtend:
     """Loads the model of a finished run, ready to be asked.
 
     Args:
-        run: Run directory with `manifest.json` and `delta.safetensors`.
+        run: Run directory with `manifest.json` and `delta.safetensors`, or a delta in a hub, `org/name`.
+        base: Where its base lies, if not where the run says; a delta to share finds it by name otherwise.
 
     Raises:
         UserError: If the directory holds no finished run or its base has changed.
     """
     from moextend_pl.models.moextend import MoExtend
+    from moextend_pl.runs.named import find_run
 
-    return MoExtend.load(run)
+    return MoExtend.load(find_run(run), base)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import yaml
 from moextend_pl.contracts import ExtensionPlan
 from moextend_pl.runs.atomic import read_json, write_text
 from moextend_pl.runs.manifest import Manifest
+from moextend_pl.runs.named import name_of
 from moextend_pl.runs.plain_yaml import read_yaml
 
 CARD = "README.md"
 PLOTS = "plots"
-HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]+)")
 CITE = """```bibtex
 @misc{moextend, title={MoExtend: Tuning New Experts for Modality and Task Extension},
   author={Shanshan Zhong and Shanghua Gao and Zhongzhan Huang and Wushao Wen and Marinka Zitnik and Pan Zhou},
@@ -26,12 +25,6 @@ CITE = """```bibtex
   author={Jiachen Li and Xinyao Wang and Sijie Zhu and Chia-Wen Kuo and Lu Xu and Fan Chen and Jitesh Jain and
   Humphrey Shi and Longyin Wen}, year={2024}, eprint={2405.05949}, archivePrefix={arXiv}}
 ```"""
-
-
-def base_name(folder: Path) -> tuple[str, str]:
-    """Returns the name of a base, `org/name` where it lies in the cache of a hub, and its revision there, or ""."""
-    found = HUB_CACHE.search(str(folder))
-    return (f"{found[1]}/{found[2]}", found[3]) if found else (folder.name, "")
 
 
 def write_card(manifest: Manifest, folder: Path, use: str, base: str | None = None) -> None:
@@ -43,7 +36,7 @@ def write_card(manifest: Manifest, folder: Path, use: str, base: str | None = No
         use: How it is loaded, as Markdown.
         base: Name of the base; by default as its folder tells.
     """
-    run, name = manifest.run, base or base_name(manifest.folder("language"))[0]
+    run, name = manifest.run, base or name_of(manifest.folder("language"))[0]
     plots = sorted((run / PLOTS).glob("*.png"))
     for plot in plots:
         (folder / PLOTS).mkdir(exist_ok=True)

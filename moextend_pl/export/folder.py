@@ -158,7 +158,7 @@ def write_model(model: MoExtend, folder: Path, task: str = "", shard: str = SHAR
     processor_of(model.sample_spec()).save_pretrained(folder)
 
 
-def export_run(run: Path, folder: Path, task: str = "", shard: str = SHARD) -> None:
+def export_run(run: Path, folder: Path, task: str = "", shard: str = SHARD, base: str | Path | None = None) -> None:
     """Writes the model of a finished run, and its card.
 
     Args:
@@ -166,10 +166,11 @@ def export_run(run: Path, folder: Path, task: str = "", shard: str = SHARD) -> N
         folder: New or empty.
         task: As in `configuration_of`.
         shard: Largest file of weights.
+        base: Where the base lies, if not where the run says.
 
     Raises:
         UserError: If there is no finished run, or it cannot be exported.
     """
     manifest = read_manifest(run)
-    write_model(MoExtend.load(run), folder, task, shard)
-    write_card(manifest, folder, USE)
+    write_model(MoExtend.load(run, base), folder, task, shard)
+    write_card(manifest, folder, USE, manifest.bases.get("language", {}).get("name"))

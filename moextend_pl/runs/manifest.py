@@ -17,6 +17,7 @@ import torch
 from moextend_pl.contracts import ExtensionPlan, UserError
 from moextend_pl.runs.atomic import read_json, write_atomically, write_json
 from moextend_pl.runs.fingerprints import file_sha256
+from moextend_pl.runs.named import find_base
 from moextend_pl.samples.templates import NAMED_TEMPLATES
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Manifest:
         versions: Versions of Python and of the packages that matter.
         dtype: Type of the weights; the base is read in it again.
         sources: Configurations of tower and base, and the tokenizer, by content; empty in older manifests.
+        bases: Name and revision of `language` and `encoder`, where their folders are found by name.
         run: Where the manifest was read from.
     """
 
@@ -56,6 +58,7 @@ class Manifest:
     versions: dict[str, str]
     dtype: str = "float32"
     sources: dict[str, Any] = field(default_factory=dict)
+    bases: dict[str, dict[str, str]] = field(default_factory=dict)
     run: Path = field(default=Path(), compare=False)
 
     def save(self) -> None:
@@ -116,7 +119,21 @@ class Manifest:
 
     def folder(self, part: str) -> Path:
         """Returns the folder of `encoder` or `language`, as it can be opened from here."""
-        return Path(os.path.normpath(self.run / self.model[part][_folder_name(self.model[part], part)]))
+        place = Path(os.path.normpath(self.run / self.model[part][_folder_name(self.model[part], part)]))
+        if part not in self.bases or place.is_dir():
+            return place
+        return find_base(**self.bases[part], near=self.run.resolve().parent)
+
+    def with_base(self, base: str | Path) -> Manifest:
+        """Returns the same with the base in another folder; whether it is the same base is found out when it is read.
+
+        Args:
+            base: The folder.
+        """
+        language = self.model.get("language", {})
+        place = os.path.relpath(base, self.run)
+        moved = {"base": place, **({"tokenizer": place} if language.get("tokenizer") == language.get("base") else {})}
+        return replace(self, model={**self.model, "language": {**language, **moved}})
 
 
 def _folder_name(arguments: Mapping[str, Any], part: str) -> str:
@@ -171,9 +188,9 @@ def read_manifest(run: Path) -> Manifest:
         dtype = str(data.get("dtype", "float32"))
         if not all(isinstance(values, dict) for values in (data["frozen"], *dict(data["model"]).values())):
             raise TypeError("`model` and `frozen` are no mappings")
-        sources = dict(data.get("sources", {}))
+        sources, bases = dict(data.get("sources", {})), dict(data.get("bases", {}))
         facts = {name: data[name] for name in names}
-        return Manifest(plans=plans, run=path.parent, dtype=dtype, sources=sources, **facts)
+        return Manifest(plans=plans, run=path.parent, dtype=dtype, sources=sources, bases=bases, **facts)
     except UserError:
         raise
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -11,7 +11,6 @@ import yaml
 from helpers.tiny_world import TinyWorld, make_plan
 
 from moextend_pl import cli
-from moextend_pl.export.card import base_name
 from moextend_pl.models.delta import save_delta
 
 PARTS = ("projector", "new_experts", "new_routers", "calibration")
@@ -67,12 +66,6 @@ def test_mistakes_leave_nothing(
     assert cli.main(["export", str(tmp_path / "no_run"), "--out", str(out)]) == 2
     assert sentence in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if taken else [])
-
-
-def test_base_in_the_cache_of_a_hub_is_named_as_there() -> None:
-    place = Path("/cache/hub/models--org--big-model/snapshots/0123abc")
-    assert base_name(place) == ("org/big-model", "0123abc")
-    assert base_name(Path("runs/language")) == ("language", "")
 
 
 def test_import_of_the_package_stays_cheap() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import write_fault
+from moextend_pl.runs.interruptions import listening
 
 if TYPE_CHECKING:
     from moextend_pl.cli.stage import MoExtendCLI
@@ -121,9 +122,10 @@ def run(argv: list[str]) -> MoExtendCLI | int:
         return 0
     configure_logging()
     if command in STAGE_COMMANDS:
-        from moextend_pl.cli.stage import run_stage
+        with listening() as notes:
+            from moextend_pl.cli.stage import run_stage
 
-        return run_stage(argv)
+            return run_stage(argv, notes)
     if command not in TOOL_COMMANDS:
         raise UserError(_unknown_command(command))
     # by name, because the core never imports a data set's package

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import enum
 import logging
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moextend_pl.cli.config_errors import explain
 from moextend_pl.cli.config_files import ALLOW_OPTION, BASE_KEY, StageArguments, prepare_arguments
+from moextend_pl.cli.run_config import SaveRunConfig, plain_config, replace_plan
 from moextend_pl.cli.stage_parser import StageParser, guarded_parsing
 from moextend_pl.cli.start import CommonStart
 from moextend_pl.cli.trainer_settings import check_settings, check_trainer
 from moextend_pl.contracts import UserError
-from moextend_pl.runs.atomic import remove_leftovers, write_atomically
+from moextend_pl.runs.atomic import remove_leftovers
 from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, drop_later, peek
+from moextend_pl.runs.interruptions import Notes, Told, count_restarts, was_requeued
 from moextend_pl.runs.metrics_log import RunLogger
 from moextend_pl.runs.preflight import (
-    CONFIG_FILE,
     check_writable,
     choose_checkpoint,
     only_writer,
@@ -38,11 +35,9 @@ from moextend_pl.runs.preflight import (
     run_directory,
     set_aside,
 )
-from moextend_pl.training.termination import EndTogether
+from moextend_pl.training.termination import EndTogether, EqualSteps
 
 DEFAULT_SEED = 0
-EXIT_TERMINATED = 143
-PER_CALL_KEYS = ("config", BASE_KEY, "plan", "fresh", "ckpt_path", "allow_class_path")
 DESCRIPTIONS = {
     "fit": "Trains one stage. Continues from RUN/checkpoints/last.ckpt if it is there.",
     "validate": "Measures the run's last checkpoint on the validation split.",
@@ -53,39 +48,25 @@ DESCRIPTIONS = {
 _log = logging.getLogger(__name__)
 
 
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the complete config of a run into its directory: `config.yaml`, or `config.<command>.yaml` beside it.
-
-    What belongs to one call only (`--config`, `--ckpt_path`, `--fresh`) is left out, so the file can be
-    given to `--config` as it is.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes the file once, on the first rank."""
-        if not trainer.is_global_zero or self.already_saved:
-            return
-        command = getattr(stage, "value", stage)  # Lightning passes an enum, whose text is not its value
-        name = CONFIG_FILE if command == "fit" else f"config.{command}.yaml"
-        text = yaml.safe_dump(plain_config(self.config), sort_keys=False)
-        write_atomically(Path(trainer.default_root_dir) / name, lambda path: path.write_text(text, encoding="utf-8"))
-        self.already_saved = True
-
-
 class MoExtendCLI(LightningCLI):
     """Lightning's CLI with layered configs, one-line errors and runs that continue by themselves."""
 
-    def __init__(self, arguments: StageArguments, held: contextlib.ExitStack | None = None) -> None:
+    def __init__(
+        self, arguments: StageArguments, held: contextlib.ExitStack | None = None, notes: Notes | None = None
+    ) -> None:
         """Parses, builds and runs.
 
         Args:
             arguments: Command line with its layers spelled out.
             held: What is held while the run lasts, for example its directory.
+            notes: What the process was told from outside.
 
         Raises:
             UserError: For every mistake in it.
         """
         self._arguments = arguments
         self._held = held or contextlib.ExitStack()
+        self._notes = notes or Notes()
         self._checkpoint: str | None = None
         self._trial: tempfile.TemporaryDirectory[str] | None = None
         # Abbreviated options would turn a typo into another key without a word.
@@ -141,13 +122,14 @@ class MoExtendCLI(LightningCLI):
             given.trainer.default_root_dir = self._trial.name
             run = Path(self._trial.name) if command == "fit" else run
             _log.info("`fast_dev_run` is a trial: it begins anew, and what it writes is thrown away")
-        fresh = given.get("fresh", False) and not _was_requeued()
+        fresh = given.get("fresh", False) and not was_requeued()
         self._checkpoint = choose_checkpoint(run, given.get("ckpt_path"), fresh)
         check_writable(run)
         if command == "fit" and _is_first_rank():
             self._held.enter_context(only_writer(run))
             remove_leftovers(run)
             drop_later(run / CHECKPOINT_FOLDER, self._checkpoint)
+            count_restarts(run, peek(Path(self._checkpoint)).get("global_step", 0) if self._checkpoint else 0)
         if self._checkpoint is None:
             if command != "fit":
                 _log.warning("no checkpoint of %s is used: the model is taken as its config builds it", run)
@@ -199,50 +181,12 @@ class MoExtendCLI(LightningCLI):
                 plugins = config.get("plugins") or []
                 plugins = plugins if isinstance(plugins, list) else [plugins]
                 config["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
-            trainer = super()._instantiate_trainer(config, [EndTogether(), *callbacks, CommonStart(self._checkpoint)])
+            ours = [CommonStart(self._checkpoint), EqualSteps(), EndTogether(self._notes)]
+            trainer = super()._instantiate_trainer(config, [*callbacks, *ours])
         except (MisconfigurationException, ModuleNotFoundError, RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its settings: {error}") from error
         check_trainer(trainer, config.get("precision"))
         return trainer
-
-
-def replace_plan(config: Namespace, path: str) -> None:
-    """Lets the extend run of a config, changed in place, read another plan, for example one written by hand.
-
-    Raises:
-        UserError: If the stage reads no plan.
-    """
-    callbacks = config.trainer.get("callbacks") or []
-    readers = [c for c in callbacks if c.class_path.endswith(".ExpertExtension") and c.init_args.get("plan")]
-    if not readers:
-        raise UserError("`--plan` needs a stage with an ExpertExtension callback that reads a plan, got none.")
-    for callback in readers:
-        callback.init_args.plan = path
-
-
-def plain_config(config: Namespace) -> dict[str, Any]:
-    """Returns a parsed config as plain data, without what belongs to one call only.
-
-    The parser's own `dump` refuses defaults that Lightning itself has, for example `Timer`'s.
-    """
-    return {key: _plain(value) for key, value in config.as_dict().items() if key not in PER_CALL_KEYS}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    if isinstance(value, enum.Enum):
-        return value.name  # the parser reads enums by name
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"  # and functions and classes by the place where they stand
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _was_requeued() -> bool:
-    """Tells whether SLURM started the same command again, in which case its `--fresh` has had its effect."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def _is_first_rank() -> bool:
@@ -258,8 +202,12 @@ def _find_mistake(error: BaseException | None) -> Exception | None:
     return None
 
 
-def run_stage(argv: Sequence[str]) -> MoExtendCLI | int:
+def run_stage(argv: Sequence[str], notes: Notes) -> MoExtendCLI | int:
     """Runs one of the stage commands.
+
+    Args:
+        argv: Command and options.
+        notes: What the process is told from outside.
 
     Returns:
         The finished CLI, or 0 if only help or the config was printed.
@@ -267,22 +215,26 @@ def run_stage(argv: Sequence[str]) -> MoExtendCLI | int:
     Raises:
         UserError: For every mistake that the user can mend, or if a data worker died.
         KeyboardInterrupt: If the run was interrupted from the keyboard.
-        SystemExit: With code 143 if it was terminated.
+        Told: If it was told to end.
     """
     try:
         arguments = prepare_arguments(argv)
         with contextlib.ExitStack() as held, guarded_parsing(arguments.packages):
-            return MoExtendCLI(arguments, held)
+            return MoExtendCLI(arguments, held, notes)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    except SIGTERMException as error:
-        # Lightning leaves with exit code 0 here, which a scheduler takes for a finished run.
-        _log.warning("terminated; the same command continues where it stopped")
-        raise SystemExit(EXIT_TERMINATED) from error
+    except Told:
+        _log.warning(
+            "ended by %s; the same command continues where it stopped", notes.told or "what another rank heard"
+        )
+        notes.let_launcher_go_first()
+        raise
     except RuntimeError as error:
         # How torch tells of data workers, at any place of the main process, has no class of its own.
         if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
             raise
+        if notes.told:  # and its workers with it
+            raise Told from error
         raise UserError(
             f"A process that reads data has died, most often for want of memory, or stood still: {error}. Lower "
             "`num_workers` of the data module; the same command continues where it stopped."

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.numbers import check_finite, local
 from moextend_pl.training.losses import sum_over_ranks
+from moextend_pl.training.termination import EndTogether
 
 log = logging.getLogger(__name__)
 SHOWN_KEYS = 8
@@ -44,7 +45,8 @@ class Step:
         gradients: Names of the P gradients.
         sizes: (P,) their largest numbers.
         outputs: Largest numbers of what modules returned, in the order of their calls, where they were watched.
-        flags: Whether the step is skipped, whether a loss of any rank was not finite, whether one of this rank was.
+        flags: Whether the step is skipped, whether a loss of any rank was not finite, whether a rank was told to end,
+            whether a loss of this rank was not finite.
         arrived: Tells when the flags are on the host; None if they are.
     """
 
@@ -58,12 +60,13 @@ class Step:
     flags: Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
-    def judge(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Tensor:
+    def judge(self, parameters: Mapping[str, nn.Parameter], device: torch.device, told: bool = False) -> Tensor:
         """Finds whether the step is to be skipped; one sum over ranks, and no value is asked for.
 
         Args:
             parameters: Whose gradients are looked at, by name.
             device: Where the verdict is needed.
+            told: Whether this rank was told to end, which travels with the verdict.
 
         Returns:
             A scalar in fp32: 1 to skip, 0 to take the step; equal on all ranks.
@@ -75,7 +78,8 @@ class Step:
         if gradients:
             self.gradients, self.sizes = list(gradients), largest(gradients.values()).to(device)
             bad = torch.maximum(own, self.sizes.isfinite().all().logical_not().float())
-        flags = torch.cat([sum_over_ranks(torch.stack([bad, own])).clamp(max=1), own[None]])
+        note = torch.full((), float(told), device=device)
+        flags = torch.cat([sum_over_ranks(torch.stack([bad, own, note])).clamp(max=1), own[None]])
         self.flags = flags.to("cpu", non_blocking=True) if flags.is_cuda else flags
         if flags.is_cuda:
             self.arrived = torch.cuda.Event()
@@ -91,7 +95,7 @@ class Step:
 
     def describe(self) -> str:
         """Says what was not finite, where, and with which samples."""
-        _, any_loss, own_loss = self.read()
+        _, any_loss, _, own_loss = self.read()
         keys = ", ".join(self.keys[:SHOWN_KEYS]) + (" ..." if len(self.keys) > SHOWN_KEYS else "")
         what = "the loss" if own_loss else "the loss of another rank" if any_loss else "a gradient"
         sizes = [] if self.sizes is None else self.sizes.tolist()
@@ -153,6 +157,7 @@ class NumbersGuard(Callback):
         self._outputs = Outputs()
         self._row = self._skipped = self._taken = 0
         self._taught = False
+        self._ending: EndTogether | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Keeps the numbers of skipped and of other steps, and whether there was anything to learn."""
@@ -166,6 +171,10 @@ class NumbersGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets a step that an earlier run did not finish."""
         self._now, self._sent, self._row = None, None, 0
+        there: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._ending = next((each for each in there if isinstance(each, EndTogether)), None)
+        if self._ending is not None:
+            self._ending.carried = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes the samples, and what a pass through the model changes."""
@@ -189,7 +198,8 @@ class NumbersGuard(Callback):
         step.outputs = self._outputs.sizes
         # A scaler of float16 meets infinite gradients by design, and skips them itself.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        skip = step.judge({} if scaled else dict(pl_module.named_parameters()), pl_module.device)
+        told = self._ending is not None and bool(self._ending.notes.told)
+        skip = step.judge({} if scaled else dict(pl_module.named_parameters()), pl_module.device, told)
         with torch.no_grad():
             for buffer, before in step.statistics.items():
                 buffer.copy_(torch.where(skip.bool(), before, buffer))
@@ -229,7 +239,10 @@ class NumbersGuard(Callback):
         step, self._sent = self._sent, None
         if step is None:
             return
-        if not step.read()[0]:
+        skipped, _, told, _ = step.read()
+        if told and self._ending is not None:
+            self._ending.agreed = True
+        if not skipped:
             self._row, self._taken = 0, self._taken + 1
             self._outputs.end()
             return

@@ -1,40 +1,170 @@
-"""SIGTERM in a run of several processes: all of them end together, whichever was told."""
+"""All ranks end after equal steps: told to end, with a checkpoint; and where one of them has no further batch."""
 
 from __future__ import annotations
 
-import signal
-import threading
+import copy
+import logging
+import math
+import os
 from typing import Any
 
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from moextend_pl.contracts import run_directory
+from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, PENDING_CHECKPOINT, take_place
+from moextend_pl.runs.interruptions import Notes, Told
+
+log = logging.getLogger(__name__)
+
+
+class NoHandlers(_SignalConnector):
+    """Leaves signals to `Notes`.
+
+    Lightning's handler of SIGTERM talks to the other ranks inside of the handler, where they stand at another place: a
+    run of which one rank is told hangs. It cannot be switched off.
+    """
+
+    def register_signal_handlers(self) -> None:
+        """Registers none."""
+        self.received_sigterm = False
 
 
 class EndTogether(Callback):
-    """Ends all ranks at the start of a batch once any of them was told to end.
+    """Ends all ranks once any of them was told to, with a checkpoint of the step that all of them have taken.
 
-    Lightning's own handler talks to the other ranks inside of the handler, where they stand at another place: a run
-    of which one rank is told hangs. Here the handler only makes a note, which ranks exchange before each batch. Runs
-    of one process keep Lightning's handler.
+    Ranks tell each other with the verdict that `NumbersGuard` exchanges in each step; where there is none, at the end
+    of each step. Told in a validation, a run saves what it was before it, and validates again when it goes on. The
+    last step is not saved: what the stage writes comes next.
+
+    Args:
+        notes: What this process was told.
+    """
+
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+        self.agreed = False
+        self.carried = False
+        self._step = 0
+        self._saved = False
+        self._loops: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ends a run that was told while it started, before anything is built."""
+        trainer._signal_connector = NoHandlers(trainer)
+        self.notes.at_once = trainer.world_size == 1
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+            self.notes.launcher = os.getppid()
+        self._end_if_told(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a run that was told before its first step; from here on there is something to save."""
+        self.notes.at_once = False
+        self._step, self._saved, self.agreed = trainer.global_step, False, False
+        self._end_if_told(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Saves after a step, if a rank was told."""
+        if trainer.global_step == self._step or trainer.global_step == trainer.max_steps:
+            return
+        self._step = trainer.global_step
+        if trainer.world_size == 1 or not self.carried:
+            self.agreed = self._is_told(trainer)
+        if self.agreed:
+            self._save(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Ends the run when the metrics of the step that was saved are written."""
+        if self._saved:
+            self._end(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Ends the run if a rank was told; within a training, with what it was before the validation."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            self._end_if_told(trainer)
+            return
+        if batch_idx == dataloader_idx == 0:
+            self._loops = _before_validation(trainer)
+        if trainer.global_step != trainer.max_steps and (self._saved or self._is_told(trainer)):
+            self._save(trainer)
+            self._end(trainer)
+
+    def on_test_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Ends the run if a rank was told."""
+        self._end_if_told(trainer)
+
+    on_predict_batch_start = on_test_batch_start  # type: ignore[assignment]  # Lightning calls its hooks by place
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lets a run that ends in a validation begin with that validation."""
+        if self._saved and trainer.validating:
+            checkpoint["loops"]["fit_loop"] = self._loops
+
+    def _is_told(self, trainer: Trainer) -> bool:
+        told = bool(self.notes.told)
+        return told if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(told, all=False)
+
+    def _end_if_told(self, trainer: Trainer) -> None:
+        if self._is_told(trainer):
+            raise Told
+
+    def _save(self, trainer: Trainer) -> None:
+        self._saved = True
+        trainer.save_checkpoint(run_directory(trainer) / CHECKPOINT_FOLDER / PENDING_CHECKPOINT)
+
+    def _end(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            take_place(run_directory(trainer) / CHECKPOINT_FOLDER / PENDING_CHECKPOINT)
+        raise Told
+
+
+def _before_validation(trainer: Trainer) -> dict[str, Any]:
+    """Returns the state of the loops at the first batch of a validation, as Lightning knows one that was broken off."""
+    state: dict[str, Any] = copy.deepcopy(trainer.fit_loop.state_dict())
+    progress = state["epoch_loop.val_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        counts["started"] = counts["ready"]
+    return state
+
+
+class EqualSteps(Callback):
+    """Ends an epoch on all ranks when one of them has no further batch; the others would wait for it for ever.
+
+    Lengths are compared once. Loaders without a length are asked at each batch, but for those that say `endless`.
     """
 
     def __init__(self) -> None:
-        self._told = False
+        self._asks = False
+        self._batches: float = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens; Lightning's handler is there by now."""
-        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note)  # Lightning puts back what was there before the run
+        """Compares the lengths."""
+        if trainer.world_size == 1:
+            return
+        lengths: list[float] = [0.0] * trainer.world_size
+        dist.all_gather_object(lengths, float(trainer.num_training_batches))
+        least = min(lengths)
+        if max(lengths) != least:
+            log.warning("the loaders of the ranks hold %s batches; each takes %d of them", lengths, least)
+            trainer.fit_loop.max_batches = int(least)
+        self._batches = trainer.num_training_batches
+        self._asks = math.isinf(least) and not getattr(trainer.train_dataloader, "endless", False)
 
-    on_validation_start = on_test_start = on_predict_start = on_train_start
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expects the next epoch to be whole again."""
+        if self._asks:
+            trainer.fit_loop.max_batches = self._batches
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Ends the run if a rank was told."""
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._told, all=False):
-            raise SIGTERMException
-
-    # Lightning calls its hooks by place.
-    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start  # type: ignore[assignment]
-
-    def _note(self, *_: object) -> None:
-        self._told = True
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Makes a batch the last one of all ranks if it is that of one."""
+        if self._asks:
+            last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            if trainer.strategy.reduce_boolean_decision(last, all=False):
+                trainer.fit_loop.max_batches = batch_idx + 1

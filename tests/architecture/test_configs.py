@@ -26,7 +26,9 @@ def test_config_parses_with_its_layers(path: Path, monkeypatch: pytest.MonkeyPat
     assert arguments.files[-1] == path
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (138, True)])
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(0, False), (1, False), (2, False), (143, False), (75, True), (138, True)]
+)
 @pytest.mark.parametrize("script", BATCH_SCRIPTS, ids=lambda path: path.name)
 def test_batch_script_requeues_only_when_its_time_is_up(
     script: Path, code: int, requeued: bool, tmp_path: Path

@@ -162,6 +162,25 @@ def launched_by(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in children if b"moextend_pl" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+def wait_for_ends(pids: Sequence[int], seconds: float) -> None:
+    """Waits for the ends of processes that this one did not start.
+
+    Raises:
+        AssertionError: If one is still there then.
+    """
+    limit = time.monotonic() + seconds
+    while left := [pid for pid in pids if _runs(pid)]:
+        assert time.monotonic() < limit, f"still there: {left}"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def kill_when(config: Path, ready: Callable[[], bool], *more: str, timeout: float = 120) -> None:
     """Starts a stage and kills it (SIGKILL) as soon as something is true.
 

@@ -111,7 +111,7 @@ def test_finished_stage_that_is_started_again_changes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
 def test_asked_to_end_it_says_so_and_goes_on_when_started_again(
     tiny_world: TinyWorld, tmp_path: Path, whole: Callable[[str], Path], number: signal.Signals, code: int
 ) -> None:

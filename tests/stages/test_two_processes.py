@@ -6,12 +6,16 @@ import math
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from helpers.stages import PARTS, end, finish, launched_by, metrics, start, write_stage
+from helpers.stages import PARTS, end, finish, launched_by, metrics, start, wait_for_ends, write_stage
 from helpers.tiny_world import TinyWorld, make_plan, perturb
 from safetensors.torch import load_file
 
@@ -175,23 +179,49 @@ def test_processes_that_do_not_share_the_run_directory_end_before_weights_are_re
         assert "Traceback" not in log
 
 
+def has_child(process: subprocess.Popen, _: Path) -> bool:
+    return bool(launched_by(process))
+
+
+def has_trained(_: subprocess.Popen, run: Path) -> bool:
+    log = run / "metrics.csv"
+    return log.exists() and log.read_text().count("\n") > 5
+
+
+@pytest.mark.parametrize("moment", [has_child, has_trained], ids=["at the start", "in training"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_row_10_both_processes_end_when_one_of_them_is_told_to(
-    tiny_world: TinyWorld, tmp_path: Path, rank: int
+    tiny_world: TinyWorld, tmp_path: Path, rank: int, moment: Callable[[subprocess.Popen, Path], bool]
 ) -> None:
-    config = write_stage(tiny_world, tmp_path / "run", "align", steps=100_000)
-    process, log = start(config, *TWO), tmp_path / "run" / "metrics.csv"
+    config = write_stage(tiny_world, tmp_path / "run", "align", steps=100_000, every=100_000)
+    process = start(config, *TWO)
     try:
         limit = time.monotonic() + 120
-        while not log.exists() or log.read_text().count("\n") < 6:
+        while not moment(process, tmp_path / "run"):
             assert process.poll() is None, config.with_suffix(".log").read_text()[-3000:]
             assert time.monotonic() < limit
             time.sleep(0.05)
-        os.kill([process.pid, *launched_by(process)][rank], signal.SIGTERM)
-        assert process.wait(60) == 143
+        ranks = [process.pid, *launched_by(process)]
+        if moment is has_child:
+            time.sleep(1)  # the child is an interpreter by now, and hears
+        os.kill(ranks[rank], signal.SIGTERM)
+        assert process.wait(60) == 75
+        wait_for_ends(ranks[1:], 30)
     finally:
         if process.poll() is None:
             end(process)
     text = config.with_suffix(".log").read_text()
     assert text.count("the same command continues where it stopped") == 2
     assert "Traceback" not in text
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert last.exists() == (moment is has_trained)
+    if last.exists():
+        assert torch.load(last, weights_only=True)["global_step"] == max(metrics(tmp_path / "run")) + 1
+
+
+@pytest.mark.parametrize("loader", ["length", "stream"])
+def test_row_20_ranks_with_uneven_loaders_take_equal_steps(tmp_path: Path, loader: str) -> None:
+    script = HELPERS / "uneven_ranks.py"
+    environment = {**os.environ, "PYTHONPATH": str(HELPERS.parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script), str(tmp_path), loader], env=environment, timeout=120, check=True)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["12", "12"]

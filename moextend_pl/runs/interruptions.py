@@ -1,0 +1,102 @@
+"""What ends a run from outside: signals are noted, not died of, and starts that bring no step are counted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moextend_pl.contracts import UserError
+from moextend_pl.runs.atomic import read_json, write_json
+
+EXIT_TOLD = 75  # "try again" of sysexits.h; a job script queues the job again on it
+HEARD = (signal.SIGTERM, signal.SIGUSR1)
+RESTARTS_FILE = "restarts.json"
+RESTARTS_LIMIT = 20
+LAUNCHER_ENDS = 20  # seconds
+
+
+class Told(SystemExit):
+    """Ends a process that was told to, or whose run was; the same command goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_TOLD)
+
+
+class Notes:
+    """Whether this process was told to end.
+
+    A signal comes at any place of the code, where ranks stand at different ones; it is noted, and the run ends where
+    all of them stand at the same.
+
+    Attributes:
+        told: Name of the signal; empty while there was none.
+        at_once: Whether there is nobody to agree with and nothing to save, so that a signal ends the process there.
+        launcher: Process that started this one and ends it where it ends first; 0 if there is none.
+    """
+
+    def __init__(self) -> None:
+        self.told = ""
+        self.at_once = False
+        self.launcher = 0
+
+    def note(self, number: int, _frame: object = None) -> None:
+        """Hears a signal."""
+        self.told = signal.Signals(number).name
+        if self.at_once:
+            raise Told
+
+    def let_launcher_go_first(self) -> None:
+        """Waits for the process that launched this one.
+
+        Lightning kills it when one of its children ends with another code than 0, whatever it is writing.
+        """
+        limit = time.monotonic() + LAUNCHER_ENDS
+        while self.launcher and os.getppid() == self.launcher and time.monotonic() < limit:
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Notes]:
+    """Notes SIGTERM and SIGUSR1; in a thread that is not the main one, nothing."""
+    notes, before = Notes(), {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, notes.note) for number in HEARD}
+    try:
+        yield notes
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def was_requeued() -> bool:
+    """Tells whether SLURM started the same command again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def count_restarts(run: Path, step: int) -> None:
+    """Counts how often SLURM started a job again without a step having been taken since.
+
+    Args:
+        run: Run directory; the first rank counts.
+        step: Of the checkpoint that the run goes on from; 0 without one.
+
+    Raises:
+        UserError: If that is too often: the job would be queued again for ever.
+    """
+    path = run / RESTARTS_FILE
+    before: dict[str, Any] = read_json(path) if was_requeued() else {}
+    times = int(before.get("times", 0)) + 1 if before.get("step") == step else 0
+    limit = int(os.environ.get("MAX_RESTARTS", RESTARTS_LIMIT))
+    if times > limit:
+        path.unlink()
+        raise UserError(
+            f"expected a job that takes steps, got {times} starts one after another that ended at step {step}. Give it "
+            "more time (`--time`), or look at the log for what ends it; MAX_RESTARTS sets another number."
+        )
+    write_json(path, {"step": step, "times": times})

@@ -1,0 +1,52 @@
+"""Starts of a job that bring no step are counted, others are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moextend_pl.contracts import UserError
+from moextend_pl.runs.interruptions import RESTARTS_FILE, count_restarts
+
+
+@pytest.fixture
+def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MAX_RESTARTS", "3")
+
+    def start(*steps: int, requeued: bool = True) -> None:
+        for step in steps:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "7" if requeued else "0")
+            count_restarts(tmp_path, step)
+
+    return start
+
+
+def test_healthy_requeues_are_never_too_many(starts) -> None:
+    starts(0, requeued=False)
+    starts(*range(1, 100))
+
+
+def test_starts_without_a_step_are_too_many_in_the_end(starts) -> None:
+    starts(0, requeued=False)
+    starts(0, 0, 5, 5, 5, 5)
+    with pytest.raises(UserError, match=r"got 4 starts one after another that ended at step 5\. .*--time"):
+        starts(5)
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["queued again", "submitted anew"])
+def test_a_count_begins_anew_after_the_end_and_where_a_person_starts_the_job(
+    starts, tmp_path: Path, again: bool
+) -> None:
+    starts(5, requeued=False)
+    starts(5, 5, 5)
+    if again:
+        with pytest.raises(UserError):
+            starts(5)
+    starts(5, requeued=again)
+    starts(5, 5, 5)
+
+
+def test_a_damaged_count_is_none(starts, tmp_path: Path) -> None:
+    (tmp_path / RESTARTS_FILE).write_text("{")
+    starts(5, 5, 5)

@@ -16,6 +16,7 @@ from moextend_pl.moe.extension.growth import router_parameters
 from moextend_pl.moe.selection import LayerRule, source_experts
 from moextend_pl.reports.plots import plot_scores, plot_usage
 from moextend_pl.runs.atomic import write_atomically, write_json
+from moextend_pl.runs.sharded import sharded_as, whole
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ class ExpertExtension(Callback):
                 f"back, so that further steps would not follow from those before. Start it again with `--fresh`."
             )
         if self.rule is not None and not self._routers:
-            self._routers = [p.detach().clone() for p in router_parameters(pl_module.language.model)]
+            self._routers = [whole(p).clone() for p in router_parameters(pl_module.language.model)]
             self._before = measure_usage(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
@@ -184,7 +185,7 @@ class ExpertExtension(Callback):
         after = measure_usage(trainer, pl_module)
         with torch.no_grad():
             for parameter, original in zip(router_parameters(pl_module.language.model), self._routers, strict=True):
-                parameter.copy_(original)
+                parameter.copy_(sharded_as(original, parameter))
         self._ended = True
         plan = self.choose(self._before, after)
         if trainer.is_global_zero:

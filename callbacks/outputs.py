@@ -18,6 +18,7 @@ from moextend_pl.models.moextend import MoExtend
 from moextend_pl.runs.atomic import write_folder, write_json, write_text
 from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, PENDING_CHECKPOINT, take_place
 from moextend_pl.runs.fingerprints import file_sha256
+from moextend_pl.training.sharding.strategy import sharded
 
 log = logging.getLogger(__name__)
 RECEIPT = "stage.json"
@@ -40,8 +41,8 @@ class SaveDelta(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Writes `delta.safetensors` and `manifest.json`."""
-        if trainer.is_global_zero:
-            save_delta(pl_module, run_directory(trainer))
+        if trainer.is_global_zero or sharded(pl_module) is not None:
+            save_delta(pl_module, run_directory(trainer), writes=trainer.is_global_zero)
 
 
 class SavePretrained(Callback):
@@ -58,6 +59,11 @@ class SavePretrained(Callback):
         """Refuses a model that cannot be written, before it is built."""
         if isinstance(pl_module, MoELanguageModel) and pl_module.compute.quantize is not None:
             raise UserError("SavePretrained cannot write a 4-bit model. Remove `quantize`, or use SaveDelta.")
+        if sharded(pl_module) is not None:
+            raise UserError(
+                "SavePretrained writes a whole model, of which each process holds a part where weights are shared. Use "
+                "`trainer.strategy: ddp`, or train it as part of a moextend_pl.MoExtend with SaveDelta."
+            )
         if not hasattr(pl_module, "save_pretrained"):
             raise UserError(f"SavePretrained writes a tower or a language model, got {type(pl_module).__name__}.")
         if isinstance(pl_module, MoELanguageModel) and pl_module.upcycle_spec is not None:

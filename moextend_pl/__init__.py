@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moextend_pl.runs.checkpoint import AtomicCheckpointIO
     from moextend_pl.training.finite import NumbersGuard
     from moextend_pl.training.optim import OptimSpec
+    from moextend_pl.training.sharding.strategy import ShardedStrategy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "OptimSpec",
     "Projector",
     "RandomRule",
+    "ShardedStrategy",
     "ShiftRule",
     "TrainPlan",
     "UpcycleSpec",
@@ -77,6 +79,7 @@ _HOMES = {
     "runs.checkpoint": ("AtomicCheckpointIO",),
     "training.finite": ("NumbersGuard",),
     "training.optim": ("OptimSpec",),
+    "training.sharding.strategy": ("ShardedStrategy",),
 }
 
 

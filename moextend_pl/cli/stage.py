@@ -21,7 +21,7 @@ from moextend_pl.cli.config_files import ALLOW_OPTION, BASE_KEY, StageArguments,
 from moextend_pl.cli.run_config import SaveRunConfig, plain_config, replace_plan
 from moextend_pl.cli.stage_parser import StageParser, guarded_parsing
 from moextend_pl.cli.start import CommonStart
-from moextend_pl.cli.trainer_settings import check_settings, check_trainer
+from moextend_pl.cli.trainer_settings import check_settings, check_trainer, our_strategy
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import remove_leftovers
 from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, drop_later, peek
@@ -175,6 +175,7 @@ class MoExtendCLI(LightningCLI):
         """Builds the trainer; its arguments all come from the user, so its complaints are theirs to mend."""
         if config.get("logger") in (None, True):
             config["logger"] = RunLogger(str(config.get("default_root_dir") or "."))
+        config["strategy"] = our_strategy(config.get("strategy", "auto"))
         try:
             if SLURMEnvironment.detect():
                 # Lightning's own requeue saves inside the signal handler, where ranks stand at different places.

@@ -9,21 +9,26 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from moextend_pl.contracts import UserError
+from moextend_pl.training.sharding.strategy import ShardedStrategy
 
 ABOVE_ZERO = ("accumulate_grad_batches", "val_check_interval", "log_every_n_steps")
 SEEDS = 2**32  # numpy takes no others
 HALF_BY_AUTOCAST = ("16-mixed", "16", 16)
+SHARDED: dict[str, dict[str, Any]] = {"fsdp2": {}, "hsdp": {"copies": "node"}}
+"""Short names of ShardedStrategy -> its arguments."""
 
 _USE_DDP = "Use `ddp`"
+_USE_FSDP2 = "Use `fsdp2`, which shards the layers of the language model, or `ddp`"
 _COPIED = f"starts its processes as copies of this one, to which no result comes back. {_USE_DDP} from a shell."
-_SHARDED = (
-    f"cuts up weights of which most are frozen, and has not been made to fit them. {_USE_DDP}; a base in 4 bits "
-    "(`language.compute.quantize: nf4`) leaves more memory free than sharding it."
+_SHARDED = f"cuts up weights of which most are frozen, and has not been made to fit them. {_USE_FSDP2}."
+_TENSORS = (
+    "cuts single products up where `tensor_parallel_size` is above 1, for which nothing here has been made. Leave both "
+    "sizes out to share weights over all processes; Use `hsdp` for a copy on each node."
 )
-_UNSHARED = f"does not share gradients here: every process would train a model of its own. {_USE_DDP}."
+_UNSHARED = f"does not share gradients here: every process would train a model of its own. {_USE_FSDP2}."
 _XLA = "needs a TPU, for which nothing here has been made. Use a CPU or GPUs, with `auto` or `ddp`."
 _UNKNOWN = f"is not known to share gradients. {_USE_DDP}, or a class of your own that is made from DDPStrategy."
 
@@ -39,11 +44,11 @@ STRATEGIES: dict[str, str] = {
     **dict.fromkeys(("deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload"), _SHARDED),
     **dict.fromkeys(("deepspeed_stage_3", "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme"), _SHARDED),
     "DeepSpeedStrategy": _SHARDED,
-    "ModelParallelStrategy": _UNSHARED,
+    **dict.fromkeys((*SHARDED, "ModelParallelStrategy", "ShardedStrategy"), ""),
     **dict.fromkeys(("xla", "xla_debug", "single_xla", "single_tpu", "XLAStrategy", "SingleDeviceXLAStrategy"), _XLA),
     **dict.fromkeys(("Strategy", "ParallelStrategy"), _UNKNOWN),
 }
-"""Every name and class that Lightning knows a strategy by -> why it is refused; empty where it works."""
+"""Every name and class that Lightning knows a strategy by, and our own -> why it is refused; empty if it works."""
 
 
 def check_settings(config: dict[str, Any]) -> None:
@@ -70,7 +75,31 @@ def check_settings(config: dict[str, Any]) -> None:
     if isinstance(clip, int | float) and clip < 0:
         raise UserError(f"expected `trainer.gradient_clip_val` of at least 0, got {clip}. 0 clips nothing.")
     strategy = trainer.get("strategy") or "auto"
-    _refuse(str(strategy.get("class_path") if isinstance(strategy, dict) else strategy).rpartition(".")[2])
+    name = str(strategy.get("class_path") if isinstance(strategy, dict) else strategy).rpartition(".")[2]
+    _refuse(name)
+    if name in (*SHARDED, "ModelParallelStrategy", "ShardedStrategy") and trainer.get("precision") in HALF_BY_AUTOCAST:
+        raise UserError(
+            f"`trainer.strategy` {name} shards no scaler of float16, which `trainer.precision` "
+            f"{trainer['precision']} needs. Set `bf16-mixed` or `32-true`, or use `ddp`."
+        )
+
+
+def our_strategy(given: Any) -> Any:
+    """Returns what stands for a strategy: short names and Lightning's own class for FSDP2 become ShardedStrategy.
+
+    Args:
+        given: As the trainer would take it; anything else is left as it is.
+
+    Raises:
+        UserError: If Lightning's class is asked for what is not FSDP2 over all processes.
+    """
+    if isinstance(given, str) and given in SHARDED:
+        return ShardedStrategy(**SHARDED[given])
+    if type(given) is not ModelParallelStrategy:
+        return given
+    if given._tensor_parallel_size not in ("auto", 1):
+        raise UserError(f"`trainer.strategy` ModelParallelStrategy {_TENSORS}")
+    return ShardedStrategy(process_group_backend=given.process_group_backend, timeout=given._timeout)
 
 
 def check_trainer(trainer: Trainer, precision: str | int | None) -> None:
@@ -84,6 +113,8 @@ def check_trainer(trainer: Trainer, precision: str | int | None) -> None:
         UserError: If its strategy does not share gradients, its processes are not those that SLURM started, or it has
             exchanged the precision.
     """
+    if isinstance(trainer.strategy, ModelParallelStrategy) and not isinstance(trainer.strategy, ShardedStrategy):
+        raise UserError(f"`trainer.strategy` {type(trainer.strategy).__name__} {_UNSHARED}")
     # What is made from a class of the table is judged as that class.
     _refuse(next(kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in STRATEGIES))
     if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._start_method != "popen":

@@ -37,6 +37,7 @@ from moextend_pl.runs.manifest import (
     versions,
 )
 from moextend_pl.runs.numbers import check_finite
+from moextend_pl.runs.sharded import whole
 from moextend_pl.runs.sources import refuse_other_sources
 from moextend_pl.training.language_losses import RouterWeights
 from moextend_pl.training.stage import StageModule, shapes_only
@@ -154,12 +155,13 @@ def delta_tensors(module: DeltaModule) -> dict[str, Tensor]:
     return tensors
 
 
-def save_delta(module: DeltaModule, run: Path) -> Manifest:
-    """Writes `delta.safetensors` and `manifest.json`, which change as one.
+def save_delta(module: DeltaModule, run: Path, writes: bool = True) -> Manifest:
+    """Writes `delta.safetensors` and `manifest.json`, which change as one; all ranks meet here if the model is sharded.
 
     Args:
         module: The trained model.
         run: Run directory.
+        writes: Whether this rank writes.
 
     Returns:
         The manifest.
@@ -168,7 +170,7 @@ def save_delta(module: DeltaModule, run: Path) -> Manifest:
         UserError: If something that was learned is NaN or infinite.
     """
     parameters = dict(module.named_parameters())
-    delta = {name: tensor.detach().cpu().contiguous() for name, tensor in delta_tensors(module).items()}
+    delta = {name: whole(tensor).cpu().contiguous() for name, tensor in delta_tensors(module).items()}
     check_finite(delta, "what was learned", "Nothing was written. Lower `optim.lr`.")
     manifest = Manifest(
         plans=module.plans,
@@ -181,7 +183,7 @@ def save_delta(module: DeltaModule, run: Path) -> Manifest:
         sources=module.sources()["files"],
         run=run,
     )
-    return manifest.save_with(lambda path: save_file(delta, path))
+    return manifest.save_with(lambda path: save_file(delta, path)) if writes else manifest
 
 
 def check_start(module: DeltaModule, run: Path) -> None:

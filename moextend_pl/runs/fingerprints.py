@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moextend_pl.runs.sharded import whole
+
 # A wrapped router or experts module holds the base's own under this name, once for each extension.
 WRAPPED = re.compile(r"(\.base)+(?=\.)")
 
@@ -21,8 +23,8 @@ def file_sha256(path: Path) -> str:
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """Returns the SHA-256 of a tensor's type, shape and bytes as a hexadecimal string."""
-    value = tensor.detach().cpu().contiguous()
+    """Returns the SHA-256 of a tensor's type, shape and bytes as a hexadecimal string; of a sharded one as a whole."""
+    value = whole(tensor).cpu().contiguous()
     digest = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
     digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

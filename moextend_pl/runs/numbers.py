@@ -6,19 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moextend_pl.contracts import UserError
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Returns what this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from moextend_pl.runs.sharded import any_sharded, local
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of tensors that hold NaN or infinity on this rank.
+    """Returns the names of tensors that hold NaN or infinity; where ranks share them, on all ranks alike.
 
     Args:
         tensors: By name, on any devices; each device is waited for once. Packed ones count as finite.
@@ -32,7 +28,12 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     fine: dict[str, bool] = {}
     for flags in found.values():
         fine.update(zip(flags, torch.stack(list(flags.values())).tolist(), strict=True))
-    return [name for name in tensors if not fine.get(name, True)]
+    wrong = [name for name in tensors if not fine.get(name, True)]
+    if any_sharded(tensors.values()):
+        by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(by_rank, wrong)
+        wrong = [name for name in tensors if any(name in each for each in by_rank)]
+    return wrong
 
 
 def check_finite(tensors: Mapping[str, Tensor], place: str, advice: str) -> None:

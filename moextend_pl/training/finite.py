@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from moextend_pl.contracts import UserError
-from moextend_pl.runs.numbers import check_finite, local
+from moextend_pl.runs.numbers import check_finite
+from moextend_pl.runs.sharded import local
 from moextend_pl.training.losses import sum_over_ranks
 from moextend_pl.training.termination import EndTogether
 

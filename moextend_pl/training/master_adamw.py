@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from moextend_pl.runs.sharded import local
+
 STATE = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -72,13 +74,14 @@ class MasterAdamW(Optimizer):
 
     def _step(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         states = [self._state_of(p) for p in parameters]
-        masters: list[Tensor] = [state["master"] for state in states]
+        # Each number is updated by itself: of what is sharded a rank updates its part.
+        masters: list[Tensor] = [local(state["master"]) for state in states]
         beta1, beta2 = group["betas"]
         adamw(
             masters,
-            [p.grad.float() for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(p.grad).float() for p in parameters if p.grad is not None],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -92,7 +95,7 @@ class MasterAdamW(Optimizer):
             maximize=False,
         )
         for parameter, master in zip(parameters, masters, strict=True):
-            parameter.copy_(master)
+            local(parameter).copy_(master)
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from moextend_pl.contracts import TrainPlan, UserError
+from moextend_pl.runs.sharded import local
 from moextend_pl.training.master_adamw import MasterAdamW
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -231,7 +232,8 @@ class FusedAdamW(AdamW):
     """AdamW that updates all parameters in one call, and none where `found_inf` says so on the device.
 
     A tiny model spends its step in calls, not in arithmetic. Lightning refuses to clip gradients of an optimizer that
-    also takes the scale of float16 off by itself, which this one leaves to the scaler.
+    also takes the scale of float16 off by itself, which this one leaves to the scaler. Each number is updated by
+    itself, so that a rank updates its part of what is sharded, in one call with what is whole.
     """
 
     found_inf: Tensor | None = None
@@ -239,6 +241,12 @@ class FusedAdamW(AdamW):
     def __init__(self, params: list[dict[str, Any]], **numbers: Any) -> None:
         super().__init__(params, **numbers, fused=True)
         self._step_supports_amp_scaling = False
+
+    def _init_group(self, group: dict[str, Any], *gathered: list[Tensor]) -> bool:
+        has_complex = bool(super()._init_group(group, *gathered))
+        for tensors in gathered:
+            tensors[:] = map(local, tensors)
+        return has_complex
 
 
 def build_optimizer(

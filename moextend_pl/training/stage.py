@@ -36,6 +36,9 @@ from moextend_pl.training.optim import (
     check_steps,
     parameter_groups,
 )
+from moextend_pl.training.sharding.gradients import clip_gradients
+from moextend_pl.training.sharding.strategy import check_sharding, sharded
+from moextend_pl.training.sharding.units import language_of, shard
 
 log = logging.getLogger(__name__)
 ADVICE = "Restore that, or start another run in another `trainer.default_root_dir`."
@@ -85,13 +88,14 @@ class StageModule(LightningModule):
         """Returns what the module asks of its data; needs no built networks."""
 
     def setup(self, stage: str) -> None:
-        """Refuses a run without an end, on which the schedule rests, before any weight is read.
+        """Refuses a run without an end, on which the schedule rests, or that cannot be sharded as it is asked to be.
 
         Raises:
-            UserError: If `trainer.max_steps` is not set.
+            UserError: If it is so, before any weight is read.
         """
         if stage == "fit":
             check_steps(self.trainer.max_steps)
+        check_sharding(self)
 
     def with_host_facts(self, batch: Batch) -> Batch:
         """Adds what a step must know of a batch, where the module needs to know anything."""
@@ -107,7 +111,7 @@ class StageModule(LightningModule):
         return [] if any(isinstance(each, NumbersGuard) for each in there) else [NumbersGuard()]
 
     def configure_model(self) -> None:
-        """Builds, grows and freezes, once.
+        """Builds, grows and freezes, once; then shards, where the strategy does.
 
         Raises:
             UserError: If a weight is not finite, or the plan does not fit.
@@ -123,6 +127,9 @@ class StageModule(LightningModule):
         check_partition(self, self.parts())
         apply_train_plan(self.parts(), self.train_plan, self.frozen_parts())
         check_finite(dict(self.named_parameters()), "the weights that were read", "Restore the files they came from.")
+        strategy, language = sharded(self), language_of(self)
+        if strategy is not None and language is not None:
+            shard(language, strategy.shard_mesh)
         self._built = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -164,6 +171,19 @@ class StageModule(LightningModule):
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         self._tokens = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips gradients; by the norm of all of them also where each rank holds a part."""
+        if sharded(self) is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            clip_gradients(parameters, gradient_clip_val, by_value=gradient_clip_algorithm == "value")
 
     def sources(self) -> Sources:
         """Returns what decides the result beside weights and data; files as they were when the networks were built."""

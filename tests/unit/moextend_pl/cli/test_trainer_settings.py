@@ -11,12 +11,16 @@ from helpers.cli_runs import ALLOW, error_of, fit
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from moextend_pl.cli.stage import MoExtendCLI
-from moextend_pl.cli.trainer_settings import STRATEGIES
+from moextend_pl.cli.trainer_settings import STRATEGIES, our_strategy
+from moextend_pl.training.sharding.strategy import ShardedStrategy
 
 FAILS_WHEN_BUILT = "--model.fail=init"
 WORKING = {name for name, reason in STRATEGIES.items() if not reason}
+LIGHTNINGS = "lightning.pytorch.strategies.ModelParallelStrategy"
 NOT_BUILT = {"Strategy", "ParallelStrategy", "SingleDeviceXLAStrategy"}  # here the parser itself refuses to name them
 LAUNCHED_BY_A_SHELL = ("ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+GIVEN = {"ModelParallelStrategy": lightning_strategies.ModelParallelStrategy(), "ShardedStrategy": ShardedStrategy()}
+SHARE_WEIGHTS = ("fsdp2", "hsdp", "ModelParallelStrategy", "ShardedStrategy")
 
 
 class Localised(DDPStrategy):
@@ -30,7 +34,19 @@ class Apart(lightning_strategies.ModelParallelStrategy):
 def test_every_strategy_that_lightning_knows_is_judged() -> None:
     assert set(StrategyRegistry.available_strategies()) <= set(STRATEGIES)
     assert set(lightning_strategies.__all__) <= set(STRATEGIES)
-    assert {"auto", "single_device", *LAUNCHED_BY_A_SHELL, "SingleDeviceStrategy", "DDPStrategy"} == WORKING
+    one, copied = {"auto", "single_device", "SingleDeviceStrategy"}, {*LAUNCHED_BY_A_SHELL, "DDPStrategy"}
+    assert one | copied | set(SHARE_WEIGHTS) == WORKING
+
+
+def test_every_strategy_that_is_accepted_shares_gradients() -> None:
+    shares = (DDPStrategy, ShardedStrategy, lightning_strategies.SingleDeviceStrategy)
+    for name in WORKING - {"auto"}:  # which becomes one of the others
+        if name in StrategyRegistry:
+            assert isinstance(StrategyRegistry.get(name), shares), name
+        elif name in SHARE_WEIGHTS:
+            assert isinstance(our_strategy(GIVEN.get(name, name)), shares), name
+        elif name != "single_device":
+            assert issubclass(getattr(lightning_strategies, name), shares), name
 
 
 @pytest.mark.parametrize("name", sorted(set(STRATEGIES) - WORKING - NOT_BUILT))
@@ -51,13 +67,48 @@ def test_strategy_that_works_is_built(stage: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
+    ("given", "copies"),
+    [
+        ("fsdp2", 1),
+        ("hsdp", "node"),
+        ("{class_path: lightning.pytorch.strategies.ModelParallelStrategy}", 1),
+        ("{class_path: moextend_pl.ShardedStrategy, init_args: {copies: 2}}", 2),
+    ],
+)
+def test_weights_are_shared_by_our_own_strategy(
+    stage: Path, monkeypatch: pytest.MonkeyPatch, given: str, copies: int | str
+) -> None:
+    monkeypatch.setattr(MoExtendCLI, "_run_subcommand", lambda *_: None)
+    strategy = fit(stage, f"--trainer.strategy={given}", "--trainer.devices=4").trainer.strategy
+    assert isinstance(strategy, ShardedStrategy)
+    assert strategy.copies == copies
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            [f"{{class_path: {LIGHTNINGS}, init_args: {{data_parallel_size: 1, tensor_parallel_size: 2}}}}"],
+            "`trainer.strategy` ModelParallelStrategy cuts single products up",
+        ),
+        (["fsdp2", "--trainer.precision=16-mixed"], "`trainer.strategy` fsdp2 shards no scaler of float16"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_with_another(
+    capsys: pytest.CaptureFixture[str], stage: Path, options: list[str], words: str
+) -> None:
+    argv = ["fit", "--config", str(stage), *ALLOW, "--trainer.devices=2", f"--trainer.strategy={options[0]}"]
+    assert words in error_of(capsys, [*argv, *options[1:]])
+
+
+@pytest.mark.parametrize(
     ("strategy", "words"),
     [
         (
             "{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {start_method: spawn}}",
             "`trainer.strategy` ddp_fork starts its processes as copies",
         ),
-        ("{class_path: test_trainer_settings.Apart}", "`trainer.strategy` ModelParallelStrategy does not share"),
+        ("{class_path: test_trainer_settings.Apart}", "`trainer.strategy` Apart does not share gradients here"),
     ],
 )
 def test_strategy_is_judged_by_what_it_is_made_from(

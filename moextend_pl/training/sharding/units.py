@@ -1,0 +1,79 @@
+"""What is sharded together: one decoder layer at a time, whose experts all ranks compute together."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import chain
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from moextend_pl.contracts import UserError
+from moextend_pl.training.half_precision import exact_places
+
+
+def language_of(module: nn.Module) -> PreTrainedModel | None:
+    """Returns the model that predicts words: the transformers model with a head; None where there is none."""
+    models = (each for each in module.modules() if isinstance(each, PreTrainedModel))
+    return next((each for each in models if each.get_output_embeddings() is not None), None)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the layers of a transformers model, none of them inside of another."""
+    layers: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
+            layers.append(module)
+            inside.update(module.modules())
+    return layers
+
+
+def kept_whole(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Returns the parameters that every rank holds whole.
+
+    Embeddings, which are also read outside of the model's own pass; what has its own type in a model of 16 bits; and
+    single numbers, which cannot be cut.
+
+    Args:
+        model: A transformers model.
+    """
+    exact = [getattr(module, name) for module, name in exact_places(model)]
+    single = [parameter for parameter in model.parameters() if not parameter.dim()]
+    found = chain(model.get_input_embeddings().parameters(), exact, single)
+    return {parameter for parameter in found if isinstance(parameter, nn.Parameter)}
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Leaves each rank its part of the weights of every decoder layer, and of what stands around them, in place.
+
+    Every layer is gathered when it computes, forward and backward, and let go again. Its experts are one unit with
+    it, never units of their own: which of them are called differs by rank.
+
+    Args:
+        model: Grown and frozen as it will be trained.
+        mesh: One dimension, or two: copies, and ranks that share one.
+
+    Raises:
+        UserError: If the model has no layers that are known as such.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise UserError(
+            f"Expected a language model whose decoder layers transformers names as such, got {type(model).__name__}: "
+            "its weights cannot be sharded. Use `trainer.strategy: ddp`."
+        )
+    alone, place = kept_whole(model), partial(_dimension, mesh.size(-1))
+    for unit in (*layers, model):
+        # Also the last one is let go after its pass: between passes a parameter is always the rank's part.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, shard_placement_fn=place, ignored_params=alone)
+
+
+def _dimension(ranks: int, parameter: nn.Parameter) -> Shard | None:
+    """Returns the first dimension that ranks share evenly: one new expert would else lie on one rank as a whole."""
+    even = [number for number, size in enumerate(parameter.shape) if size % ranks == 0]
+    return Shard(even[0]) if even else None

@@ -1,0 +1,177 @@
+"""Every stage under FSDP2 and HSDP takes the steps of one process, and goes on under any other strategy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.ranks import Round, run_rounds
+from helpers.stages import PARTS, metrics, write_stage
+from helpers.tiny_world import TinyWorld, make_plan, perturb
+from safetensors.torch import load_file
+
+from moextend_pl import cli
+from moextend_pl.contracts import ExtensionPlan, TrainPlan, UpcycleSpec
+from moextend_pl.models.delta import save_delta
+from moextend_pl.models.moextend import MoExtend
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+# So small that AdamW, which divides a gradient by its own size, makes no difference of one that is rounding.
+OPTIONS = ("--model.optim.lr=1e-4", "--model.optim.schedule=constant", "--model.optim.warmup_fraction=0")
+ONE, FSDP2 = ("--trainer.devices=1",), ("--trainer.strategy=fsdp2",)
+HSDP = ("--trainer.strategy={class_path: moextend_pl.ShardedStrategy, init_args: {copies: 2}}",)
+# stage -> options of its own
+STAGES: dict[str, tuple[str, ...]] = {
+    "align": ("--trainer.gradient_clip_val=0.05",),
+    "probe": (),
+    "extend": ("--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0.5"),
+    "second": (),
+    "instruction": ("--model.optim.weight_decay=0.1",),
+}
+HALF = "extend_half"
+
+
+class Runs:
+    """Run directories of stages by the way they were run."""
+
+    def __init__(self, world: TinyWorld, root: Path) -> None:
+        self.world, self.root = world, root
+        first = make_plan(sources=(1, 2), init="copy", routing="masked")
+        first.save(root / "extend.yaml")
+        make_plan((0, 1), sources=(0,), routing="masked").save(root / "second.yaml")
+        # Off their start, where a new expert ties with its source.
+        grown = self._start("extend", world.model(first, PARTS["extend"]))
+        spec = UpcycleSpec(experts=4, top_k=2)
+        upcycled = world.cumo(encoder=spec, projector=spec, language=spec)
+        upcycled.train_plan = TrainPlan(tuple(PARTS["instruction"]))
+        upcycled.configure_model()
+        self.starts = {
+            "extend": grown,
+            "second": grown,
+            HALF: grown,
+            "instruction": self._start("instruction", upcycled),
+        }
+
+    def _start(self, stage: str, model: MoExtend) -> Path:
+        perturb([p for name in PARTS[stage] for p in model.parts()[name]], size=0.1)
+        save_delta(model, self.root / f"start_{stage}")
+        return self.root / f"start_{stage}"
+
+    def command(self, stage: str, way: str, *options: str, steps: int = STEPS) -> list[str]:
+        """Writes the config of a stage and returns the command that runs it."""
+        kind, run = {"second": "extend", HALF: "extend"}.get(stage, stage), self.run(stage, way)
+        plan = self.root / f"{'second' if stage == 'second' else 'extend'}.yaml"
+        path = write_stage(self.world, run, kind, plan=plan, init_from=self.starts.get(stage), steps=steps)
+        if stage == "second":
+            path.write_text(path.read_text().replace("init: copy", "init: preserving"))
+        return ["fit", "--config", str(path), *OPTIONS, *STAGES.get(stage, ()), *options]
+
+    def run(self, stage: str, way: str) -> Path:
+        """Returns the directory of a run."""
+        return self.root / way / stage
+
+    def parameters(self, stage: str) -> int:
+        """Returns the number of numbers in the base, which no checkpoint holds."""
+        base = self.world.dense if stage == "instruction" else self.world.base
+        return sum(value.numel() for value in load_file(base / "model.safetensors").values())
+
+    def saved(self, stage: str, way: str) -> dict:
+        """Returns the last checkpoint of a run."""
+        return torch.load(self.run(stage, way) / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All stages on one process and on two that share weights; halves of a run that go on in another way."""
+    found, half = Runs(tiny_world, tmp_path_factory.mktemp("sharded")), "--trainer.precision=bf16-true"
+    for stage in STAGES:
+        cli.run(found.command(stage, "one", *ONE))
+    cli.run(found.command("extend", "one then two", *ONE, steps=STEPS // 2))
+    two = ["--trainer.devices=2"]
+    rounds: list[Round] = [
+        (
+            2,
+            [
+                *(found.command(stage, "two", *two, *FSDP2) for stage in STAGES),
+                found.command(HALF, "two", half, *two, *FSDP2),
+                found.command(HALF, "ddp", half, *two, "--trainer.strategy=ddp"),
+                found.command("extend", "two then one", *two, *FSDP2, steps=STEPS // 2),
+            ],
+        ),
+        (4, [found.command("extend", "four", "--trainer.devices=4", *HSDP)]),
+    ]
+    run_rounds(rounds, found.root)
+    cli.run(found.command("extend", "two then one", *ONE))
+    run_rounds([(2, [found.command("extend", "one then two", *two, *FSDP2)])], found.root)
+    return found
+
+
+def assert_same(runs: Runs, stage: str, way: str) -> None:
+    # By order: of a run that went on after its end, Lightning counts rows from one more.
+    expected, got = (list(metrics(runs.run(stage, each)).values()) for each in ("one", way))
+    assert len(got) == len(expected) == STEPS
+    for step, (values, others) in enumerate(zip(expected, got, strict=True)):
+        assert others == pytest.approx(values, abs=1e-5), f"step {step}"
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_losses_of_two_processes_that_share_weights_are_those_of_one(runs: Runs, stage: str) -> None:
+    assert_same(runs, stage, "two")
+
+
+def test_losses_of_two_copies_that_two_processes_share_are_those_of_one(runs: Runs) -> None:
+    assert_same(runs, "extend", "four")
+
+
+@pytest.mark.parametrize("way", ["one then two", "two then one"])
+def test_run_goes_on_under_another_strategy_as_if_it_had_not_changed(runs: Runs, way: str) -> None:
+    assert_same(runs, "extend", way)
+
+
+@pytest.mark.parametrize("stage", ["align", "extend", "second", "instruction"])
+def test_what_is_left_behind_is_that_of_one_process(runs: Runs, stage: str) -> None:
+    deltas = [load_file(runs.run(stage, way) / "delta.safetensors") for way in ("one", "two")]
+    assert deltas[0].keys() == deltas[1].keys()
+    for name, value in deltas[0].items():
+        assert (deltas[1][name] - value).float().square().mean().sqrt() < 1e-5, name
+    one, two = (json.loads((runs.run(stage, way) / "manifest.json").read_text()) for way in ("one", "two"))
+    assert {key for key in one if one[key] != two[key]} == {"delta_sha256"}
+    receipts = [json.loads((runs.run(stage, way) / "frozen.json").read_text()) for way in ("one", "two")]
+    assert receipts[0] == receipts[1]
+    assert receipts[0]["unchanged"]
+
+
+def test_probe_chooses_the_layers_of_one_process_and_puts_its_routers_back(runs: Runs) -> None:
+    plans = [ExtensionPlan.load(runs.run("probe", way) / "extension_plan.yaml") for way in ("one", "two")]
+    assert plans[0].layers == plans[1].layers
+    assert plans[0].report["scores"] == pytest.approx(plans[1].report["scores"], abs=1e-6)
+    saved, base = runs.saved("probe", "two"), load_file(runs.world.base / "model.safetensors")
+    routers = [value for name, value in saved["state_dict"].items() if "gate" in name]
+    assert len(routers) == 3
+    assert all(any(r.shape == t.shape and torch.equal(r, t) for t in base.values()) for r in routers)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, HALF])
+def test_checkpoint_is_the_file_of_one_process(runs: Runs, stage: str) -> None:
+    one, two = runs.saved(stage, "ddp" if stage == HALF else "one"), runs.saved(stage, "two")
+    shapes = [{name: (t.shape, t.dtype) for name, t in saved["state_dict"].items()} for saved in (one, two)]
+    assert shapes[0] == shapes[1]
+    learned, whole = sum(t.numel() for t in one["state_dict"].values()), runs.parameters(stage)
+    assert stage == "instruction" or learned < whole / 2
+    (first,), (second,) = one["optimizer_states"], two["optimizer_states"]
+    assert first["param_groups"] == second["param_groups"]
+    assert first["state"].keys() == second["state"].keys()
+    for number, values in first["state"].items():
+        for name, value in values.items():
+            other = second["state"][number][name]
+            assert (other.shape, other.dtype) == (value.shape, value.dtype)
+            assert (other - value).abs().max() <= 1e-4 * value.abs().max(), name
+
+
+def test_losses_of_half_precision_are_those_of_ddp(runs: Runs) -> None:
+    ddp, two = (list(metrics(runs.run(HALF, way)).values()) for way in ("ddp", "two"))
+    for values, others in zip(ddp, two, strict=True):
+        assert others == pytest.approx(values, abs=1e-5)

@@ -117,7 +117,10 @@ def _add_build(build: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def _image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--resize", type=int, metavar="SIDE", help="shrink larger images to SIDE x SIDE JPEGs, as training would"
+        "--resize", type=int, metavar="SIDE", help="shrink larger images to JPEGs whose shorter side is SIDE"
+    )
+    parser.add_argument(
+        "--square", action="store_true", help="with --resize, stretch them to SIDE x SIDE, for towers that squash"
     )
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality of what --resize shrinks (default 90)")
     parser.add_argument("--skip-bad", action="store_true", help=f"leave bad entries out, listed in {SKIPPED_FILE}")
@@ -180,7 +183,8 @@ def _build_own(options: argparse.Namespace) -> int:
     data = read_data(options.place, options.images, options.question, _columns(options.columns))
     for line in data.told:
         _say(line)
-    how = BuildOptions(options.samples_per_shard, options.workers, options.resize, options.quality, options.skip_bad)
+    names = ("samples_per_shard", "workers", "resize", "square", "quality", "skip_bad")
+    how = BuildOptions(**{name: getattr(options, name) for name in names})
     with _progress() as progress:
         built = build_shards(data, options.out, how, progress)
     _say(totals(options.out, built.shards))

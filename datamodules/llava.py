@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from datamodules.index import Shard
-from datamodules.llava_entries import entry_name, is_unnamed, make_entry, read_annotations, unique_keys
+from datamodules.llava_entries import Shrink, entry_name, is_unnamed, make_entry, read_annotations, unique_keys
 from datamodules.own_data import OwnData
 from datamodules.pool import in_processes
 from datamodules.scan import build_index
@@ -46,8 +46,8 @@ class BuildOptions:
     Attributes:
         samples_per_shard: Entries of each shard but the last.
         workers: Processes.
-        resize: Side in pixels of the square that larger images are shrunk to, as training would; None keeps the
-            files as they are.
+        resize: Shorter side in pixels that larger images are shrunk to; None keeps the files as they are.
+        square: Whether shrunk images are stretched to a square of that side, as a tower that squashes sees them.
         quality: JPEG quality of images that were shrunk.
         skip_bad: Whether to leave out entries with mistakes instead of writing nothing.
     """
@@ -55,6 +55,7 @@ class BuildOptions:
     samples_per_shard: int = SAMPLES_PER_SHARD
     workers: int = 1
     resize: int | None = None
+    square: bool = False
     quality: int = 90
     skip_bad: bool = False
 
@@ -245,8 +246,9 @@ def _build_shard(job: _Job) -> Done:
 
 
 def _entries(job: _Job, done: Done) -> Iterator[Entry]:
+    shrink = Shrink(job.options.resize, job.options.square, job.options.quality)
     for number, key, item in job.items:
-        made = make_entry(item, key, job.images, job.options.resize, job.options.quality)
+        made = make_entry(item, key, job.images, shrink)
         done.problems += [f"entry {number} ({entry_name(item)}): {problem}" for problem in made.problems]
         done.bytes_before += made.bytes_before
         if made.entry is not None and (job.options.skip_bad or not done.problems):

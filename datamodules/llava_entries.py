@@ -31,6 +31,21 @@ LONGEST_SHOWN = 100
 
 
 @dataclass(frozen=True)
+class Shrink:
+    """What becomes of large images.
+
+    Attributes:
+        side: Shorter side in pixels that they become a JPEG of; None keeps all as they are.
+        square: Whether they are stretched to a square of that side instead.
+        quality: JPEG quality, 1 to 100.
+    """
+
+    side: int | None = None
+    square: bool = False
+    quality: int = 90
+
+
+@dataclass(frozen=True)
 class Made:
     """What became of an entry.
 
@@ -129,15 +144,14 @@ def entry_name(item: Any) -> str:
     return f"id {item.get('id')!r}" if isinstance(item, dict) else type(item).__name__
 
 
-def make_entry(item: Any, key: str, root: Path, side: int | None, quality: int) -> Made:
+def make_entry(item: Any, key: str, root: Path, shrink: Shrink) -> Made:
     """Checks an entry and reads its images.
 
     Args:
         item: As it stands in the JSON file.
         key: Its unique key; '' if it has no usable id.
         root: Folder that image names start from.
-        side: As for `prepared_image`.
-        quality: As for `prepared_image`.
+        shrink: What becomes of large images.
     """
     if not isinstance(item, dict):
         return Made(None, ["expected an object with `id` and `conversations`"])
@@ -150,7 +164,7 @@ def make_entry(item: Any, key: str, root: Path, side: int | None, quality: int) 
         try:
             data = _read_image(root, name)
             before += len(data)
-            images.append(prepared_image(data, _shown(name), side, quality))
+            images.append(prepared_image(data, _shown(name), shrink))
         except UserError as error:
             problems.append(str(error))
     problems += conversation_problems(found.conversations, len(found.images))
@@ -219,21 +233,23 @@ def _shown(name: Any) -> str:
     return name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..."
 
 
-def prepared_image(data: bytes, name: str, side: int | None, quality: int) -> bytes:
+def prepared_image(data: bytes, name: str, shrink: Shrink) -> bytes:
     """Returns an image file as it goes into a shard, decoded once to be sure that it can be.
 
     Args:
         data: The file's content.
         name: Its name, for the error message.
-        side: Larger images become a JPEG of this side, stretched to a square as training does; None keeps all.
-        quality: JPEG quality, 1 to 100.
+        shrink: What becomes of a larger image.
 
     Raises:
         UserError: If it is damaged, too large, or of another format.
     """
     image = decode_image(data, name)
-    if side is None or max(open_image(data, name).size) <= side:
+    side, size = shrink.side, open_image(data, name).size
+    if side is None or (max(size) if shrink.square else min(size)) <= side:
         return data
+    # Proportions are kept, so that a tower may squash, pad or crop as it likes.
+    width, height = (side if shrink.square else side * length // min(image.size) for length in image.size)
     stream = io.BytesIO()
-    image.resize((side, side), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=quality)
+    image.resize((width, height), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=shrink.quality)
     return stream.getvalue()

@@ -39,14 +39,14 @@ class SampleSpec:
 
     Attributes:
         tokenizer: Turns text into ids; must carry a chat template.
-        image_token_id: Id that stands on every position that an image feature will fill. It may lie
-            outside the vocabulary: the model never embeds it.
+        image_token_id: Id on every position that an image feature will fill; may lie outside the vocabulary.
         tokens_per_image: P, number of placeholders one image expands to.
-        image_size: Side of the square, in pixels, that images are resized to.
+        image_size: Side of the square, in pixels, that images become.
         image_mean: Per channel mean of the pixel values in [0, 1].
         image_std: Per channel standard deviation of the pixel values in [0, 1].
         packing_obstacle: Why the model cannot take rows of several documents; empty if it can.
         context: Longest sequence that the model was made for, in positions; None if it says none.
+        resize: How images that are not square become one, see `samples.squares`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,6 +57,7 @@ class SampleSpec:
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     packing_obstacle: str = ""
     context: int | None = None
+    resize: str = "squash"
 
 
 @dataclass

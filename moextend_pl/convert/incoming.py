@@ -25,6 +25,7 @@ from moextend_pl.models.tower import PREPROCESSOR_FILE
 from moextend_pl.runs.atomic import write_json
 from moextend_pl.runs.fingerprints import file_sha256
 from moextend_pl.runs.manifest import DELTA_FILE, Manifest, versions
+from moextend_pl.samples.squares import PAD
 
 REPORT = "conversion.json"
 PUBLISHED_CONFIG = "published_config.json"
@@ -131,7 +132,8 @@ def _write_encoder(
     write_tensors(weights, folder / WEIGHTS_FILE)
     config.save_pretrained(folder)
     write_json(folder / PREPROCESSOR_FILE, {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD})
-    facts = {"name": "clip", "pool": 1, "image_size": config.image_size, "tower_args": {}}
+    # As LLaVA-1.5's scripts and CuMo's train on instructions.
+    facts = {"name": "clip", "pool": 1, "image_size": config.image_size, "tower_args": {}, "resize": PAD}
     write_json(folder / CONFIG_FILE, {**facts, **own})
 
 

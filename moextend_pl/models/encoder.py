@@ -21,10 +21,11 @@ from moextend_pl.contracts import Batch, SampleSpec, UpcycleSpec, UserError
 from moextend_pl.models import tower as towers
 from moextend_pl.models.multiscale import checked_scales, encode_scales
 from moextend_pl.models.tower import FeatureSpec
-from moextend_pl.models.tower_grid import patches_side, pooled_side, timm_side
+from moextend_pl.models.tower_grid import own_side, patches_side, pooled_side, timm_own_side, timm_side
 from moextend_pl.moe.blocks import list_blocks
 from moextend_pl.moe.upcycle import agreed_spec, upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
+from moextend_pl.samples.squares import SQUASH, check_resize
 from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.training.batch_norm import share_statistics
 from moextend_pl.training.captions import captions_of, contrast
@@ -42,8 +43,8 @@ class VisionEncoder(StageModule):
         name: `timm/<model>` for a timm model, or the folder of a transformers vision model, or of a CLIP or SigLIP
             model, of which the image side is taken.
         path: Folder written by `save_pretrained`; it replaces all other arguments of the tower, but for
-            `upcycle`, `scales` and `reference` where they are given too.
-        image_size: Side in pixels.
+            `upcycle`, `scales`, `reference` and `resize` where they are given too.
+        image_size: Side in pixels; the tower's own by default.
         tower_args: Further arguments of `timm.create_model`.
         features: What is read of the tower.
         upcycle: How the MLPs of the tower become mixtures of experts; None leaves them dense.
@@ -57,7 +58,7 @@ class VisionEncoder(StageModule):
         *,
         name: str | None = None,
         path: str | None = None,
-        image_size: int = 224,
+        image_size: int | None = None,
         tower_args: dict[str, Any] | None = None,
         features: FeatureSpec | None = None,
         upcycle: UpcycleSpec | None = None,
@@ -80,15 +81,28 @@ class VisionEncoder(StageModule):
         self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
-        if self.config["image_size"] < 1:
-            raise UserError(f"Expected `encoder.image_size` of at least 1, got {self.config['image_size']}.")
         if not self.is_timm:
             towers.check_folder(self.folder)
+        if self.config["image_size"] is None:
+            self.config["image_size"] = self._own_side()
+        if self.config["image_size"] < 1:
+            raise UserError(f"Expected `encoder.image_size` of at least 1, got {self.config['image_size']}.")
+        self.config["resize"] = check_resize(features.resize or self._own_resize(), int(self.config["image_size"]))
         self.config["reference"] = features.reference or bool(self.config.get("reference"))
         self.config["scales"] = checked_scales(features.scales or self.config.get("scales") or [1])
         self.stored_upcycle = UpcycleSpec.from_dict(self.config.get("upcycle"))
         self.upcycle_spec = agreed_spec(self.stored_upcycle, upcycle, f"{path}: the tower")
         self.watch = RouterWatch()
+
+    def _own_side(self) -> int:
+        name = str(self.config["name"])
+        return timm_own_side(name.removeprefix(TIMM)) if self.is_timm else own_side(self.folder)
+
+    def _own_resize(self) -> str:
+        """Returns what the tower says; one that was saved before it could say was trained on squashed images."""
+        if self.path is not None or self.is_timm:
+            return str(self.config.get("resize", SQUASH))
+        return towers.image_resize(int(self.config["image_size"]), self.folder)
 
     @staticmethod
     def _read_config(path: Path) -> dict[str, Any]:
@@ -110,7 +124,7 @@ class VisionEncoder(StageModule):
         Raises:
             UserError: If its weights lie in no folder.
         """
-        added = {name: self.config[name] for name in ("scales", "reference")}
+        added = {name: self.config[name] for name in ("scales", "reference", "resize")}
         if self.path is not None:
             return {"path": str(self.path), **added}
         if self.is_timm:
@@ -229,7 +243,8 @@ class VisionEncoder(StageModule):
         tokenizer = load_tokenizer(self.tokenizer_path)
         side = int(self.config["image_size"])
         obstacle = "the contrastive loss compares each image with the text of its row"
-        return SampleSpec(tokenizer, len(tokenizer), self.tokens_per_image, side, packing_obstacle=obstacle)
+        how = str(self.config["resize"])
+        return SampleSpec(tokenizer, len(tokenizer), self.tokens_per_image, side, packing_obstacle=obstacle, resize=how)
 
     def forward(self, pixels_I3HW: Tensor) -> Tensor:
         """Encodes images.

@@ -21,6 +21,7 @@ from transformers import AutoModel, PreTrainedConfig
 
 from moextend_pl.contracts import UserError
 from moextend_pl.models.model_folder import read_config
+from moextend_pl.samples.squares import SQUASH, own_resize
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 MASK_TOKEN = "mask_token"
@@ -36,12 +37,16 @@ class FeatureSpec:
         pool: Side of the squares over which the feature grid is averaged.
         scales: Scales at which an image is encoded; their channels stand side by side (S2). By default [1].
         reference: Whether blocks that nothing reads are kept and computed, as in the published code of CuMo.
+        resize: How images that are not square become one: `squash`, `pad` (with the mean colour, as LLaVA-1.5), `crop`
+            (shorter side to the image size, then the middle), or `crop:N` (shorter side to N first). By default what
+            the tower's preprocessor_config.json says, else `squash`.
     """
 
     layer: int = -2
     pool: int = 1
     scales: list[int] | None = None
     reference: bool = False
+    resize: str | None = None
 
 
 def vision_config(folder: str) -> PreTrainedConfig:
@@ -129,6 +134,19 @@ def image_statistics(*folders: str) -> dict[str, tuple[float, float, float]]:
             f"Expected `image_mean` and `image_std` in {path}, got {error!r}. Take the file from where the tower's "
             "weights come from."
         ) from error
+
+
+def image_resize(side: int, *folders: str) -> str:
+    """Returns how the images of a transformers tower become square; squashed where no folder says.
+
+    Args:
+        side: Of the square in pixels.
+        folders: As for `image_statistics`.
+    """
+    for path in (Path(folder) / PREPROCESSOR_FILE for folder in folders):
+        with suppress(OSError, ValueError, TypeError):
+            return own_resize(dict(json.loads(path.read_text())), side)
+    return SQUASH
 
 
 def save_facts(tower: Any, path: Path, *folders: str) -> None:

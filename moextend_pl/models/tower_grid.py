@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 import torch
 
 from moextend_pl.contracts import UserError
 from moextend_pl.models.tower import make_tower, vision_config
+
+TIMM_SIDE = 224
 
 
 def patches_side(folder: str, side: int) -> int:
@@ -65,6 +68,27 @@ def timm_side(tower: Any, name: str, side: int) -> int:
             "Name another tower."
         )
     return int(sides[-1])
+
+
+def own_side(folder: str) -> int:
+    """Returns the side of the images that a transformers tower takes, in pixels.
+
+    Raises:
+        UserError: If its configuration does not say.
+    """
+    side = getattr(vision_config(folder), "image_size", None)
+    side = side[0] if isinstance(side, list | tuple) and len(set(side)) == 1 else side
+    if not isinstance(side, int):
+        raise UserError(
+            f"Expected `encoder.image_size`, since {folder}/config.json says none. Set it in the stage file."
+        )
+    return side
+
+
+def timm_own_side(name: str) -> int:
+    """Returns the side of the images that a timm model was made for, in pixels; 224 where it does not say."""
+    facts = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return TIMM_SIDE if facts is None else int(facts.input_size[-1])
 
 
 def pooled_side(side: int, pool: int) -> int:

@@ -107,6 +107,9 @@ class Manifest:
                     f"{self.run} holds no {part}; it can be the start of a stage, but not a model by itself."
                 )
             arguments[part][_folder_name(arguments[part], part)] = str(self.folder(part))
+        if not arguments["encoder"].get("path"):  # a saved tower says it itself
+            # Runs that do not say are of before there was a choice.
+            arguments["encoder"].setdefault("resize", "squash")
         for name in _places(arguments["language"]):
             arguments["language"][name] = os.path.normpath(self.run / arguments["language"][name])
         return arguments

@@ -288,7 +288,7 @@ def test_build_llava_tells_sizes_and_new_keys_and_what_was_left_out(tmp_path, ca
     assert "MiB as files" in out
     assert "1 problem(s): see" in out
     assert main(["show", str(tmp_path / "o"), "x-2"]) == 0
-    assert "JPEG 64 x 64 RGB" in capsys.readouterr().out
+    assert "JPEG 96 x 64 RGB" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "o")]) == 0
 
 

@@ -11,7 +11,7 @@ from helpers.faulty_shards import conversation_json, plain_image, write_tar
 from datamodules.command import main
 from datamodules.dialects import UNANSWERED, UNASKED, UNSHOWN, UNTOLD, spoken
 from datamodules.llava import build_from_llava
-from datamodules.llava_entries import make_entry
+from datamodules.llava_entries import Shrink, make_entry
 from datamodules.reader import ShardReader
 from datamodules.scan import build_index
 from datamodules.shards import conversation
@@ -63,7 +63,7 @@ CALLED = {"human": "user", "gpt": "assistant"}
 )  # fmt: skip
 def test_every_dialect_gives_the_same_sample(item, tmp_path):
     (tmp_path / "one.png").write_bytes(plain_image(3))
-    made = make_entry(item, "a", tmp_path, None, 90)
+    made = make_entry(item, "a", tmp_path, Shrink())
     assert made.problems == []
     assert made.entry.conversations == TURNS
     assert made.entry.images == (plain_image(3),)
@@ -73,7 +73,7 @@ def test_an_address_that_holds_the_image_and_one_that_names_a_file_give_its_byte
     (tmp_path / "one.png").write_bytes(plain_image(3))
     for url in (ADDRESS, f"file://{tmp_path}/one.png", str(tmp_path / "one.png")):
         item = {"messages": [message("user", [text_part("what?"), shown(url)]), message("assistant", "this")]}
-        made = make_entry(item, "a", tmp_path, None, 90)
+        made = make_entry(item, "a", tmp_path, Shrink())
         assert made.problems == []
         assert made.entry.images == (plain_image(3),)
         assert made.entry.conversations == conversation(("what?\n<image>", "this"))
@@ -93,7 +93,7 @@ def test_an_address_that_holds_the_image_and_one_that_names_a_file_give_its_byte
 )
 def test_an_image_that_cannot_be_had_is_told_in_few_words(url, sentence, tmp_path):
     item = {"messages": [message("user", [text_part("what?"), shown(url)]), message("assistant", "this")]}
-    (problem,) = make_entry(item, "a", tmp_path, None, 90).problems
+    (problem,) = make_entry(item, "a", tmp_path, Shrink()).problems
     assert sentence in problem
     assert len(problem) < 400
 
@@ -130,7 +130,7 @@ def test_what_has_no_question_or_no_answer_is_left_out_with_its_images_and_count
 )
 def test_what_no_rule_covers_stays_a_problem(item, sentence, tmp_path):
     (tmp_path / "one.png").write_bytes(plain_image(3))
-    assert any(sentence in problem for problem in make_entry(item, "a", tmp_path, None, 90).problems)
+    assert any(sentence in problem for problem in make_entry(item, "a", tmp_path, Shrink()).problems)
 
 
 def test_lines_give_the_same_shards_as_a_list(tmp_path):

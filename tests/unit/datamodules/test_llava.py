@@ -154,7 +154,7 @@ def test_larger_images_are_shrunk_as_training_would_and_sizes_are_told(tmp_path)
     items = [
         {"id": "a", "image": ["large.jpg", "small.png"], "conversations": conversation(("<image><image>?", "yes"))}
     ]
-    built = build_from_llava(*llava(tmp_path, items), BuildOptions(resize=32, quality=100))
+    built = build_from_llava(*llava(tmp_path, items), BuildOptions(resize=32, square=True, quality=100))
     large, small = ShardReader(tmp_path / "out").read(0).images
     assert small == noisy(8, "PNG")  # one that is small enough stays as it is
     found = Image.open(io.BytesIO(large))
@@ -164,8 +164,12 @@ def test_larger_images_are_shrunk_as_training_would_and_sizes_are_told(tmp_path)
     assert difference.mean() < 12  # noise is the hardest picture for a JPEG
     assert built.done.bytes_before == len(noisy(100)) + len(small)
     assert built.done.bytes_after == len(large) + len(small)
-    lower = build_from_llava(*llava(tmp_path, items), BuildOptions(resize=32, quality=30))
+    lower = build_from_llava(*llava(tmp_path, items), BuildOptions(resize=32, square=True, quality=30))
     assert lower.done.bytes_after < built.done.bytes_after
+    build_from_llava(
+        *llava(tmp_path, items), BuildOptions(resize=32)
+    )  # proportions are kept unless a square is asked for
+    assert Image.open(io.BytesIO(ShardReader(tmp_path / "out").read(0).images[0])).size == (64, 32)
 
 
 def test_bad_entries_are_left_out_on_demand_and_listed(tmp_path, picture):

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from datamodules import llava_entries, shards
-from datamodules.llava_entries import make_entry, read_annotations
+from datamodules.llava_entries import Shrink, make_entry, read_annotations
 from datamodules.shards import conversation
 from moextend_pl.contracts import UserError
 
@@ -13,7 +13,7 @@ TURNS = conversation(("<image>\nwhat?", "this"))
 
 
 def problems_of(item, root, key="a"):
-    return make_entry(item, key, root, None, 90).problems
+    return make_entry(item, key, root, Shrink()).problems
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from moextend_pl.export.card import write_card
 from moextend_pl.export.configuration import MoExtendConfig
 from moextend_pl.export.modeling import MoExtendForConditionalGeneration
 from moextend_pl.export.processing import NOT_PIXELS, MoExtendImageProcessor, MoExtendProcessor
+from moextend_pl.export.travelling_code import AUTO_MAP, write_code
 from moextend_pl.inference.decoding import end_tokens, longest_answer
 from moextend_pl.models.model_folder import read_config
 from moextend_pl.models.moextend import MoExtend
@@ -24,7 +25,7 @@ from moextend_pl.training.half_precision import default_dtype
 OURS, THEIRS = "language.model.", "language_model."
 SHARD = "5GB"
 USE = """```python
-import moextend_pl
+import moextend_pl  # or give trust_remote_code=True below: the code is in this folder
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("FOLDER")
@@ -141,6 +142,7 @@ def processor_of(spec: SampleSpec) -> MoExtendProcessor:
         spec.tokenizer,
         image_token_id=spec.image_token_id,
         tokens_per_image=spec.tokens_per_image,
+        context=spec.context,
     )
 
 
@@ -153,9 +155,19 @@ def write_model(model: MoExtend, folder: Path, task: str = "", shard: str = SHAR
         task: As in `configuration_of`.
         shard: Largest file of weights.
     """
+    whole, processor = exported(model, task), processor_of(model.sample_spec())
+    known: dict[str, Any] = {
+        "AutoConfig": whole.config,
+        "AutoModelForImageTextToText": whole.config,
+        "AutoProcessor": processor,
+        "AutoImageProcessor": processor.image_processor,
+    }
+    for name, each in known.items():
+        each.auto_map = {**getattr(each, "auto_map", {}), name: AUTO_MAP[name]}
     # Names as they are in memory: base weights keep them where layers are extended, and the others then too.
-    exported(model, task).save_pretrained(folder, max_shard_size=shard, save_original_format=False)
-    processor_of(model.sample_spec()).save_pretrained(folder)
+    whole.save_pretrained(folder, max_shard_size=shard, save_original_format=False)
+    processor.save_pretrained(folder)
+    write_code(folder)
 
 
 def export_run(run: Path, folder: Path, task: str = "", shard: str = SHARD, base: str | Path | None = None) -> None:

@@ -5,23 +5,28 @@ Shapes: B prompts, S sequence, I images, H = W side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_transforms import to_pil_image
 
-from moextend_pl.contracts import SampleSpec, UserError
-from moextend_pl.export.messages import as_picture, batched, read_messages
+from moextend_pl.contracts import Sample, SampleSpec, UserError
+from moextend_pl.inference.pictures import open_picture
 from moextend_pl.samples.collate import pad
 from moextend_pl.samples.conversation import ConversationEncoder
+from moextend_pl.samples.messages import Question, read_messages
 from moextend_pl.samples.pixels import PixelTransform, to_rgb
-from moextend_pl.samples.templates import apply_template
+from moextend_pl.samples.prompt import prompt_sample
+from moextend_pl.samples.templates import apply_template, messages_of
 from moextend_pl.samples.turns import IMAGE_MARK
 
-NOT_PIXELS = ("tokenizer", "image_token_id", "tokens_per_image", "packing_obstacle")
+NOT_PIXELS = ("tokenizer", "image_token_id", "tokens_per_image", "packing_obstacle", "context")
 
 
 class MoExtendImageProcessor(BaseImageProcessor):
@@ -38,22 +43,24 @@ class MoExtendImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.pixels = pixels or {}
 
-    def spec(self, tokenizer: Any = None, image_token_id: int = 0, tokens_per_image: int = 0) -> SampleSpec:
+    def spec(
+        self, tokenizer: Any = None, image_token_id: int = 0, tokens_per_image: int = 0, context: int | None = None
+    ) -> SampleSpec:
         """Returns what the model asks of its data."""
         facts: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in self.pixels.items()
         }
-        return SampleSpec(tokenizer, image_token_id, tokens_per_image, **facts)
+        return SampleSpec(tokenizer, image_token_id, tokens_per_image, context=context, **facts)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
         """Returns `pixel_values` (I, 3, H, W).
 
         Args:
-            images: One picture or a list: PIL image, array, tensor, bytes, path, address or data URL.
+            images: One picture or a list: PIL image, array, tensor, path, `https` or `data:` address.
             return_tensors: As elsewhere in transformers.
         """
         transform = PixelTransform(self.spec())
-        values = [transform(to_rgb(as_picture(image))) for one in batched(images) for image in batched(one)]
+        values = [transform(to_rgb(_picture(image))) for image in _flat(images)]
         return BatchFeature({"pixel_values": torch.stack(values)}, tensor_type=return_tensors)
 
 
@@ -66,6 +73,7 @@ class MoExtendProcessor(ProcessorMixin):
         chat_template: Taken from the tokenizer where none is given.
         image_token_id: Id that stands on every place that an image feature fills.
         tokens_per_image: Number of such places of one image.
+        context: Longest sequence of the model, in positions; None if it says none.
         kwargs: What every processor of transformers has.
     """
 
@@ -76,9 +84,11 @@ class MoExtendProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_token_id: int = 0,
         tokens_per_image: int = 0,
+        context: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.image_token, self.image_token_id, self.tokens_per_image = IMAGE_MARK, image_token_id, tokens_per_image
+        self.context = context
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template, **kwargs)
         tokenizer.chat_template = self.chat_template
         self._encoder: ConversationEncoder | None = None
@@ -86,7 +96,7 @@ class MoExtendProcessor(ProcessorMixin):
     def encoder(self) -> ConversationEncoder:
         """Returns what encoded the data."""
         if self._encoder is None:
-            spec = self.image_processor.spec(self.tokenizer, self.image_token_id, self.tokens_per_image)
+            spec = self.image_processor.spec(self.tokenizer, self.image_token_id, self.tokens_per_image, self.context)
             self._encoder = ConversationEncoder(spec)
         return self._encoder
 
@@ -101,12 +111,12 @@ class MoExtendProcessor(ProcessorMixin):
             return_tensors: `pt` for tensors; several texts are then padded on the left.
             options: Of the tokenizer; they change nothing, since control tokens stand in the texts already.
         """
-        rows = [self.encoder().encode_text(each) for each in batched(text)]
-        pictures = [image for one in batched(images) for image in batched(one)] if images is not None else []
-        marks = sum(each.count(IMAGE_MARK) for each in batched(text))
+        texts, pictures = _flat(text), _flat(images) if images is not None else []
+        marks = sum(each.count(IMAGE_MARK) for each in texts)
         if marks != len(pictures):
             raise UserError(f"Expected one picture for each `{IMAGE_MARK}`, got {len(pictures)} for {marks}.")
-        return self._features(rows, self._pixels(pictures), return_tensors)
+        pixels = self.image_processor(pictures)["pixel_values"] if pictures else torch.zeros(0)
+        return self._features([self.encoder().encode_text(each) for each in texts], pixels, return_tensors)
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -126,11 +136,10 @@ class MoExtendProcessor(ProcessorMixin):
         ids say, and `tokenize=True` is the way to ask.
 
         Args:
-            conversation: Messages, or a list of such lists; the parts of a message may be pictures. Pictures of a
-                message stand before its text, as in training.
+            conversation: Messages as `samples.messages` reads them, a question last, or a list of such lists.
             chat_template: Only the processor's own.
             tools: None.
-            add_generation_prompt: Whether an answer is to follow.
+            add_generation_prompt: Whether an answer is to follow; it always is where `tokenize` is set.
             tokenize: Whether to encode.
             return_dict: Whether all inputs are wanted or ids alone.
             return_tensors: `pt` for tensors.
@@ -144,20 +153,18 @@ class MoExtendProcessor(ProcessorMixin):
         if tools:
             raise UserError("Expected no `tools`, got some: the model was trained without. Leave them out.")
         is_one = not conversation or isinstance(conversation[0], Mapping)
-        chats = [read_messages(chat, add_generation_prompt) for chat in ([conversation] if is_one else conversation)]
+        questions = [read_messages(chat) for chat in ([conversation] if is_one else conversation)]
         if not tokenize:
-            texts = [self._rendered(chat.messages, add_generation_prompt) for chat in chats]
+            said = [messages_of(question.turns)[:-1] for question in questions]
+            texts = apply_template(self.tokenizer, said, prompt=add_generation_prompt)
             return texts[0] if is_one else texts
-        samples = [chat.encode(self.encoder(), self._pixels(chat.pictures)) for chat in chats]
+        samples = [self._sample(question) for question in questions]
         pixels = torch.cat([sample.pixel_values for sample in samples])
         inputs = self._features([sample.input_ids for sample in samples], pixels, return_tensors, is_one)
         return inputs if return_dict else inputs["input_ids"]
 
-    def _rendered(self, messages: list[dict[str, str]], prompt: bool) -> str:
-        return apply_template(self.tokenizer, [messages], prompt)[0]
-
-    def _pixels(self, pictures: Sequence[Any]) -> Tensor:
-        return self.image_processor(pictures)["pixel_values"] if pictures else torch.zeros(0)
+    def _sample(self, question: Question) -> Sample:
+        return prompt_sample(self.encoder(), question, [open_picture(picture) for picture in question.pictures])
 
     def _features(
         self, rows: list[Tensor], pixels: Tensor, return_tensors: str | None, is_one: bool = False
@@ -180,3 +187,14 @@ class MoExtendProcessor(ProcessorMixin):
 
 def _lists(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else [row.tolist() for row in value]
+
+
+def _flat(given: Any) -> list[Any]:
+    """Returns all that a value or a list of values or lists holds."""
+    return [item for each in given for item in _flat(each)] if isinstance(given, list | tuple) else [given]
+
+
+def _picture(given: Any) -> Image.Image:
+    """Opens a picture, or makes one of an array or a tensor."""
+    picture: Image.Image = open_picture(given) if isinstance(given, Image.Image | str | Path) else to_pil_image(given)
+    return picture

@@ -190,13 +190,13 @@ def test_mistakes_are_told(tiny_world: TinyWorld, tmp_path: Path) -> None:
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for content, sentence in (
         (f"<image> {QUESTION}", "without <image>"),
-        ([{"type": "audio", "audio": "a.wav"}], "Expected parts of the types"),
+        ([{"type": "audio", "audio": "a.wav"}], "or a list of parts of the types"),
         ([{"type": "image", "path": str(tmp_path / "no.png")}], "Expected a picture at"),
-        ([{"type": "image", "url": "data:image/png;base64,?"}], "Expected a picture at .data:"),
+        ([{"type": "image", "url": "data:image/png;base64,?"}], "Expected a `data:` address"),
     ):
         with pytest.raises(UserError, match=sentence):
             processor.apply_chat_template([{"role": "user", "content": content}], **options)
-    with pytest.raises(UserError, match="user last, got"):
+    with pytest.raises(UserError, match="'user' first and last"):
         processor.apply_chat_template([{"role": "assistant", "content": "blue"}], **options)
     inputs = processor(images=[Image.new("RGB", (SIDE, SIDE))], text="<image> red", return_tensors="pt")
     with pytest.raises(ValueError, match="Expected `pixel_values`"):

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-slow coverage check docs families picture shape newest constraints clean install gpu-check gpu-bundle
+.PHONY: quickstart test test-slow coverage check docs families picture shape newest constraints clean install gpu-check gpu-bundle release
 
 quickstart: $(STAMP)
 	$(BIN)/python -m moextend_pl quickstart $(ARGS)
@@ -55,6 +55,11 @@ constraints: newest
 	$(VENV)-newest/bin/python -m pip freeze --exclude-editable > constraints.txt
 
 install: $(STAMP)
+
+# Source archive and wheel in dist/, checked from an empty folder; uploads nothing. `make release VERSION=0.2.0` also
+# writes the version and its heading into the changes, commits and tags.
+release: $(STAMP)
+	$(BIN)/python benchmarks/release.py $(if $(VERSION),--version $(VERSION))
 
 # On a machine with a GPU: what the package promises there, and the table of docs/speed.md, in runs/gpu/. It takes a bare
 # machine's own torch, transformers, lightning, timm and pytest, and the wheels of a bundle where they lie beside this file.

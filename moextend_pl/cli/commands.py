@@ -14,6 +14,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from moextend_pl.cli.neighbours import check_neighbours
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import write_fault
 from moextend_pl.runs.interruptions import listening
@@ -30,6 +31,7 @@ STAGE_COMMANDS = {
 TOOL_COMMANDS = {
     "plan": ("moextend_pl.plan.command", "memory, hours and cost of a stage, without its weights"),
     "quickstart": ("moextend_pl.quickstart.command", "run the whole method on easy-VQA and write a report"),
+    "configs": ("moextend_pl.cli.recipes", "list the stage files that come with the package, or copy some"),
     "generate": ("moextend_pl.cli.generate", "ask a trained model about a picture"),
     "export": ("moextend_pl.export.command", "write a run as a folder that transformers loads, or as one to share"),
     "merge": ("moextend_pl.export.merge", "join a shared delta to its base"),
@@ -121,6 +123,8 @@ def run(argv: list[str]) -> MoExtendCLI | int:
         sys.stdout.write(overview())
         return 0
     configure_logging()
+    if command in (*STAGE_COMMANDS, "quickstart", "shards", "plan"):
+        check_neighbours()
     if command in STAGE_COMMANDS:
         with listening() as notes:
             from moextend_pl.cli.stage import run_stage

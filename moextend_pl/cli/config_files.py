@@ -1,6 +1,7 @@
 """Reading of stage files before they are parsed: layers, positions, and the classes they may name.
 
-A config file may begin with `base: [../base.yaml]`: the files it is layered on, relative to itself.
+A config file may begin with `base: [../base.yaml]`: the files it is layered on, relative to itself, or the package's
+own by name where no such file lies.
 Later files win; a list is extended with `key+:`.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from moextend_pl.cli.recipes import own_config
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.plain_yaml import PlainLoader
 
@@ -57,8 +59,9 @@ def prepare_arguments(argv: Sequence[str]) -> StageArguments:
         if option in (*CONFIG_OPTIONS, ALLOW_OPTION) and not value:
             raise UserError(f"expected a value after {option}, got none.")
         if option in CONFIG_OPTIONS:
-            layers = [layer for layer in expand_layers(Path(value), "--config") if layer not in files]
-            layers = layers or [Path(value)]  # given twice on purpose: it is applied again
+            path = _found(Path(value), Path(value))
+            layers = [layer for layer in expand_layers(path, "--config") if layer not in files]
+            layers = layers or [path]  # given twice on purpose: it is applied again
             files.extend(layers)
             expanded.extend(f"--config={layer}" for layer in layers)
         elif option == ALLOW_OPTION:
@@ -164,8 +167,13 @@ def _bases(node: yaml.MappingNode, path: Path) -> list[Path]:
         if not all(isinstance(name, yaml.ScalarNode) and name.value for name in names):
             line = value.start_mark.line + 1
             raise UserError(f"{path}:{line}: expected `base` to be a list of files, for example [../base.yaml].")
-        return [_tidy(path.parent / name.value) for name in names]
+        return [_tidy(_found(path.parent / name.value, Path(name.value))) for name in names]
     return []
+
+
+def _found(path: Path, name: Path) -> Path:
+    """Returns a file, or, where nothing lies there, the package's own of that name."""
+    return path if path.exists() else own_config(name) or path
 
 
 def _tidy(path: Path) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from moextend_pl.cli.commands import run
+from moextend_pl.cli.recipes import HOME
 from moextend_pl.contracts import UserError
 from moextend_pl.quickstart import report
 from moextend_pl.runs.atomic import read_json, write_json, write_text
@@ -26,7 +27,7 @@ from moextend_pl.runs.fingerprints import file_sha256
 
 log = logging.getLogger(__name__)
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "easy_vqa"
+CONFIGS = HOME / "easy_vqa"
 DEFAULT_OUT = "runs/quickstart"
 RECEIPT, DIGEST, SECONDS = "stage.json", "config.sha256", "seconds.json"
 
@@ -65,10 +66,11 @@ class Quickstart:
     Args:
         out: Folder of all runs.
         overrides: Further options given to every `fit`, for example `--trainer.max_steps=5`.
+        until: Name of the last step; all if empty.
     """
 
-    def __init__(self, out: Path, overrides: Sequence[str] = ()) -> None:
-        self.out, self.overrides = out, list(overrides)
+    def __init__(self, out: Path, overrides: Sequence[str] = (), until: str = "") -> None:
+        self.out, self.overrides, self.until = out, list(overrides), until
         self.configs = out / "configs"
         self.seconds: dict[str, float] = {}
         self._digest = hashlib.sha256(" ".join(self.overrides).encode()).hexdigest()
@@ -84,6 +86,8 @@ class Quickstart:
             "report_full": self._report,
         }
         steps = [step for step in STEPS if with_full_finetune or step.name not in ("full_finetune", "report_full")]
+        names = [step.name for step in steps]
+        steps = steps[: names.index(self.until) + 1] if self.until else steps
         started, done = time.monotonic(), 0.0
         for number, step in enumerate(steps, start=1):
             left = _time_left(started, done, sum(s.share for s in steps[number - 1 :]))
@@ -178,6 +182,7 @@ def main(argv: Sequence[str]) -> int:
         "--out", type=Path, default=Path(DEFAULT_OUT), help=f"folder of all runs (default: {DEFAULT_OUT})"
     )
     parser.add_argument("--skip-full-finetune", action="store_true", help="leave the baseline out")
+    parser.add_argument("--until", default="", choices=[step.name for step in STEPS[:7]], help="stop after this step")
     options, overrides = parser.parse_known_args(argv)
     before = ["", *overrides]
     # `--trainer.x 3` is as good as `--trainer.x=3`
@@ -189,8 +194,9 @@ def main(argv: Sequence[str]) -> int:
     ]
     if unknown:
         raise UserError(
-            f"quickstart does not accept {unknown[0]!r}; it takes --out, --skip-full-finetune and --trainer.*"
+            f"quickstart does not accept {unknown[0]!r}; it takes --out, --skip-full-finetune, --until and --trainer.*"
         )
-    path = Quickstart(options.out, overrides).run(not options.skip_full_finetune)
-    log.info("the report is in %s", path)
+    path = Quickstart(options.out, overrides, options.until).run(not options.skip_full_finetune)
+    if not options.until:
+        log.info("the report is in %s", path)
     return 0

@@ -4,7 +4,8 @@ from callbacks.checkpoints import StageCheckpoint
 from callbacks.expert_extension import ExpertExtension
 from callbacks.frozen_guard import FrozenGuard
 from callbacks.ledger import SampleLedger
-from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt, WritePredictions
+from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt
+from callbacks.predictions import WritePredictions
 from callbacks.progress import StageProgress
 from callbacks.train_only import TrainOnly
 from callbacks.usage_report import UsageReport

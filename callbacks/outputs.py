@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import time
@@ -15,7 +14,7 @@ from moextend_pl.models.delta import save_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
-from moextend_pl.runs.atomic import write_folder, write_json, write_text
+from moextend_pl.runs.atomic import write_folder, write_json
 from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, PENDING_CHECKPOINT, take_place
 from moextend_pl.runs.fingerprints import file_sha256
 from moextend_pl.training.sharding.strategy import sharded
@@ -143,40 +142,3 @@ class StageReceipt(Callback):
             "outputs": {str(file.relative_to(run)): file_sha256(file) for file in files},
         }
         write_json(run / RECEIPT, data)
-
-
-class WritePredictions(Callback):
-    """Writes each generated answer of test and predict runs to `predictions_<set>.jsonl`."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, list[dict[str, Any]]] = {}
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: MoExtend, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Collects the rows of a batch."""
-        self._rows.setdefault(dataloader_idx, []).extend(outputs["rows"])
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: MoExtend, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Collects the rows of a batch."""
-        self._rows.setdefault(dataloader_idx, []).extend(outputs)
-
-    def _write(self, trainer: Trainer, names: list[str]) -> None:
-        for index, rows in self._rows.items():
-            name = names[index] if index < len(names) else str(index)
-            suffix = f"_rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            path = run_directory(trainer) / f"predictions_{name}{suffix}.jsonl"
-            write_text(path, text)
-            log.info("%d predictions in %s", len(rows), path)
-        self._rows = {}
-
-    def on_test_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
-        """Writes the files."""
-        self._write(trainer, getattr(trainer.datamodule, "test_names", []))  # type: ignore[attr-defined]
-
-    def on_predict_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
-        """Writes the files."""
-        self._write(trainer, getattr(trainer.datamodule, "predict_names", []))  # type: ignore[attr-defined]

@@ -80,6 +80,7 @@ class ImageTextShards(pl.LightningDataModule):
         self._plan: BatchPlan | None = None
         self._start = 0
         self._processed_at_start: int | None = None
+        self._predicted: dict[str, int] = {}
 
     @property
     def test_names(self) -> list[str]:
@@ -173,6 +174,26 @@ class ImageTextShards(pl.LightningDataModule):
         """Returns one loader of generation batches for each predict set."""
         return self._generations(self.predict, "predict")
 
+    def go_on_from(self, name: str, batches: int) -> int:
+        """Leaves the first batches of a predict set out, which an earlier run has answered.
+
+        Args:
+            name: Of the set.
+            batches: How many; the last batch stays in any case.
+
+        Returns:
+            How many are left out.
+        """
+        total = -(-len(self._table(self.predict[name], "predict")) // self.eval_batch_size)
+        self._predicted[name] = max(min(batches, total - 1), 0)
+        return self._predicted[name]
+
+    def predict_facts(self, name: str) -> dict[str, Any]:
+        """Returns what decides which answer of a predict set stands where."""
+        table, (_, ranks) = self._table(self.predict[name], "predict"), self._ranks()
+        batches = {"batch_size": self.eval_batch_size, "ranks": ranks, "max_length": self.rows.max_length}
+        return {"shards": table.fingerprint(), "tasks": list(table.tasks), **batches}
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint has to keep; it holds for every rank and any number of workers."""
         if not self.train:
@@ -239,8 +260,11 @@ class ImageTextShards(pl.LightningDataModule):
     def _generations(self, sets: dict[str, str | ShardSet], name: str) -> list[BatchLoader]:
         if not sets:
             raise UserError(f"Expected named folders of shards under `{name}` of the data module, got none. Set them.")
-        tables = [self._table(folder, name) for folder in sets.values()]
-        return [self._once(table, np.arange(len(table)), generation=True) for table in tables]
+        loaders = []
+        for key, folder in sets.items():
+            table, begun = self._table(folder, name), self._predicted.get(key, 0) if name == "predict" else 0
+            loaders.append(self._once(table, np.arange(begun * self.eval_batch_size, len(table)), generation=True))
+        return loaders
 
     def _once(self, table: UnitTable, units: np.ndarray, generation: bool) -> BatchLoader:
         batches = EveryUnitOnce(units, self.eval_batch_size, *self._ranks())

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
         )
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        goes_on = argv[:1] in (["fit"], ["quickstart"]) or argv[:3] in (
+        goes_on = argv[:1] in (["fit"], ["quickstart"], ["predict"]) or argv[:3] in (
             ["shards", "build", "llava"],
             ["shards", "build", "data"],
         )

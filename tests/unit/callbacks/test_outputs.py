@@ -19,7 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 
 from callbacks.checkpoints import StageCheckpoint
-from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt, WritePredictions
+from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt
+from callbacks.predictions import WritePredictions
 from callbacks.train_only import TrainOnly
 from moextend_pl.contracts import TrainPlan, UpcycleSpec, UserError
 from moextend_pl.models.encoder import VisionEncoder

@@ -8,6 +8,7 @@ from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt
 from callbacks.predictions import WritePredictions
 from callbacks.progress import StageProgress
 from callbacks.train_only import TrainOnly
+from callbacks.usage_log import UsageLog
 from callbacks.usage_report import UsageReport
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "StageProgress",
     "StageReceipt",
     "TrainOnly",
+    "UsageLog",
     "UsageReport",
     "WritePredictions",
 ]

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from moextend_pl.contracts import UserError, run_directory
+from moextend_pl.contracts import Batch, UserError, run_directory
 from moextend_pl.models.moextend import MoExtend
-from moextend_pl.moe.usage import ExpertUsage
+from moextend_pl.moe.usage import ExpertUsage, RouterRecord
 from moextend_pl.reports.plots import plot_usage
 from moextend_pl.runs.atomic import write_json
 from moextend_pl.samples.packing import sample_tokens
@@ -65,16 +65,9 @@ def measure_parts(trainer: Trainer, module: MoExtend) -> dict[str, Counts]:
             stack.enter_context(trainer.precision_plugin.forward_context())
             records = {name: stack.enter_context(parts[name].watch.recording()) for name in experts}
             module.language(batch, module.embed(batch), batch["known"])
-        is_image_T = (batch["input_ids"] == module.language.image_token_id).reshape(-1)
-        is_real_T = sample_tokens(batch).reshape(-1)
         for name, found in records.items():
             unsure += sum(record.logits.isnan().any() for record in found)
-            if name == "language":
-                usage[name].update(found, is_image_T, is_real_T)
-                continue
-            for record in found:  # scales of a tower differ in their number of tokens, which are all of images
-                every_T = torch.ones(len(record.indices), dtype=torch.bool, device=module.device)
-                usage[name].update([record], every_T, every_T)
+            count_selections(usage[name], name, found, module, batch)
     for part, mode in modes.items():
         part.training = mode
     if bool(sum_over_ranks(unsure)):
@@ -83,6 +76,27 @@ def measure_parts(trainer: Trainer, module: MoExtend) -> dict[str, Counts]:
             "measured. Look at its samples and at `optim.lr`."
         )
     return {name: _on_cpu(metric.compute()) for name, metric in usage.items()}
+
+
+def count_selections(
+    usage: ExpertUsage, part: str, records: list[RouterRecord], module: MoExtend, batch: Batch
+) -> None:
+    """Adds what the routers of one part did in one pass over a batch, which asks the device for nothing.
+
+    Args:
+        usage: Counts of the part.
+        part: `language`, whose tokens are of images or text; or `encoder` or `projector`, whose tokens are of images.
+        records: One for each pass of a router.
+        module: The model.
+        batch: As it came to the device.
+    """
+    if part == "language":
+        is_image_T = (batch["input_ids"] == module.language.image_token_id).reshape(-1)
+        usage.update(records, is_image_T, sample_tokens(batch).reshape(-1))
+        return
+    for record in records:  # scales of a tower differ in their number of tokens
+        every_T = torch.ones(len(record.indices), dtype=torch.bool, device=record.indices.device)
+        usage.update([record], every_T, every_T)
 
 
 def _on_cpu(counts: Counts) -> Counts:

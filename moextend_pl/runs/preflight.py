@@ -31,7 +31,7 @@ SPEED_KEYS = ("num_workers", "pin_memory", "prefetch_factor", "persistent_worker
 PLAN_ARGUMENTS = ("parts", "plan")  # a callback with one of these decides what learns or grows
 RESULTS = ("stage.json", MANIFEST_FILE, DELTA_FILE, NEW_DELTA_FILE, PLAN_FILE)
 RUN_RECORDS = (
-    *(CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "bad_samples.jsonl", "ledger.jsonl"),
+    *(CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "bad_samples.jsonl", "ledger.jsonl", "expert_usage.jsonl"),
     *(*RESULTS, "frozen.json", "usage.json", "plots"),
 )
 

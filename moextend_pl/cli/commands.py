@@ -37,6 +37,7 @@ TOOL_COMMANDS = {
     "merge": ("moextend_pl.export.merge", "join a shared delta to its base"),
     "evaluate": ("moextend_pl.evaluation.command", "ask a trained model published test sets and score it"),
     "rescore": ("moextend_pl.evaluation.rescore", "score kept answers again, without a model"),
+    "report": ("moextend_pl.reports.command", "show what a run has measured as one page"),
     "convert": ("moextend_pl.convert.command", "read and write published checkpoints of CuMo and MoExtend"),
     "shards": ("datamodules.command", "build, index, check and show shards of samples"),
 }

@@ -173,8 +173,7 @@ class MoExtendCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Builds the trainer; its arguments all come from the user, so its complaints are theirs to mend."""
-        if config.get("logger") in (None, True):
-            config["logger"] = RunLogger(str(config.get("default_root_dir") or "."))
+        config["logger"] = _loggers(config.get("logger"), str(config.get("default_root_dir") or "."))
         config["strategy"] = our_strategy(config.get("strategy", "auto"))
         try:
             if SLURMEnvironment.detect():
@@ -246,3 +245,11 @@ def run_stage(argv: Sequence[str], notes: Notes) -> MoExtendCLI | int:
         if error.code in (0, None):  # --help and --print_config
             return 0
         raise
+
+
+def _loggers(asked: Any, run: str) -> Any:
+    """Returns the loggers asked for beside that of `metrics.csv`, which pages and plots read; none if `false`."""
+    if asked is False:
+        return False
+    others = [] if asked in (None, True) else asked if isinstance(asked, list) else [asked]
+    return [*others, *([] if any(isinstance(each, RunLogger) for each in others) else [RunLogger(run)])]

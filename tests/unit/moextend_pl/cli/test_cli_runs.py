@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import sys
@@ -225,3 +226,11 @@ def test_several_runs_in_one_process_do_not_disturb_each_other(stage: Path, tmp_
         assert len(logging.getLogger(name).handlers) == max(count, 1)
     with pytest.raises(UserError, match="outside of the packages"):
         cli.run(["fit", "--config", str(stage)])  # the allowance of an earlier run is gone
+
+
+def test_other_loggers_stand_beside_the_table_of_the_run(stage: Path, tmp_path: Path) -> None:
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "other")}}
+    command = fit(stage, f"--trainer.logger={json.dumps(logger)}")
+    assert [type(each).__name__ for each in command.trainer.loggers] == ["CSVLogger", "RunLogger"]
+    assert Path(command.trainer.loggers[1].log_dir) == tmp_path / "run"
+    assert fit(stage, "--fresh", "--trainer.logger=false").trainer.loggers == []

@@ -107,7 +107,7 @@ def images_per_second(quick: bool) -> Rows:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         entries = write_llava(folder, count)
-        options = {"original": BuildOptions(), "resized": BuildOptions(resize=SIDE)}
+        options = {"original": BuildOptions(), "resized": BuildOptions(resize=SIDE, square=True)}
         for kind, how in options.items():
             build_from_llava(folder / "data.json", folder, folder / kind, how)
         ways = {
@@ -269,7 +269,50 @@ def write_index(folder: Path, samples: int, each: int = 1000) -> None:
     save_index(folder, shards)
 
 
-QUESTIONS: dict[str, Callable[[bool], Rows]] = {"images": images_per_second, "index": start_of_an_index}
+# --- checksums --------------------------------------------------------------------------------------------------
+
+
+def checksums(quick: bool) -> Rows:
+    """Microseconds a sample of one core, 640 x 480 JPEGs, with and without the checksum of each."""
+    count, rounds = (8, 1) if quick else (256, 15)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_llava(folder, count)
+        build_from_llava(folder / "data.json", folder, folder / "shards", BuildOptions())
+        checked, trusting = ShardReader(folder / "shards"), ShardReader(folder / "shards")
+        for shard in trusting.shards:
+            shard.checksums = None
+        ways: dict[str, Callable[[], object]] = {}
+        for label, reader in (("checked", checked), ("not checked", trusting)):
+            ways[f"read, {label}"] = lambda reader=reader: [reader.read(n) for n in range(len(reader))]
+            ways[f"read and decode, {label}"] = lambda reader=reader: decoded(reader)
+        seconds = interleaved(ways, rounds)
+        size = checked.shards[0].size / count
+    return [
+        {
+            "way": way,
+            "median": 1e6 * statistics.median(times) / count,
+            "least": 1e6 * min(times) / count,
+            "KiB": size / 1024,
+        }
+        for way, times in seconds.items()
+    ]
+
+
+def decoded(reader: ShardReader) -> None:
+    """Reads every sample and makes pixel values of its images."""
+    transform = PixelTransform(spec())
+    for number in range(len(reader)):
+        raw = reader.read(number)
+        for data in raw.images:
+            transform(decode_image(data, raw.origin))
+
+
+QUESTIONS: dict[str, Callable[[bool], Rows]] = {
+    "images": images_per_second,
+    "index": start_of_an_index,
+    "checksums": checksums,
+}
 """Name -> function; a new question is one more function here."""
 
 

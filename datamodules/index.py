@@ -3,8 +3,9 @@
 `index.json` holds a schema number, facts of each shard (name, bytes, sha256, counts, extensions), and size and
 digest of `index.safetensors`. That file holds arrays over all samples of all shards in a row, n samples with
 m members: `turns` (n,), `starts` (n + 1,) into the rows of `members` (m, 3: extension as a position in the
-shard's list, offset, size), and the keys as bytes with their `key_ends` (n + 1,). It is mapped into memory, so
-that a million samples open at once, and processes share the pages.
+shard's list, offset, size), and the keys as bytes with their `key_ends` (n + 1,). `checksums` (n,), the crc32 of
+the contents of each sample's members in a row, is there unless an older version wrote the index. It is mapped into
+memory, so that a million samples open at once, and processes share the pages.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ MAX_INDEX_BYTES = 256 * 2**20
 """Largest `index.json`: a few hundred bytes a shard."""
 
 HINT = "Write shards with `python -m moextend_pl shards build`, or index those of others with `shards index`."
-KINDS: dict[type, str] = {np.int32: "I32", np.int64: "I64", np.uint8: "U8"}
+KINDS: dict[type, str] = {np.int32: "I32", np.int64: "I64", np.uint8: "U8", np.uint32: "U32"}
 DTYPES: dict[str, type] = {
     "turns": np.int32,
     "starts": np.int64,
     "members": np.int64,
     "keys": np.uint8,
     "key_ends": np.int64,
+    "checksums": np.uint32,
 }
+CHECKSUMS = "checksums"
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Shard:
         members: (m, 3) extension, offset and size.
         extensions: Names of the extensions that `members` refers to.
         images: Images of all samples.
+        checksums: (n,) crc32 of each sample; None if an older version wrote the index.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Shard:
     members: np.ndarray
     extensions: list[str]
     images: int
+    checksums: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -81,7 +86,10 @@ class Shard:
     def alone(self) -> Shard:
         """Returns the shard without a hold on the arrays of the others, to be sent to another process."""
         keys, starts = Keys.of(list(self.keys)), self.starts - self.starts[0]
-        return replace(self, keys=keys, turns=self.turns.copy(), starts=starts, members=self.members.copy())
+        sums = None if self.checksums is None else self.checksums.copy()
+        return replace(
+            self, keys=keys, turns=self.turns.copy(), starts=starts, members=self.members.copy(), checksums=sums
+        )
 
     def differs(self, other: Shard) -> bool:
         """Tells whether two descriptions of a shard are not the same."""
@@ -91,6 +99,7 @@ class Shard:
             and np.array_equal(self.turns, other.turns)
             and np.array_equal(self.starts - self.starts[0], other.starts - other.starts[0])
             and np.array_equal(self.members, other.members)
+            and (self.checksums is None or other.checksums is None or np.array_equal(self.checksums, other.checksums))
         )
 
 
@@ -112,9 +121,12 @@ def save_index(folder: Path, shards: Sequence[Shard]) -> None:
         "keys": np.concatenate([shard.keys.data[shard.keys.ends[0] : shard.keys.ends[-1]] for shard in shards]),
         "key_ends": np.concatenate([[0], np.cumsum(key_sizes)]),
     }
+    sums = [shard.checksums for shard in shards if shard.checksums is not None]
+    if len(sums) == len(shards):
+        arrays[CHECKSUMS] = np.concatenate(sums)
     partial = folder / f".{ARRAYS_FILE}.part"
     # Not `save_file`, whose files only their owner may read.
-    partial.write_bytes(save({name: np.ascontiguousarray(arrays[name], dtype=kind) for name, kind in DTYPES.items()}))
+    partial.write_bytes(save({n: np.ascontiguousarray(array, dtype=DTYPES[n]) for n, array in arrays.items()}))
     facts = [
         {
             "name": shard.name,
@@ -210,6 +222,8 @@ def _mapped(data: mmap.mmap) -> dict[str, np.ndarray]:
     header = json.loads(data[8:start].decode("utf-8"))
     arrays: dict[str, np.ndarray] = {}
     for name, kind in DTYPES.items():
+        if name == CHECKSUMS and name not in header:
+            continue
         shape = [int(length) for length in header[name]["shape"]]
         if header[name]["dtype"] != KINDS[kind] or min(shape, default=0) < 0:
             raise ValueError(f"{ARRAYS_FILE}: {name} is {header[name]['dtype']} of shape {shape}")
@@ -247,6 +261,7 @@ def _split(facts: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[S
                 members=members,
                 extensions=extensions,
                 images=int(fact["images"]),
+                checksums=arrays[CHECKSUMS][first:last] if CHECKSUMS in arrays else None,
             )
         )
         first, row = last, end
@@ -265,6 +280,8 @@ def _of_kind(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         ends = arrays[name]
         if len(ends) != samples + 1 or ends[0] != 0 or ends[-1] != total or (np.diff(ends) < 1).any():
             raise ValueError(f"{ARRAYS_FILE}: {name} does not fit {samples} samples")
+    if CHECKSUMS in arrays and len(arrays[CHECKSUMS]) != samples:
+        raise ValueError(f"{ARRAYS_FILE}: {CHECKSUMS} does not fit {samples} samples")
     if arrays["members"].shape[1:] != (3,) or (arrays["members"] < 0).any() or (arrays["turns"] < 1).any():
         raise ValueError(f"{ARRAYS_FILE}: expected members (m, 3) and turns without negative numbers")
     return arrays

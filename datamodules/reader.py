@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +103,12 @@ class ShardReader:
         shard, key = self.describe(number)
         origin = f"{shard}: {key}"
         contents = self._contents(where, key, members, origin)
+        sums = self.shards[where].checksums
+        if sums is not None and _checksum(contents) != int(sums[position]):
+            raise UserError(
+                f"{origin}: expected the content that was indexed, got another one (crc32); the shard was changed or "
+                "is damaged. Copy it again."
+            )
         pairs = list(zip(members, contents, strict=True))
         texts = {member.extension.lower(): data for member, data in pairs if is_text(member.extension)}
         pairs = sorted((p for p in pairs if not is_text(p[0].extension)), key=lambda pair: image_order(pair[0]))
@@ -172,3 +179,11 @@ class ShardReader:
         shard = self.shards[where]
         self._handles[where] = self.source.open(shard.name, shard.size, shard.sha256)
         return self._handles[where]
+
+
+def _checksum(contents: list[bytes]) -> int:
+    """Returns the crc32 of the members of a sample in a row."""
+    value = 0
+    for content in contents:
+        value = zlib.crc32(content, value)
+    return value

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -29,11 +31,22 @@ class Found:
         key: Its name.
         members: Its files, in the order in which they lie.
         texts: Content of its texts by extension.
+        checksum: crc32 of the contents of its files in a row.
     """
 
     key: str
     members: list[Member] = field(default_factory=list)
     texts: dict[str, bytes] = field(default_factory=dict)
+    checksum: int = 0
+
+    def take(self, stream: BinaryIO, offset: int, size: int) -> bytes:
+        """Reads a member, counts it into the checksum, and returns its first bytes, enough for any text."""
+        stream.seek(offset)
+        head = piece = stream.read(min(size, MAX_TEXT_BYTES + 1))
+        while piece:
+            self.checksum, size = zlib.crc32(piece, self.checksum), size - len(piece)
+            piece = stream.read(min(size, MAX_TEXT_BYTES))
+        return head
 
     @property
     def images(self) -> int:
@@ -55,6 +68,7 @@ def index_shard(path: Path, faults: list[str] | None = None, skipped: Counter[st
     """
     keys: list[str] = []
     turns: list[int] = []
+    sums: list[int] = []
     counts: list[int] = [0]
     rows: list[tuple[int, int, int]] = []
     extensions: dict[str, int] = {}
@@ -65,6 +79,7 @@ def index_shard(path: Path, faults: list[str] | None = None, skipped: Counter[st
             raise UserError(f"{path}: key {found.key!r} stands twice. Give each sample a key of its own.")
         seen.add(found.key)
         keys.append(found.key)
+        sums.append(found.checksum)
         turns.append(_turns(found, path, faults))
         counts.append(len(found.members))
         images += found.images
@@ -79,6 +94,7 @@ def index_shard(path: Path, faults: list[str] | None = None, skipped: Counter[st
         members=np.array(rows, dtype=np.int64).reshape(-1, 3),
         extensions=list(extensions),
         images=images,
+        checksums=np.array(sums, dtype=np.uint32),
     )
 
 
@@ -101,9 +117,9 @@ def walk_shard(path: Path, skipped: Counter[str]) -> Iterator[Found]:
                     skipped[f".{extension}" if extension else "without a key"] += 1
                     continue
                 found.members.append(Member(extension, item.offset, item.size))
+                head = found.take(stream, item.offset, item.size)
                 if is_text(extension):
-                    stream.seek(item.offset)
-                    found.texts[extension.lower()] = stream.read(min(item.size, MAX_TEXT_BYTES + 1))
+                    found.texts[extension.lower()] = head[: MAX_TEXT_BYTES + 1]
             if found.members:
                 yield found
     except (TarError, OSError) as error:

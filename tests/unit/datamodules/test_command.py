@@ -37,7 +37,8 @@ def test_check_names_what_is_wrong_and_returns_one(folder, capsys):
     for sentence in ("00000.tar: the content differs", "00001.tar: the index says", "00002.tar: missing"):
         assert sentence in out
     assert "extra.tar: not in the index" in out
-    assert "4 problem(s)" in out
+    assert "00000.tar: s00: expected the content that was indexed" in out  # the byte lay in this sample
+    assert "5 problem(s)" in out
 
 
 def test_check_decodes_every_image(tmp_path, picture, capsys):

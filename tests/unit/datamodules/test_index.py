@@ -217,6 +217,7 @@ def test_the_arrays_are_a_file_that_safetensors_reads(folder):
         "members": (np.int64, (21, 3)),
         "keys": (np.uint8, (33,)),
         "key_ends": (np.int64, (12,)),
+        "checksums": (np.uint32, (11,)),
     }
 
 

@@ -7,6 +7,7 @@ from callbacks.ledger import SampleLedger
 from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt
 from callbacks.predictions import WritePredictions
 from callbacks.progress import StageProgress
+from callbacks.retention_gate import RetentionGate
 from callbacks.train_only import TrainOnly
 from callbacks.usage_log import UsageLog
 from callbacks.usage_report import UsageReport
@@ -14,6 +15,7 @@ from callbacks.usage_report import UsageReport
 __all__ = [
     "ExpertExtension",
     "FrozenGuard",
+    "RetentionGate",
     "SampleLedger",
     "SaveDelta",
     "SavePretrained",

@@ -75,7 +75,9 @@ def answers_of(model: MoExtend, task: str = "") -> Answers:
     """
 
     def answers(questions: Sequence[Question]) -> list[str]:
-        found = model.generate([picture_of(q) for q in questions], [q.prompt for q in questions], task)
+        found = model.generate(
+            [picture_of(q) for q in questions], [q.prompt for q in questions], task, batch_size=len(questions)
+        )
         assert isinstance(found, list)
         return found
 

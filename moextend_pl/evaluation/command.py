@@ -6,10 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moextend_pl.contracts import UserError
 
-FOLDER = "evaluation"
+if TYPE_CHECKING:
+    from moextend_pl.evaluation.question import Question
+    from moextend_pl.evaluation.retention_texts import TextSet
+    from moextend_pl.models.moextend import MoExtend
+
+FOLDER, RETENTION = "evaluation", "retention.json"
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
@@ -23,45 +29,78 @@ def kept_in(run: Path) -> Path:
     return run / FOLDER if (run / FOLDER).is_dir() else run
 
 
-def main(argv: Sequence[str]) -> int:
-    """Asks a model and prints its scores.
-
-    Raises:
-        UserError: If files of a task are missing, the run cannot be read or keeps answers of another model.
-    """
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moextend_pl evaluate", description="Asks a trained model published test sets and scores it."
     )
     parser.add_argument("run", type=Path, help="run directory with manifest.json and delta")
-    parser.add_argument("--tasks", required=True, help="for example pope,vqav2:lmms_eval; see docs/evaluation.md")
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each task")
+    parser.add_argument("--tasks", default="", help="for example pope,vqav2:lmms_eval; see docs/evaluation.md")
+    parser.add_argument("--data", type=Path, help="folder with a folder for each task")
+    parser.add_argument(
+        "--retention", type=Path, nargs="+", default=[], metavar="FILE", help="texts to measure base beside extended on"
+    )
+    parser.add_argument("--length", type=int, default=512, help="tokens of a text predicted in a row (default: 512)")
     parser.add_argument("--out", type=Path, help=f"folder of answers and scores (default: RUN/{FOLDER})")
     parser.add_argument("--limit", type=int, help="ask only so many questions of each task")
     parser.add_argument("--task", default="", help="task of the model, where it was extended for several")
     parser.add_argument("--batch-size", type=int, default=16, help="questions answered together (default: 16)")
     add_scoring(parser)
-    options = parser.parse_args(argv)
-    if min(options.batch_size, options.draws, options.limit or 1) < 1:
-        raise UserError("Expected --batch-size, --draws and --limit of at least 1. Correct them.")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Asks a model, measures what it still knows, and prints both.
+
+    Raises:
+        UserError: If files of a task are missing, the run cannot be read or keeps answers of another model.
+    """
+    options = _parser().parse_args(argv)
+    if min(options.batch_size, options.draws, options.limit or 1, options.length) < 1:
+        raise UserError("Expected --batch-size, --draws, --limit and --length of at least 1. Correct them.")
+    if not options.tasks and not options.retention:
+        raise UserError("Expected --tasks, --retention or both, got neither. Say what is to be measured.")
+    if options.tasks and options.data is None:
+        raise UserError("Expected --data, the folder with a folder for each of --tasks, got none. Name it.")
     # Imported when the arguments are known to be right: it takes seconds.
-    from moextend_pl.evaluation.answering import answers_of, ask, check_pictures, model_facts
-    from moextend_pl.evaluation.scoring import score, table, write
+    from moextend_pl.evaluation.answering import check_pictures
+    from moextend_pl.evaluation.retention_texts import read_texts
     from moextend_pl.evaluation.tasks import TASKS, folder_of, parse_tasks, whole_groups
 
-    tasks = parse_tasks(options.tasks)
+    tasks = parse_tasks(options.tasks) if options.tasks else {}
     asked = {}
     for name in tasks:
         asked[name] = whole_groups(TASKS[name].questions(folder_of(options.data, name)), options.limit)
         check_pictures(asked[name], name)
+    texts = [read_texts(path) for path in options.retention]
     from moextend_pl.models.moextend import MoExtend
 
     model = MoExtend.load(options.run)
-    out, facts, answers = options.out or options.run / FOLDER, model_facts(options.run), answers_of(model, options.task)
+    if asked:
+        _ask(model, tasks, asked, options)
+    if texts:
+        _retain(model, texts, options)
+    return 0
+
+
+def _ask(model: MoExtend, tasks: dict[str, str], asked: dict[str, list[Question]], options: argparse.Namespace) -> None:
+    from moextend_pl.evaluation.answering import answers_of, ask, model_facts
+    from moextend_pl.evaluation.scoring import score, table, write
+
+    out = options.out or options.run / FOLDER
+    facts = {"model": model_facts(options.run), "task": options.task}
     scored = []
     for name, questions in asked.items():
-        rows = ask(questions, out / name, {"model": facts, "task": options.task}, answers, options.batch_size)
+        rows = ask(questions, out / name, facts, answers_of(model, options.task), options.batch_size)
         other = kept_in(options.against) / name if options.against else None
         scored.append(score(name, tasks[name], rows, options.draws, other))
         write(scored[-1], out / name)
     sys.stdout.write(table(scored))
-    return 0
+
+
+def _retain(model: MoExtend, texts: list[TextSet], options: argparse.Namespace) -> None:
+    from moextend_pl.evaluation.retention import measure, table
+    from moextend_pl.runs.atomic import write_json
+
+    found = measure(model, texts, options.length)
+    write_json((options.out or options.run / FOLDER) / RETENTION, [each.to_dict() for each in found])
+    sys.stdout.write(table(found))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +17,7 @@ from datamodules.bad_samples import BadSample, BadSampleBook, bad_samples_of, pl
 from datamodules.order import FILLER
 from datamodules.reader import ShardReader
 from datamodules.streaming import ShardError, StreamOptions
+from datamodules.workers import worker_options
 from moextend_pl.contracts import Batch, Sample, UserError
 from moextend_pl.samples.collate import collate_generation, collate_packed, collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
@@ -27,17 +25,6 @@ from moextend_pl.samples.pixels import PixelTransform, decode_image
 from moextend_pl.samples.turns import Turn, single_turn
 
 TURNS = ("together", "single")
-
-START_METHOD = "fork" if sys.platform == "linux" else None
-"""How workers start. Forked ones share the index and start in milliseconds; fresh ones would import torch for seconds
-each. Forking beside threads is safe for what they do: no CUDA, one thread (`begin_worker`), and tokenizers without
-their own pool of threads, which they give up in a fork."""
-
-WORKER_PATIENCE = 900
-"""Seconds after which a batch that does not come is an error, and not a run that stands still for ever."""
-
-WORKER_GRACE = 60
-"""Seconds that a worker goes on after it was told to end."""
 
 
 @dataclass(frozen=True)
@@ -209,14 +196,28 @@ class ConversationDataset(Dataset[Sample]):
             return [self[unit] for unit in rows]
         except UserError as error:
             return Failure(str(error))
+        except (OSError, MemoryError) as error:
+            return _failure(error)
 
     def collate(self, samples: list[Any] | Failure) -> Delivery | Failure:
         """Pads and stacks, and says which samples were bad; lets a failure pass."""
         if isinstance(samples, Failure):
             return samples
         collate: Callable[..., Batch] = collate_packed if self.packed else collate_training
-        batch = (collate_generation if self.generation else collate)(samples, self.encoder.pad_id)
+        try:
+            batch = (collate_generation if self.generation else collate)(samples, self.encoder.pad_id)
+        except MemoryError as error:
+            return _failure(error)
         return Delivery(batch, bad_samples_of(itertools.chain(*samples) if self.packed else samples))
+
+
+def _failure(error: OSError | MemoryError) -> Failure:
+    if isinstance(error, MemoryError):
+        return Failure(
+            "There is not enough memory for a batch. Lower `batch_size` or `num_workers` of the data module."
+        )
+    place = f" {error.filename}" if error.filename else ""
+    return Failure(f"The data cannot be read{place}: {error.strerror or error}. Mend that; the same command continues.")
 
 
 class BatchLoader:
@@ -269,24 +270,3 @@ class BatchLoader:
         if self.book is None:
             raise UserError(f"{bad[0].shard}: {bad[0].key}: {bad[0].reason}")
         self.book.note(bad)
-
-
-def worker_options(num_workers: int) -> dict[str, Any]:
-    """Returns how every loader of torch starts its workers here."""
-    return {
-        "num_workers": num_workers,
-        "worker_init_fn": begin_worker,
-        "timeout": WORKER_PATIENCE if num_workers else 0,
-        "multiprocessing_context": START_METHOD if num_workers else None,
-    }
-
-
-def begin_worker(_worker: int) -> None:
-    """Keeps each worker to one thread, since many slow each other down, and at work while its run comes to an end.
-
-    A scheduler tells all processes of a job to end. The run takes its step to the end, for which it needs its data.
-    """
-    torch.set_num_threads(1)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

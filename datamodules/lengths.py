@@ -11,7 +11,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from datamodules.dataset import ConversationDataset, Failure, worker_options
+from datamodules.dataset import ConversationDataset, Failure
+from datamodules.workers import worker_options
 from moextend_pl.contracts import UserError
 from moextend_pl.samples.conversation import ConversationEncoder
 

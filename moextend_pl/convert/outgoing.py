@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from moextend_pl.contracts import UpcycleSpec, UserError
 from moextend_pl.convert.entries import Entry, check_names, clip_entries, projector_entries, same
@@ -26,6 +25,7 @@ from moextend_pl.convert.published import (
 from moextend_pl.convert.shapes import ACTIVATION
 from moextend_pl.models.delta import encoder_arguments
 from moextend_pl.models.encoder import WEIGHTS_FILE, VisionEncoder
+from moextend_pl.models.model_folder import read_config
 from moextend_pl.models.tower import make_tower, vision_config
 from moextend_pl.moe.dense_mlp import DenseMLP
 from moextend_pl.moe.upcycle import UpcycledMLP
@@ -141,7 +141,7 @@ def _tower_entries(tower: Mapping[str, Tensor], encoder: VisionEncoder, layout: 
 
 def _language(manifest: Manifest) -> tuple[list[Entry], list[Entry]]:
     """Returns the entries of the language model and of its extension."""
-    config = AutoConfig.from_pretrained(manifest.folder("language"), local_files_only=True)
+    config = read_config(str(manifest.folder("language")))
     if len(manifest.plans) > 1:
         raise UserError(
             f"{manifest.run} was extended {len(manifest.plans)} times; the published layout has place for one."

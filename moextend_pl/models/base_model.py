@@ -23,10 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moextend_pl.contracts import HostFacts, UserError
-from moextend_pl.models.model_folder import is_quantised, read_config
+from moextend_pl.models.model_folder import is_quantised, read_config, read_model
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.extension.extended_experts import ExtendedExperts
 from moextend_pl.moe.quantize import KINDS, NF4Config, check_packed
+from moextend_pl.runs.fingerprints import check_weights
 
 # What is to be imported for each.
 FLASH_PACKAGES = {
@@ -135,20 +136,13 @@ def load_base(base: str, quantize: str | None = None, dense: bool = False) -> Pr
         The model; what is not packed is of the default type, which the precision of the run sets.
 
     Raises:
-        UserError: If the files lack weights, or a weight does not pack.
+        UserError: If the files are damaged or lack weights, or a weight does not pack.
     """
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.get_default_dtype()}
-    if quantize is None:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
-        whole: PreTrainedModel = loaded[0]
-        if missing := loaded[1]["missing_keys"]:
-            raise UserError(
-                f"The files in {base} lack {len(missing)} weights of its {type(whole).__name__}, for example "
-                f"{min(missing)}, which would be random. Name the folder of a whole model."
-            )
-        return whole
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4Config(dense), **options)
-    check_packed(model, dense)
+    check_weights(Path(base))
+    options: dict[str, Any] = {} if quantize is None else {"quantization_config": NF4Config(dense)}
+    model = read_model(AutoModelForCausalLM, base, dtype=torch.get_default_dtype(), **options)
+    if quantize is not None:
+        check_packed(model, dense)
     return model
 
 

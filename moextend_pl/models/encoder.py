@@ -71,13 +71,8 @@ class VisionEncoder(StageModule):
         self.tokenizer_path = tokenizer
         self.embedding_dim = embedding_dim
         features = features or FeatureSpec()
-        own: dict[str, Any] = {
-            "name": name,
-            "layer": features.layer,
-            "pool": features.pool,
-            "image_size": image_size,
-            "tower_args": tower_args or {},
-        }
+        own: dict[str, Any] = {"name": name, "layer": features.layer, "pool": features.pool}
+        own.update({"image_size": image_size, "tower_args": tower_args or {}})
         self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
@@ -111,7 +106,10 @@ class VisionEncoder(StageModule):
                 f"Expected a vision encoder ({CONFIG_FILE} and {WEIGHTS_FILE}) in {path}, found none. "
                 "Run the stage that trains it, or correct `encoder.path`."
             )
-        return dict(json.loads((path / CONFIG_FILE).read_text()))
+        try:
+            return dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path / CONFIG_FILE}: damaged ({error}). Train or copy the tower again.") from error
 
     @property
     def is_timm(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec
+from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec, UserError
 from moextend_pl.inference.asking import AskMixin
 from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.models.base_model import compile_layers
@@ -91,12 +91,15 @@ class MoExtend(AskMixin, DeltaModule):
         parts = manifest.model_arguments()
         for arguments in parts.values():
             arguments["upcycle"] = UpcycleSpec.from_dict(arguments.get("upcycle"))
-        model = cls(
-            encoder=VisionEncoder(**encoder_arguments(parts["encoder"])),
-            projector=Projector(**parts["projector"]),
-            language=MoELanguageModel(**language_arguments(parts["language"])),
-            init_from=str(run),
-        )
+        try:
+            model = cls(
+                encoder=VisionEncoder(**encoder_arguments(parts["encoder"])),
+                projector=Projector(**parts["projector"]),
+                language=MoELanguageModel(**language_arguments(parts["language"])),
+                init_from=str(run),
+            )
+        except TypeError as error:  # of an argument that there is not
+            raise UserError(f"{manifest.run}: its manifest does not fit this version ({error}).") from error
         # Nothing learns, so that images are encoded as they were when their tower was frozen.
         model.train_plan = TrainPlan(parts=())
         with default_dtype(manifest.torch_dtype):

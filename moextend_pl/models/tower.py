@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig
 
 from moextend_pl.contracts import UserError
-from moextend_pl.models.model_folder import read_config
+from moextend_pl.models.model_folder import read_config, read_model
+from moextend_pl.runs.fingerprints import check_weight_file, check_weights
 from moextend_pl.samples.squares import SQUASH, own_resize
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -102,16 +103,25 @@ def make_tower(folder: str, with_weights: bool) -> Any:
     Args:
         folder: Folder of a transformers model.
         with_weights: Whether its weights are read; else they are random.
+
+    Raises:
+        UserError: If they are damaged, or lack some that are read.
     """
     if with_weights:
-        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-        return vision_half(AutoModel.from_pretrained(folder, **options))
+        check_weights(Path(folder))
+        return vision_half(read_model(AutoModel, folder, _is_unread, dtype=torch.float32))
     return vision_half(AutoModel.from_config(read_config(folder), dtype=torch.float32))
 
 
 def vision_half(model: Any) -> Any:
     """Returns the image side of a transformers model of images and texts (CLIP, SigLIP); another model as it is."""
     return getattr(model, "vision_model", model) if hasattr(model.config, "vision_config") else model
+
+
+def _is_unread(name: str) -> bool:
+    """Tells whether a weight is of the text side, stands behind all blocks of the image side, or is for pretraining."""
+    text = name.startswith(("text_model.", "text_projection", "logit_"))
+    return text or MASK_TOKEN in name or ("layers." not in name and "embed" not in name)
 
 
 def image_statistics(*folders: str) -> dict[str, tuple[float, float, float]]:
@@ -275,6 +285,7 @@ def load_tower(tower: nn.Module, path: Path, reader: BlockReader | None) -> None
     Raises:
         UserError: If tensors are missing, unexpected or of another shape.
     """
+    check_weight_file(path)
     dropped, optional = (reader.dropped, reader.optional_names()) if reader else ((), set())
     tensors = {name: t for name, t in load_file(path).items() if not any(map(name.startswith, dropped))}
     expected = tower.state_dict()

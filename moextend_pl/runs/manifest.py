@@ -168,6 +168,27 @@ def manifest_path(run: Path) -> Path:
     return (run if run.is_dir() else run.parent) / MANIFEST_FILE
 
 
+def _check_types(data: Mapping[str, Any], dtype: Any) -> None:
+    """Refuses what would be noticed only where it is used.
+
+    Raises:
+        TypeError: If it is so.
+    """
+    if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise TypeError(f"`dtype` {dtype!r} is no type of weights")
+    frozen, model = data["frozen"], data["model"]
+    if not all(isinstance(values, dict) for values in (frozen, model, *dict(model).values())):
+        raise TypeError("`model` and `frozen` are no mappings")
+    if not all(isinstance(text, str) for text in (*frozen.values(), *data["trained"], data["delta_sha256"])):
+        raise TypeError("`frozen`, `trained` and `delta_sha256` are no texts")
+    for part, names in FOLDERS.items():
+        places = [model[part].get(name) for name in names] if part in model else [""]
+        if not all(isinstance(place, str | None) for place in places) or places == [None] * len(places):
+            raise TypeError(f"`{part}` names no folder")
+    if not all(isinstance(model.get("language", {}).get(name), str | None) for name in FILES):
+        raise TypeError(f"{FILES} are no places")
+
+
 def read_manifest(run: Path) -> Manifest:
     """Reads the manifest of a finished run.
 
@@ -188,9 +209,8 @@ def read_manifest(run: Path) -> Manifest:
                 f"{path}: expected schema {MANIFEST_SCHEMA}, got {data.get('schema')!r}. Train the stage again."
             )
         plans = tuple(ExtensionPlan.from_dict(plan, origin=str(path)) for plan in data["plans"])
-        dtype = str(data.get("dtype", "float32"))
-        if not all(isinstance(values, dict) for values in (data["frozen"], *dict(data["model"]).values())):
-            raise TypeError("`model` and `frozen` are no mappings")
+        dtype = data.get("dtype", "float32")
+        _check_types(data, dtype)
         sources, bases = dict(data.get("sources", {})), dict(data.get("bases", {}))
         facts = {name: data[name] for name in names}
         return Manifest(plans=plans, run=path.parent, dtype=dtype, sources=sources, bases=bases, **facts)

@@ -45,7 +45,9 @@ def load_tokenizer(folder: str | Path, chat_template: str | None = None) -> PreT
             f"Expected a tokenizer folder at {folder}, found none (cwd {Path.cwd()}). Build the shards first."
         )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # a damaged file makes the tokenizers library raise a plain Exception
         raise UserError(
             f"Expected a tokenizer that transformers can load at {folder}, got: {error}. Give the folder in which "

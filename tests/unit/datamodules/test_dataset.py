@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import time
 from dataclasses import replace
 
@@ -9,10 +11,11 @@ import pytest
 import torch
 
 from datamodules.bad_samples import bad_samples_of
-from datamodules.dataset import WORKER_PATIENCE, BatchLoader, ConversationDataset, UnitTable
+from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
 from datamodules.index import save_index
 from datamodules.order import FILLER, EveryUnitOnce, Order
 from datamodules.shards import Entry, conversation, write_shards
+from datamodules.workers import WORKER_PATIENCE, begin_worker
 from moextend_pl.contracts import IGNORE_INDEX, UserError
 from moextend_pl.samples.conversation import ConversationEncoder
 
@@ -103,6 +106,38 @@ def test_a_mistake_in_a_sample_reaches_the_user_as_one_sentence(tmp_path, spec, 
     assert "00000.tar: bad" in str(caught.value)
     assert "Traceback" not in str(caught.value)
     assert "worker" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "not enough memory for a batch. Lower `batch_size` or `num_workers`"),
+        (OSError(5, "Input/output error", "00001.tar"), "cannot be read 00001.tar: Input/output error"),
+        (PermissionError(13, "Permission denied", "00001.tar"), "cannot be read 00001.tar: Permission denied"),
+    ],
+)
+def test_what_the_system_refuses_a_worker_is_one_sentence(folder, spec, monkeypatch, workers, error, message):
+    samples = dataset(folder, spec)
+    monkeypatch.setattr(samples, "read", lambda _: (_ for _ in ()).throw(error))
+    batches = EveryUnitOnce(np.arange(len(samples)), 4, 0, 1)
+    with pytest.raises(UserError, match=message):
+        next(iter(BatchLoader(samples, batches, workers)))
+
+
+def test_a_worker_told_to_end_goes_on_for_a_while(monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    alarms, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    try:
+        begin_worker(0)
+        for number in before:
+            os.kill(os.getpid(), number)
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert alarms == [60]
 
 
 def test_workers_change_no_batch(folder, spec):

@@ -331,6 +331,14 @@ def change_manifest(**changes: object) -> Callable[[Path, TinyWorld], None]:
     return change
 
 
+def change_argument(part: str, **changes: object) -> Callable[[Path, TinyWorld], None]:
+    def change(run: Path, world: TinyWorld) -> None:
+        model = json.loads((run / "manifest.json").read_text())["model"]
+        change_manifest(model={**model, part: {**model[part], **changes}})(run, world)
+
+    return change
+
+
 def other_plan(run: Path, world: TinyWorld) -> None:
     change_manifest(plans=[make_plan([1], (1, 1)).to_dict()])(run, world)
 
@@ -349,6 +357,17 @@ DAMAGES = {
     "manifest that is a list": (lambda run, _: (run / "manifest.json").write_text("[]"), "manifest.json: damaged"),
     "plans that are a number": (change_manifest(plans=5), "manifest.json: damaged"),
     "model that is a number": (change_manifest(model=5), "manifest.json: damaged"),
+    "manifest of an unknown dtype": (change_manifest(dtype="float17"), "damaged .*`dtype` 'float17' is no type"),
+    "manifest of a dtype that is none": (change_manifest(dtype="nn"), "damaged .*`dtype` 'nn' is no type"),
+    "manifest of a dtype that is a number": (change_manifest(dtype=16), "damaged .*`dtype` 16 is no type"),
+    "manifest with numbers for digests": (change_manifest(frozen={"a": 1}), "damaged .*are no texts"),
+    "manifest with a number for a folder": (
+        change_argument("language", base=5),
+        "damaged .*`language` names no folder",
+    ),
+    "manifest without a folder": (change_argument("encoder", path=None), "damaged .*`encoder` names no folder"),
+    "manifest with a number for a tokenizer": (change_argument("language", tokenizer=5), "damaged .*are no places"),
+    "manifest with an unknown argument": (change_argument("projector", more=5), "manifest does not fit this version"),
     "manifest without its keys": (lambda run, _: (run / "manifest.json").write_text('{"schema": 2}'), "manifest.json"),
     "plan of other layers": (other_plan, "tensors do not fit this model"),
     "plan that is none": (change_manifest(plans=[{"schema": 1}]), "not a valid extension plan"),

@@ -35,6 +35,7 @@ TOOL_COMMANDS = {
     "generate": ("moextend_pl.cli.generate", "ask a trained model about a picture"),
     "export": ("moextend_pl.export.command", "write a run as a folder that transformers loads, or as one to share"),
     "merge": ("moextend_pl.export.merge", "join a shared delta to its base"),
+    "serve": ("moextend_pl.export.serving.command", "answer over HTTP, as OpenAI's interface asks"),
     "evaluate": ("moextend_pl.evaluation.command", "ask a trained model published test sets and score it"),
     "rescore": ("moextend_pl.evaluation.rescore", "score kept answers again, without a model"),
     "report": ("moextend_pl.reports.command", "show what a run has measured as one page"),

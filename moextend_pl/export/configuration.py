@@ -18,6 +18,7 @@ class MoExtendConfig(PreTrainedConfig):
         upcycle: How the MLPs of the language model became experts; None if they did not.
         plans: Extension plans, first one first, as `ExtensionPlan.to_dict` writes them.
         image_token_id: Id that stands on every place that an image feature fills.
+        context: Longest sequence of the model, in positions; None if it says none.
         task: Name of the task of all questions, where the model was extended for several.
         kwargs: What every configuration of transformers has.
     """
@@ -34,10 +35,12 @@ class MoExtendConfig(PreTrainedConfig):
         upcycle: dict[str, Any] | None = None,
         plans: list[dict[str, Any]] | None = None,
         image_token_id: int | None = None,
+        context: int | None = None,
         task: str = "",
         **kwargs: Any,
     ) -> None:
         self.text_config = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else text_config
         self.encoder, self.projector, self.upcycle = encoder or {}, projector or {}, upcycle
-        self.plans, self.image_token_id, self.task = plans or [], image_token_id, task
+        self.plans, self.image_token_id = plans or [], image_token_id
+        self.context, self.task = context, task
         super().__init__(**kwargs)

@@ -15,7 +15,7 @@ from moextend_pl.export.configuration import MoExtendConfig
 from moextend_pl.export.modeling import MoExtendForConditionalGeneration
 from moextend_pl.export.processing import NOT_PIXELS, MoExtendImageProcessor, MoExtendProcessor
 from moextend_pl.export.travelling_code import AUTO_MAP, write_code
-from moextend_pl.inference.decoding import end_tokens, longest_answer
+from moextend_pl.inference.decoding import context_of, end_tokens, longest_answer
 from moextend_pl.models.model_folder import read_config
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.extension.reach import check_task
@@ -67,6 +67,7 @@ def configuration_of(model: MoExtend, task: str = "") -> MoExtendConfig:
         upcycle=_spec(language.upcycle_spec),
         plans=[{**plan.to_dict(), "report": {}} for plan in model.plans],
         image_token_id=language.image_token_id,
+        context=context_of(language.model.config),
         task=task,
     )
     config.dtype = read_dtype(model)
@@ -112,6 +113,10 @@ def exported(model: MoExtend, task: str = "") -> MoExtendForConditionalGeneratio
     if missing := sorted(held - named.keys()):
         raise UserError(f"Expected a model of known parts, got one without {missing[:3]}. Export it from its own run.")
     copy.load_state_dict({name: named[name].detach() for name in held}, assign=True)
+    for name, buffer in list(copy.named_buffers()):
+        if buffer.is_meta:  # not in the state, such as rotary frequencies
+            path, _, last = name.rpartition(".")
+            copy.get_submodule(path).register_buffer(last, named[name], persistent=False)
     copy.tie_weights()
     copy.generation_config = generation_of(model)
     return copy

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, I images, D width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -125,6 +126,28 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
             embeddings_BSD = self.embed(input_ids, pixel_values)
         return self.language_model(inputs_embeds=embeddings_BSD, attention_mask=attention_mask, labels=labels, **kwargs)
 
+    def _options(self, generation_config: Any, mask_BS: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """Returns options of the base's `generate`, under which answers end where the model's context ends.
+
+        Raises:
+            ValueError: If a prompt leaves no room.
+        """
+        self.language_model.generation_config = self.generation_config
+        config = self.generation_config if generation_config is None else copy.copy(generation_config)
+        longest, context = options.get("max_new_tokens", config.max_new_tokens), self.config.context
+        if context is not None:
+            room = context - int(mask_BS.sum(dim=1).max())
+            if room < 1:
+                raise ValueError(f"Expected prompts of less than {context} positions, the model's context; ask less.")
+            longest = None if longest is None else min(longest, context - int(mask_BS.sum(dim=1).min()))
+        if generation_config is not None:
+            config.max_new_tokens = longest
+            options = {**options, "generation_config": config}
+            options.pop("max_new_tokens", None)
+        elif longest is not None:
+            options = {**options, "max_new_tokens": longest}
+        return {**options, "attention_mask": mask_BS}
+
     @torch.no_grad()
     def generate(
         self,
@@ -150,15 +173,15 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
             What transformers returns: prompts with what was generated behind them.
 
         Raises:
-            ValueError: If no ids are given.
+            ValueError: If no ids are given, or a prompt leaves no room for an answer.
         """
         ids_BS = inputs if input_ids is None else input_ids
         if ids_BS is None:
             raise ValueError("Expected `input_ids` of at least one prompt, got none.")
-        kwargs["attention_mask"] = torch.ones_like(ids_BS) if attention_mask is None else attention_mask
-        kwargs["generation_config"] = self.generation_config if generation_config is None else generation_config
+        mask_BS = torch.ones_like(ids_BS) if attention_mask is None else attention_mask
+        options = self._options(generation_config, mask_BS, kwargs)
         try:
-            made = self.language_model.generate(inputs_embeds=self.embed(ids_BS, pixel_values), **kwargs)
+            made = self.language_model.generate(inputs_embeds=self.embed(ids_BS, pixel_values), **options)
         finally:
             for _, reach in self.extensions:
                 reach.set(None)

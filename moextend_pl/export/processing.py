@@ -43,14 +43,12 @@ class MoExtendImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.pixels = pixels or {}
 
-    def spec(
-        self, tokenizer: Any = None, image_token_id: int = 0, tokens_per_image: int = 0, context: int | None = None
-    ) -> SampleSpec:
+    def spec(self, tokenizer: Any = None, image_token_id: int = 0, tokens_per_image: int = 0) -> SampleSpec:
         """Returns what the model asks of its data."""
         facts: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in self.pixels.items()
         }
-        return SampleSpec(tokenizer, image_token_id, tokens_per_image, context=context, **facts)
+        return SampleSpec(tokenizer, image_token_id, tokens_per_image, **facts)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
         """Returns `pixel_values` (I, 3, H, W).
@@ -96,7 +94,7 @@ class MoExtendProcessor(ProcessorMixin):
     def encoder(self) -> ConversationEncoder:
         """Returns what encoded the data."""
         if self._encoder is None:
-            spec = self.image_processor.spec(self.tokenizer, self.image_token_id, self.tokens_per_image, self.context)
+            spec = self.image_processor.spec(self.tokenizer, self.image_token_id, self.tokens_per_image)
             self._encoder = ConversationEncoder(spec)
         return self._encoder
 
@@ -164,7 +162,14 @@ class MoExtendProcessor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def _sample(self, question: Question) -> Sample:
-        return prompt_sample(self.encoder(), question, [open_picture(picture) for picture in question.pictures])
+        sample = prompt_sample(self.encoder(), question, [open_picture(picture) for picture in question.pictures])
+        if self.context is not None and len(sample.input_ids) >= self.context:
+            raise UserError(
+                f"Expected a conversation of fewer positions than the model's context, {self.context}, got "
+                f"{len(sample.input_ids)}, pictures included. Ask less at once: a shorter text, fewer pictures, or "
+                "fewer earlier turns."
+            )
+        return sample
 
     def _features(
         self, rows: list[Tensor], pixels: Tensor, return_tensors: str | None, is_one: bool = False

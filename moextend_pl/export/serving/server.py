@@ -1,0 +1,203 @@
+"""transformers' own server around a model of ours: nothing of the machine is read for a request but what it holds."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.systemone import SystemOneHandler
+from transformers.cli.serving.transcription import TranscriptionHandler
+from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
+
+from moextend_pl.contracts import UserError
+from moextend_pl.export.folder import exported, processor_of
+from moextend_pl.models.moextend import MoExtend
+
+log = logging.getLogger(__name__)
+
+INLINE = "data:"
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+BAD_REQUEST, TOO_LARGE = 400, 413
+
+
+def read(run: Path, base: str | None, task: str, device: str) -> tuple[Any, Any]:
+    """Returns model and processor of a run, or of an exported folder.
+
+    Args:
+        run: Run directory, exported folder or delta folder.
+        base: Where the base lies, if not where the run says.
+        task: Name of the task of all questions, where the model was extended for several.
+        device: `auto` for a GPU if there is one.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if (run / "processor_config.json").is_file():
+        model: Any = AutoModelForImageTextToText.from_pretrained(run, local_files_only=True)
+        return model.to(place).eval(), AutoProcessor.from_pretrained(run, local_files_only=True)
+    whole = MoExtend.load(run, base)
+    model = exported(whole, task)
+    return model.to(place).eval(), processor_of(whole.sample_spec())
+
+
+def build(name: str, model: Any, processor: Any, limit: int) -> FastAPI:
+    """Returns the server as an application.
+
+    Args:
+        name: Of the model in requests.
+        model: Exported.
+        processor: Of the model.
+        limit: Largest request, in bytes.
+    """
+    manager, state = OneModel(name, model, processor), GenerationState()
+    app = build_server(
+        manager,
+        Chat(manager, state),
+        completion_handler=CompletionHandler(manager, state),
+        response_handler=Responses(manager, state),
+        transcription_handler=TranscriptionHandler(manager, state),
+        systemone_handler=SystemOneHandler(manager, state),
+        generation_state=state,
+    )
+    app.add_exception_handler(UserError, _refused)
+    app.add_middleware(SmallRequests, limit=limit)
+    return app
+
+
+def run(app: FastAPI, host: str, port: int) -> None:
+    """Serves until the process is interrupted."""
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    """Answers a mistake in a request with its sentence, as OpenAI does."""
+    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=BAD_REQUEST)
+
+
+class OneModel(ModelManager):
+    """Holds one model, whatever a request names.
+
+    Args:
+        name: Of the model.
+        model: Exported.
+        processor: Of the model.
+    """
+
+    def __init__(self, name: str, model: Any, processor: Any) -> None:
+        self._model, self._processor = model, processor
+        super().__init__(device="cpu", force_model=name)
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """Returns the name as it is: it is neither a place nor a hub's."""
+        return model_id
+
+    def _load_processor(self, *_: Any, **__: Any) -> Any:
+        return self._processor
+
+    def _load_model(self, *_: Any, **__: Any) -> Any:
+        return self._model
+
+    @staticmethod
+    def get_model_modality(model: Any, processor: Any = None) -> Modality:  # noqa: ARG004 - as transformers calls it
+        """Returns that the model takes pictures and texts."""
+        return Modality.VLM
+
+
+class Asked(BaseHandler):
+    """What requests may ask for: pictures that they hold themselves, and draws where they give a temperature."""
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Modality) -> list[dict[str, Any]]:
+        """Returns messages as the processor takes them.
+
+        Raises:
+            UserError: If one is no message, or its picture lies elsewhere: on this machine, or in the web.
+        """
+        try:
+            inputs: list[dict[str, Any]] = BaseHandler.get_processor_inputs_from_messages(messages, modality)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"Expected messages as OpenAI's interface has them, got one without {error}.") from error
+        places = [str(part.get("url")) for one in inputs for part in one["content"] if part.get("type") != "text"]
+        if outside := [place for place in places if not place.startswith(INLINE)]:
+            raise UserError(
+                f"Expected each picture as a `data:` address, got {outside[0][:80]!r}. Put the picture itself into the "
+                "request; this server opens neither files nor addresses."
+            )
+        return inputs
+
+    def _build_generation_config(self, body: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        if body.get("stop"):
+            # transformers would take the vocabulary apart for minutes, and leave the words in the answer.
+            raise UserError("Expected a request without `stop`, got one: answers end at the model's own end tokens.")
+        config = super()._build_generation_config(body, *arguments, **options)
+        own = arguments[0] if arguments else options["model_generation_config"]
+        if body.get("generation_config") is None:
+            config.do_sample = float(body.get("temperature") or 0) > 0
+            if all(body.get(name) is None for name in LENGTHS):
+                config.max_new_tokens = own.max_new_tokens
+        return config
+
+
+class Chat(ChatCompletionHandler, Asked):
+    """Chat completions."""
+
+    get_processor_inputs_from_messages = staticmethod(Asked.get_processor_inputs_from_messages)
+
+
+class Responses(ResponseHandler, Asked):
+    """Responses, OpenAI's newer form of the same."""
+
+    get_processor_inputs_from_messages = staticmethod(Asked.get_processor_inputs_from_messages)
+
+
+class SmallRequests:
+    """Refuses requests that are too large, before they are read where they say so, and else as soon as they are.
+
+    Args:
+        app: What is asked.
+        limit: Bytes.
+    """
+
+    def __init__(self, app: Any, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        if int(told) > self.limit:
+            sentence = f"Expected a request of at most {self.limit} bytes, got {int(told)}. Shrink its pictures."
+            answer = JSONResponse({"error": {"message": sentence, "type": "invalid_request_error"}}, TOO_LARGE)
+            await answer(scope, receive, send)
+            return
+        got = 0
+
+        async def counted() -> Any:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > self.limit:
+                raise HTTPException(TOO_LARGE, f"Expected a request of at most {self.limit} bytes, got more.")
+            return message
+
+        async def answer_with_reason(message: Any) -> None:
+            # What reads the body calls every trouble with it a bad request.
+            is_start = message["type"] == "http.response.start"
+            await send({**message, "status": TOO_LARGE} if is_start and got > self.limit else message)
+
+        await self.app(scope, counted, answer_with_reason)

@@ -22,6 +22,7 @@ from moextend_pl.cli.commands import run
 from moextend_pl.cli.recipes import HOME
 from moextend_pl.contracts import UserError
 from moextend_pl.quickstart import report
+from moextend_pl.quickstart.next_steps import next_commands
 from moextend_pl.runs.atomic import read_json, write_json, write_text
 from moextend_pl.runs.fingerprints import file_sha256
 
@@ -198,5 +199,7 @@ def main(argv: Sequence[str]) -> int:
         )
     path = Quickstart(options.out, overrides, options.until).run(not options.skip_full_finetune)
     if not options.until:
-        log.info("the report is in %s", path)
+        log.info("the report is in %s; what you can do now:", path)
+        for purpose, line in next_commands(options.out):
+            log.info("  # %s\n    %s", purpose, line)
     return 0

@@ -18,6 +18,7 @@ from moextend_pl.cli.commands import run
 from moextend_pl.contracts import PLAN_FILE, Batch, ExtensionPlan
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.dispatch import FROZEN_EXPERTS
+from moextend_pl.quickstart.next_steps import EXAMPLE
 from moextend_pl.reports import plots
 from moextend_pl.reports.report_text import markdown
 from moextend_pl.runs.atomic import read_json, write_json, write_text
@@ -97,6 +98,7 @@ def measure_extended(out: Path, configs: Path) -> dict[str, Any]:
     folder = out / "0_language" / "base"
     plan = ExtensionPlan.load(out / "2_probe" / PLAN_FILE)
     text_batches = command.datamodule.test_dataloader()[command.datamodule.test_names.index("text")]
+    plots.save_example(command.datamodule, out / EXAMPLE)
     plots.plot_answers(command.datamodule, out / "3_extend" / "predictions_vqa.jsonl", out / "plots" / "answers.png")
     return {
         "vqa_accuracy": extended["vqa"],

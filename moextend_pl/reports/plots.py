@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from moextend_pl.moe.usage import TOKEN_KINDS, usage_shares
@@ -129,6 +130,20 @@ def bars_of_accuracy(axis: Axes, rows: Sequence[tuple[Any, ...]]) -> None:
     axis.set(xlim=(0, 1.12))
 
 
+def shown_pixels(batch: Mapping[str, Any], place: int, spec: Any) -> Tensor:
+    """Returns a picture of a batch as a person sees it, (H, W, 3) in 0 to 1."""
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (spec.image_mean, spec.image_std))
+    return (batch["pixel_values"][place] * std + mean).clamp(0, 1).permute(1, 2, 0)
+
+
+def save_example(datamodule: Any, path: Path) -> None:
+    """Writes the first picture of the first test set as PNG, to ask about."""
+    batch = next(iter(datamodule.test_dataloader()[0]))
+    pixels = (shown_pixels(batch, 0, datamodule.sample_spec()) * 255).round().to(torch.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.numpy()).save(path)
+
+
 def plot_answers(datamodule: Any, predictions: Path, path: Path, count: int = 8) -> None:
     """Shows pictures with question, answer and truth.
 
@@ -142,13 +157,12 @@ def plot_answers(datamodule: Any, predictions: Path, path: Path, count: int = 8)
         answers = {row["key"]: row for row in map(json.loads, file)}
     batch = next(iter(datamodule.test_dataloader()[0]))
     spec = datamodule.sample_spec()
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (spec.image_mean, spec.image_std))
     # The first question of a picture says much the same of every picture; later ones differ more.
     chosen = list(range(0, len(batch["keys"]), max(len(batch["keys"]) // count, 1)))[:count]
     figure = Figure(figsize=(2.2 * 4, 2.7 * (count // 4)))
     for axis, place in zip(figure.subplots(count // 4, 4).flat, chosen, strict=True):
         row = answers[batch["keys"][place]]
-        axis.imshow((batch["pixel_values"][place] * std + mean).clamp(0, 1).permute(1, 2, 0))
+        axis.imshow(shown_pixels(batch, place, spec))
         mark = "right" if row["correct"] else f"wrong, truth: {row['answer']}"
         axis.set_title(f"{row['prompt']}\n{row['prediction']} ({mark})", fontsize=7)
         axis.axis("off")

@@ -1,0 +1,28 @@
+"""What a person can do with the model that the quickstart made."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+EXAMPLE = "example.png"
+QUESTION = "what color is the shape?"
+NEXT = (
+    ("ask it about a picture", ("generate", "--checkpoint", "{run}", "--image", "{picture}", "--prompt", QUESTION)),
+    ("look at every stage", ("report", "{out}")),
+    ("a folder for transformers", ("export", "{run}", "--out", "{out}/exported")),
+    ("a small folder to share", ("export", "{run}", "--target", "delta", "--out", "{out}/shared")),
+)
+
+
+def next_commands(out: Path) -> list[tuple[str, str]]:
+    """Returns purposes and command lines, ready for a shell.
+
+    Args:
+        out: Folder of a finished quickstart.
+    """
+    places = {"run": str(out / "3_extend"), "out": str(out), "picture": str(out / EXAMPLE)}
+    return [
+        (purpose, shlex.join(["python", "-m", "moextend_pl", *(word.format(**places) for word in words)]))
+        for purpose, words in NEXT
+    ]

@@ -17,8 +17,8 @@ from datamodules.audit import AuditOptions, audit, totals
 from datamodules.cache import Source
 from datamodules.easy_vqa import build_easy_vqa
 from datamodules.index import ARRAYS_FILE, INDEX_FILE, Shard
-from datamodules.llava import BuildOptions, Progress, build_shards
-from datamodules.own_data import FORMS, read_data
+from datamodules.llava import BuildOptions, Built, Progress, build_shards
+from datamodules.own_data import FORMS, hold_out, read_data
 from datamodules.scan import build_index, index_shard
 from datamodules.scenes import IMAGES, build_scenes
 from datamodules.sets import SPLITS, TOKENIZER
@@ -99,6 +99,7 @@ def _add_build(build: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     data = build.add_parser("data", help="shards of your own data, whatever their form", description=about)
     data.add_argument("place", type=Path, help=FORMS)
     data.add_argument("--images", type=Path, help="folder that the image names start from (default: the file's own)")
+    data.add_argument("--val", type=Path, help="folder for about one picture in twenty, held out to measure on")
     data.add_argument("--question", help="what every picture is asked where the data hold no question")
     data.add_argument("--columns", help="columns of a table, as picture=NAME,question=NAME,answer=NAME")
     llava = build.add_parser("llava", help="the same for a file of conversations", description=about)
@@ -106,7 +107,7 @@ def _add_build(build: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--json", dest="place", type=Path, required=True, help="LLaVA's, ShareGPT's or OpenAI's JSON or JSON Lines"
     )
     llava.add_argument("--images", type=Path, required=True, help="folder that the image names start from")
-    llava.set_defaults(question=None, columns=None)
+    llava.set_defaults(question=None, columns=None, val=None)
     for parser in (data, llava):
         _image_options(parser)
         _workers_option(parser)
@@ -185,21 +186,29 @@ def _build_own(options: argparse.Namespace) -> int:
         _say(line)
     names = ("samples_per_shard", "workers", "resize", "square", "quality", "skip_bad")
     how = BuildOptions(**{name: getattr(options, name) for name in names})
-    with _progress() as progress:
-        built = build_shards(data, options.out, how, progress)
-    _say(totals(options.out, built.shards))
+    parts = [(data, options.out)]
+    if options.val is not None:
+        learned, measured = hold_out(data)
+        parts = [(learned, options.out), (measured, options.val)]
+    for part, out in parts:
+        with _progress() as progress:
+            _say_built(build_shards(part, out, how, progress), out, options.resize is not None)
+    return 0
+
+
+def _say_built(built: Built, out: Path, resized: bool) -> None:
+    _say(totals(out, built.shards))
     if built.renamed:
         _say(f"{built.renamed} entries got a key of their own: their id was taken, or held a dot")
     if built.unnamed:
         _say(f"{built.unnamed} entries have no id and are named by their number")
     for what, count in sorted(built.done.dropped.items()):
         _say(f"left out: {count} {what}")
-    if options.resize:
+    if resized:
         before, after = built.done.bytes_before / 2**20, built.done.bytes_after / 2**20
         _say(f"images: {before:.1f} MiB as files, {after:.1f} MiB in the shards")
     if built.done.problems:
-        _say(f"{len(built.done.problems)} problem(s): see {options.out / SKIPPED_FILE} for what was left out")
-    return 0
+        _say(f"{len(built.done.problems)} problem(s): see {out / SKIPPED_FILE} for what was left out")
 
 
 def _columns(text: str | None) -> dict[str, str]:

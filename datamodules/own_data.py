@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.dialects import CONVERSATION_KEYS
+from datamodules.dialects import CONVERSATION_KEYS, spoken
 from datamodules.folders import read_folder
 from datamodules.index import INDEX_FILE, file_sha256
 from datamodules.llava_entries import LINES, read_annotations
@@ -18,6 +18,9 @@ from datamodules.tables import TABLES, entries_of, find_columns, read_csv, read_
 from moextend_pl.contracts import UserError
 
 CONVERSATIONS = (".json", *LINES)
+HELD_OUT = (8, 1000)
+"""Fewest and most pictures that are held out."""
+
 FORMS = "a .json, .jsonl, .csv, .tsv or .parquet file, or a folder of pictures"
 
 
@@ -82,6 +85,37 @@ def read_data(
     found_columns = find_columns(names, columns or {}, place)
     digest = hashlib.sha256(json.dumps([digest, str(found_columns), question]).encode()).hexdigest()
     return OwnData(place, digest, entries_of(rows, found_columns, question), images, [f"columns: {found_columns}"])
+
+
+def hold_out(data: OwnData) -> tuple[OwnData, OwnData]:
+    """Divides data into what is learned from and what is measured on: every k-th picture with all that is asked of it.
+
+    About one in twenty, at least `HELD_OUT[0]` if half of the data allow it, at most `HELD_OUT[1]`.
+
+    Raises:
+        UserError: If there are fewer than two pictures or texts.
+    """
+    groups: dict[str, int] = {}
+    shown = [_first_picture(item, number) for number, item in enumerate(data.items)]
+    for name in shown:
+        groups.setdefault(name, len(groups))
+    if len(groups) < 2:
+        raise UserError(f"{data.place}: expected at least two pictures, to hold one out, got {len(groups)}. Add some.")
+    wanted = min(max(len(groups) // 20, HELD_OUT[0]), HELD_OUT[1])
+    step = max(len(groups) // wanted, 2)
+    kept: tuple[list[Any], list[Any]] = ([], [])
+    for name, item in zip(shown, data.items, strict=True):
+        kept[groups[name] % step == step - 1].append(item)
+    learned, measured = kept
+    return replace(data, items=learned, digest=f"{data.digest} learned"), replace(
+        data, items=measured, digest=f"{data.digest} measured", dropped=Counter()
+    )
+
+
+def _first_picture(item: Any, number: int) -> str:
+    """Returns what tells the picture of an entry from others; entries without one are each their own."""
+    names = spoken(item).images if isinstance(item, dict) else []
+    return str(names[0]) if names and isinstance(names[0], str) else f"\0{number}"
 
 
 def _file_within(folder: Path) -> Path | None:

@@ -31,6 +31,10 @@ STAGE_COMMANDS = {
 TOOL_COMMANDS = {
     "plan": ("moextend_pl.plan.command", "memory, hours and cost of a stage, without its weights"),
     "quickstart": ("moextend_pl.quickstart.command", "run the whole method on easy-VQA and write a report"),
+    "extend": (
+        "moextend_pl.extend.command",
+        "from your own data to an extended model: write three stages and run them",
+    ),
     "configs": ("moextend_pl.cli.recipes", "list the stage files that come with the package, or copy some"),
     "generate": ("moextend_pl.cli.generate", "ask a trained model about a picture"),
     "export": ("moextend_pl.export.command", "write a run as a folder that transformers loads, or as one to share"),

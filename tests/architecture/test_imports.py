@@ -26,6 +26,7 @@ ORDER = (
     "cli",
     "plan",
     "quickstart",
+    "extend",
 )
 FRONTS = ("__init__", "__main__")
 FILES_IN_A_ROOM = 12

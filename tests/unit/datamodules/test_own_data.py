@@ -11,7 +11,7 @@ from helpers.faulty_shards import plain_image, write_tar
 from datamodules.command import main
 from datamodules.folders import UNDESCRIBED, UNKNOWN, UNSEEN
 from datamodules.llava import build_shards
-from datamodules.own_data import read_data
+from datamodules.own_data import hold_out, read_data
 from datamodules.reader import ShardReader
 from moextend_pl.contracts import UserError
 
@@ -153,3 +153,23 @@ def test_a_place_that_is_no_data_is_told_with_what_would_be(tmp_path):
     }.items():
         with pytest.raises(UserError, match=sentence):
             read_data(tmp_path / name)
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (20, 8), (400, 20), (30_000, 1000)])
+def test_whole_pictures_are_held_out_and_no_sample_is_lost(tmp_path, count, held):
+    rows = "".join(f"{n}.png,is {ask}?,yes\n" for n in range(count) for ask in ("one", "two"))
+    (tmp_path / "t.csv").write_text("image,question,answer\n" + rows)
+    data = read_data(tmp_path / "t.csv")
+    learned, measured = hold_out(data)
+    names = [{item["image"] for item in part.items} for part in (learned, measured)]
+    assert not names[0] & names[1]
+    assert sorted(map(str, learned.items + measured.items)) == sorted(map(str, data.items))
+    assert held <= len(names[1]) <= 1.25 * held
+    assert learned.digest != measured.digest
+    assert [part.items for part in hold_out(data)] == [learned.items, measured.items]
+
+
+def test_one_picture_cannot_be_held_out(tmp_path):
+    (tmp_path / "t.csv").write_text("image,question,answer\na.png,one?,yes\na.png,two?,no\n")
+    with pytest.raises(UserError, match="at least two pictures"):
+        hold_out(read_data(tmp_path / "t.csv"))

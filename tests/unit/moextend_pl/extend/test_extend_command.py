@@ -1,0 +1,117 @@
+"""From a folder of pictures to an extended model, by one command that can be stopped, edited and run again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.tiny_world import SAMPLES, TinyWorld, colour_of, picture
+
+import moextend_pl
+from moextend_pl import cli
+from moextend_pl.cli.config_files import prepare_arguments
+from moextend_pl.contracts import UserError
+from moextend_pl.extend.stage_files import STAGES, Wish, stage_files
+
+SHORT = ["--trainer.max_steps=4", "--trainer.val_check_interval=4"]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder for each colour."""
+    for number in range(SAMPLES):
+        path = tmp_path / "pictures" / colour_of(number) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def asked(tiny_world: TinyWorld, pictures: Path, tmp_path: Path) -> list[str]:
+    """The command of a stranger."""
+    models = ["--base", str(tiny_world.base), "--tower", str(tiny_world.encoder)]
+    data = ["--data", str(pictures), "--question", "what is the color ?"]
+    return ["extend", *models, *data, "--out", str(tmp_path / "run"), "--batch-size", "4"]
+
+
+def wish(**changes: object) -> Wish:
+    folders = {name: Path(name) for name in ("out", "base", "tower", "train", "val")}
+    facts = {
+        "is_saved_tower": False,
+        "samples": 1000,
+        "width": 64,
+        "batch": 8,
+        "epochs": 2.0,
+        "precision": "32-true",
+        "length": 99,
+    }
+    return Wish(**{**folders, **facts, **changes})
+
+
+def test_stage_files_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    texts = stage_files(wish(out=Path("a: 'b' #c"), width=4096))
+    data = {name: yaml.safe_load(text) for name, text in texts.items()}
+    assert data["1_align.yaml"]["trainer"]["default_root_dir"] == "a: 'b' #c/1_align"
+    assert [data[f"{name}.yaml"]["trainer"]["max_steps"] for name in STAGES] == [250, 62, 250]
+    assert data["3_extend.yaml"]["model"]["init_args"]["optim"]["lr"] == 2e-5
+    assert data["model.yaml"]["model"]["init_args"]["encoder"] == {"name": "tower"}
+    for name, text in texts.items():
+        assert max(map(len, text.splitlines())) <= 120
+        (tmp_path / name).write_text(text)
+    names = [path.name for path in prepare_arguments(["fit", "--config", str(tmp_path / "2_probe.yaml")]).files]
+    assert names == ["base.yaml", "model.yaml", "2_probe.yaml"]
+
+
+@pytest.mark.slow
+def test_pictures_become_an_extended_model_and_an_edited_stage_starts_anew(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main([*asked, *SHORT]) == 0
+    assert f"python -m moextend_pl generate --checkpoint {run}/3_extend" in capsys.readouterr().out
+    model = moextend_pl.load(run / "3_extend")
+    assert model.plans[0].layers
+    assert isinstance(model.generate(tmp_path / "pictures" / "red" / "0.png", "what is the color ?"), str)
+    assert (run / "report.html").is_file()
+    held = json.loads((run / "data/val/index.json").read_text())["shards"][0]["samples"]
+    assert 0 < held < SAMPLES / 2
+    receipts = {name: (run / name / "stage.json").stat().st_mtime_ns for name in STAGES}
+    assert cli.main([*asked, *SHORT]) == 0  # nothing is left to do
+    assert {name: (run / name / "stage.json").stat().st_mtime_ns for name in STAGES} == receipts
+    edited = run / "configs" / "3_extend.yaml"
+    edited.write_text(edited.read_text().replace("lr: 2.0e-03", "lr: 1.0e-03"))
+    assert cli.main([*asked, *SHORT]) == 0
+    again = {name: (run / name / "stage.json").stat().st_mtime_ns for name in STAGES}
+    assert [name for name in STAGES if again[name] != receipts[name]] == ["3_extend"]
+    assert "lr: 0.001" in (run / "3_extend/config.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_a_dry_run_writes_and_plans_and_trains_nothing(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*asked, "--dry-run", "--gpu", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert [out.count(f"\n{name}: ") for name in STAGES] == [1, 1, 1]
+    assert out.count("hours") + out.count("minutes") > 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["configs", "data"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (["--base", "nowhere"], "Expected a model's folder or org/name of a hub for `--base`, got 'nowhere'"),
+        (["--tower", "."], "for `--tower`, got '.'"),
+        (["--batch-size", "0"], "above 0, got 0 and 1"),
+        (["--trainer.max_steps", "3"], "does not accept '--trainer.max_steps'"),
+        (["--data", "nowhere"], r"Expected a .json, .* at nowhere, found nothing"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_is_trained(
+    asked: list[str], tmp_path: Path, change: list[str], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        cli.run([*asked, *change])
+    assert not (tmp_path / "run" / "configs").exists()

@@ -83,12 +83,13 @@ _HOMES = {
 }
 
 
-def load(run: str | Path, base: str | Path | None = None) -> MoExtend:
+def load(run: str | Path, base: str | Path | None = None, tower: str | Path | None = None) -> MoExtend:
     """Loads the model of a finished run, ready to be asked.
 
     Args:
         run: Run directory with `manifest.json` and `delta.safetensors`, or a delta in a hub, `org/name`.
         base: Where its base lies, if not where the run says; a delta to share finds it by name otherwise.
+        tower: Where its vision tower lies, likewise.
 
     Raises:
         UserError: If the directory holds no finished run or its base has changed.
@@ -96,7 +97,7 @@ def load(run: str | Path, base: str | Path | None = None) -> MoExtend:
     from moextend_pl.models.moextend import MoExtend
     from moextend_pl.runs.named import find_run
 
-    return MoExtend.load(find_run(run), base)
+    return MoExtend.load(find_run(run), base, tower)
 
 
 def __getattr__(name: str) -> Any:

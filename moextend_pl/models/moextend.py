@@ -70,12 +70,13 @@ class MoExtend(AskMixin, DeltaModule):
             check_start(self, self.init_from)
 
     @classmethod
-    def load(cls, run: str | Path, base: str | Path | None = None) -> MoExtend:
+    def load(cls, run: str | Path, base: str | Path | None = None, tower: str | Path | None = None) -> MoExtend:
         """Loads the model of a finished run: its base, its extension plan and its delta.
 
         Args:
             run: Run directory with `manifest.json` and `delta.safetensors`.
             base: Where the base lies, if not where the run says.
+            tower: Where the vision tower lies, likewise.
 
         Returns:
             The model, built and in evaluation mode.
@@ -86,8 +87,7 @@ class MoExtend(AskMixin, DeltaModule):
         Example:
             MoExtend.load("runs/quickstart/3_extend").generate("shape.png", "what color is the shape?")
         """
-        manifest = read_manifest(Path(run))
-        manifest = manifest if base is None else manifest.with_base(base)
+        manifest = read_manifest(Path(run)).with_folders(base, tower)
         parts = manifest.model_arguments()
         for arguments in parts.values():
             arguments["upcycle"] = UpcycleSpec.from_dict(arguments.get("upcycle"))

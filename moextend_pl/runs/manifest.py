@@ -29,6 +29,11 @@ MANIFEST_FILE, MANIFEST_SCHEMA = "manifest.json", 2
 PACKAGES = ("torch", "lightning", "transformers", "timm", "safetensors")
 # Arguments of the model's parts that are folders; a manifest names them relative to its own.
 FOLDERS = {"encoder": ("path", "name"), "language": ("base",)}
+# What a folder holds, a file that is there in any case, and what names another folder.
+CONTENT = {
+    "encoder": ("a vision encoder", "", "tower"),
+    "language": ("a transformers model", "config.json", "base"),
+}
 # Arguments of the language model that are places too, where they are given; a template may also be one of ours by name.
 FILES = ("tokenizer", "chat_template")
 
@@ -99,14 +104,24 @@ class Manifest:
         )
 
     def model_arguments(self) -> dict[str, dict[str, Any]]:
-        """Returns the arguments of the three parts, with folders that can be opened from here."""
+        """Returns the arguments of the three parts, with folders that can be opened from here.
+
+        Raises:
+            UserError: If a part or its folder is not there.
+        """
         arguments = {part: dict(values) for part, values in self.model.items()}
         for part in FOLDERS:
             if part not in arguments:
                 raise UserError(
                     f"{self.run} holds no {part}; it can be the start of a stage, but not a model by itself."
                 )
-            arguments[part][_folder_name(arguments[part], part)] = str(self.folder(part))
+            place, (what, file, option) = self.folder(part), CONTENT[part]
+            if not (place / file).exists():
+                raise UserError(
+                    f"Expected {what} in {place}, found no {file or 'folder'}. Run the stage that makes it; or, if it "
+                    f"or {self.run} was moved, name its folder by `{option}`, on the command line by `--{option}`."
+                )
+            arguments[part][_folder_name(arguments[part], part)] = str(place)
         if not arguments["encoder"].get("path"):  # a saved tower says it itself
             # Runs that do not say are of before there was a choice.
             arguments["encoder"].setdefault("resize", "squash")
@@ -127,16 +142,21 @@ class Manifest:
             return place
         return find_base(**self.bases[part], near=self.run.resolve().parent)
 
-    def with_base(self, base: str | Path) -> Manifest:
-        """Returns the same with the base in another folder; whether it is the same base is found out when it is read.
+    def with_folders(self, base: str | Path | None, tower: str | Path | None) -> Manifest:
+        """Returns the same with other folders; whether they hold the same is found out when they are read.
 
         Args:
-            base: The folder.
+            base: Folder of the language model, with its tokenizer; None for the one that the run says.
+            tower: Folder of the vision tower, likewise.
         """
-        language = self.model.get("language", {})
-        place = os.path.relpath(base, self.run)
-        moved = {"base": place, **({"tokenizer": place} if language.get("tokenizer") == language.get("base") else {})}
-        return replace(self, model={**self.model, "language": {**language, **moved}})
+        model = {part: dict(values) for part, values in self.model.items()}
+        if base is not None and (language := model.get("language")):
+            place = os.path.relpath(base, self.run)
+            moved = ["base", *(["tokenizer"] if language.get("tokenizer") == language.get("base") else [])]
+            language.update(dict.fromkeys(moved, place))
+        if tower is not None and (encoder := model.get("encoder")):
+            encoder[_folder_name(encoder, "encoder")] = os.path.relpath(tower, self.run)
+        return replace(self, model=model)
 
 
 def _folder_name(arguments: Mapping[str, Any], part: str) -> str:

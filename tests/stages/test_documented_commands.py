@@ -29,6 +29,8 @@ RUN_ELSEWHERE = {
     "python -m moextend_pl fit --config configs/easy_vqa": "tests/contracts/test_every_config.py",
     "python -m moextend_pl test --config configs/easy_vqa": "tests/contracts/test_every_config.py",
     "python -m moextend_pl generate": "tests/unit/moextend_pl/models/test_second_task.py",
+    "python -m moextend_pl chat": "tests/unit/moextend_pl/inference/test_chat.py",
+    "python -m moextend_pl predict": "tests/stages/test_killed_predictions.py",
     "python -m moextend_pl evaluate": "tests/unit/moextend_pl/evaluation/test_evaluate_command.py",
     "python -m moextend_pl rescore": "tests/unit/moextend_pl/evaluation/test_evaluate_command.py",
     "sbatch configs/slurm/train.sbatch": "tests/architecture/test_configs.py",

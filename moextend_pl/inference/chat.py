@@ -1,0 +1,64 @@
+"""A conversation that goes on: every question is asked with all that was said and shown before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moextend_pl.inference.asking import AskMixin
+from moextend_pl.inference.pictures import open_picture
+from moextend_pl.samples.messages import Picture, Question, ask
+
+
+class Chat:
+    """A conversation with a model.
+
+    Args:
+        model: Who answers.
+        task: Name of the task, where the model was extended for several.
+        system: Instruction that stands before the first question.
+        options: How answers are generated, see `GenerationSpec`.
+
+    Raises:
+        UserError: If an option cannot be used.
+
+    Example:
+        chat = Chat(moextend_pl.load("runs/quickstart/3_extend"))
+        for piece in chat.ask("what color is the shape?", ["shape.png"]):
+            print(piece, end="", flush=True)
+    """
+
+    def __init__(self, model: AskMixin, task: str = "", system: str = "", **options: Any) -> None:
+        self.model, self.task, self.system = model, task, system
+        self.spec = model.generation.with_options(options)
+        self.said: Question | None = None
+
+    def ask(self, text: str, pictures: Sequence[Picture] = ()) -> Iterator[str]:
+        """Yields the answer piece by piece; it is part of the conversation when it was heard to its end.
+
+        Args:
+            text: The next question.
+            pictures: Shown with it, before its words.
+
+        Raises:
+            UserError: As `AskMixin.generate`; the conversation stays as it was.
+        """
+        # Opened once, for all turns to come.
+        question = ask(text, [open_picture(picture) for picture in pictures], self.said)
+        if self.said is None and self.system:
+            question = replace(question, turns=(replace(question.turns[0], system=self.system),))
+        heard = []
+        if self.spec.beams > 1:
+            heard += self.model.answers([question], self.task, self.spec)
+            yield heard[0]
+        else:
+            for piece in self.model.stream(question, self.task, self.spec):
+                heard.append(piece)
+                yield piece
+        last = replace(question.turns[-1], gpt="".join(heard))
+        self.said = replace(question, turns=(*question.turns[:-1], last))
+
+    def begin_anew(self) -> None:
+        """Forgets what was said and shown."""
+        self.said = None

@@ -12,13 +12,14 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from moextend_pl.contracts import UserError
-from moextend_pl.training.sharding.strategy import ShardedStrategy
+from moextend_pl.training.sharding.strategy import A_NODE, ShardedStrategy
 
 ABOVE_ZERO = ("accumulate_grad_batches", "val_check_interval", "log_every_n_steps")
 SEEDS = 2**32  # numpy takes no others
 HALF_BY_AUTOCAST = ("16-mixed", "16", 16)
-SHARDED: dict[str, dict[str, Any]] = {"fsdp2": {}, "hsdp": {"copies": "node"}}
+SHARDED: dict[str, dict[str, Any]] = {"fsdp2": {}, "hsdp": {"copies": A_NODE}}
 """Short names of ShardedStrategy -> its arguments."""
+SHARING = (*SHARDED, "ModelParallelStrategy", "ShardedStrategy")
 
 _USE_DDP = "Use `ddp`"
 _USE_FSDP2 = "Use `fsdp2`, which shards the layers of the language model, or `ddp`"
@@ -44,7 +45,7 @@ STRATEGIES: dict[str, str] = {
     **dict.fromkeys(("deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload"), _SHARDED),
     **dict.fromkeys(("deepspeed_stage_3", "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme"), _SHARDED),
     "DeepSpeedStrategy": _SHARDED,
-    **dict.fromkeys((*SHARDED, "ModelParallelStrategy", "ShardedStrategy"), ""),
+    **dict.fromkeys(SHARING, ""),
     **dict.fromkeys(("xla", "xla_debug", "single_xla", "single_tpu", "XLAStrategy", "SingleDeviceXLAStrategy"), _XLA),
     **dict.fromkeys(("Strategy", "ParallelStrategy"), _UNKNOWN),
 }
@@ -77,11 +78,26 @@ def check_settings(config: dict[str, Any]) -> None:
     strategy = trainer.get("strategy") or "auto"
     name = str(strategy.get("class_path") if isinstance(strategy, dict) else strategy).rpartition(".")[2]
     _refuse(name)
-    if name in (*SHARDED, "ModelParallelStrategy", "ShardedStrategy") and trainer.get("precision") in HALF_BY_AUTOCAST:
+    if name in SHARING and trainer.get("precision") in HALF_BY_AUTOCAST:
         raise UserError(
             f"`trainer.strategy` {name} shards no scaler of float16, which `trainer.precision` "
             f"{trainer['precision']} needs. Set `bf16-mixed` or `32-true`, or use `ddp`."
         )
+
+
+def copies_of(trainer: dict[str, Any]) -> int | None:
+    """Returns how many copies of the weights a trainer's settings ask for; None where each process has one.
+
+    Args:
+        trainer: Of a config, as plain data.
+    """
+    given: Any = trainer.get("strategy")
+    given = given if isinstance(given, dict) else {"class_path": str(given)}
+    name = given["class_path"].rpartition(".")[2]
+    if name not in SHARING:
+        return None
+    copies = {**SHARDED.get(name, {}), **(given.get("init_args") or {})}.get("copies", 1)
+    return int(trainer.get("num_nodes") or 1) if copies == A_NODE else int(copies)
 
 
 def our_strategy(given: Any) -> Any:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moextend_pl.plan.cost import RunShape, memory
+from moextend_pl.plan import cost
+from moextend_pl.plan.cost import RunShape
 from moextend_pl.plan.facts import ModelShape
 from moextend_pl.plan.gpus import Gpu
+from moextend_pl.plan.sharing import memory, shared
 
 USABLE = 0.95  # the rest is for the driver's context, workspaces of kernels and gaps between blocks
 LENGTH_STEP = 128
+MOST_RANKS = 512
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,11 @@ class Remedy:
         text: What to change.
         bytes: Memory that each GPU then needs.
         run: The run after the change.
-        ranks: GPUs that share the weights; 1 if each holds all of them.
     """
 
     text: str
     bytes: float
     run: RunShape
-    ranks: int = 1
 
 
 def fits(shape: ModelShape, run: RunShape, gpu: Gpu) -> bool:
@@ -44,7 +45,8 @@ def remedies(shape: ModelShape, run: RunShape, gpu: Gpu) -> list[Remedy]:
     if not run.recompute and shape.layers:
         again = [replace(batch, recompute=True) for batch in batches]
         options.append(_first(shape, gpu, again, "`activation_checkpointing: true`"))
-    options.append(_sharded(shape, batches, gpu))
+    if not run.nf4 and not run.compiled:  # neither is sharded
+        options.append(_sharded(shape, batches, gpu))
     return [option for option in options if option is not None]
 
 
@@ -77,16 +79,17 @@ def _batch(run: RunShape) -> str:
 
 
 def _sharded(shape: ModelShape, batches: list[RunShape], gpu: Gpu) -> Remedy | None:
-    """Returns the smallest number of GPUs that could share weights, gradients and optimizer."""
-    found: list[Remedy] = []
-    for run in batches:
-        need = memory(shape, run)
-        room = USABLE * gpu.memory - (need.total - need.kept)
-        if room > 0:
-            ranks = max(2, math.ceil(need.kept / room))
-            text = f"weights sharded over {ranks} GPUs (FSDP; DDP only replicates) with {_batch(run)}"
-            found.append(Remedy(text, need.total - need.kept + need.kept / ranks, run, ranks))
-    return min(found, key=lambda remedy: remedy.ranks, default=None)
+    """Returns the smallest number of GPUs, a power of two, that could share weights, gradients and optimizer."""
+    alone = [(batch, cost.memory(shape, batch)) for batch in batches]
+    ranks = 2 * batches[0].shared_by
+    while ranks <= MOST_RANKS:
+        for batch, need in alone:
+            run = replace(batch, gpus=max(batch.gpus, ranks), shared_by=ranks)
+            size = shared(need, shape, run).total
+            if size <= USABLE * gpu.memory:
+                return Remedy(f"`trainer.strategy: fsdp2` on {ranks} GPUs with {_batch(run)}", size, run)
+        ranks *= 2
+    return None
 
 
 def verdict(shape: ModelShape, run: RunShape, gpu: Gpu) -> str:

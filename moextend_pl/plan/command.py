@@ -96,7 +96,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
         UserError: For mistakes in the config or the options.
     """
     from moextend_pl.models.moextend import ENCODE_TOGETHER
-    from moextend_pl.plan import advice, cost
+    from moextend_pl.plan import advice, cost, sharing
     from moextend_pl.plan.gpus import choose_gpu
     from moextend_pl.plan.operations import operations
     from moextend_pl.plan.report import Report
@@ -125,10 +125,10 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
         time = run_time(shape, run, options.mfu * gpu.flops, options.price)
     return Report(
         stage=f"{stage.precision}, {run.gpus} x {gpu.name if gpu else 'GPU'}",
-        notes=(*stage.notes, *uncounted(stage, shape)),
+        notes=(*stage.notes, *uncounted(stage, shape), *sharing.sent(shape, run)),
         shape=shape,
         run=run,
-        memory=cost.memory(shape, run),
+        memory=sharing.memory(shape, run),
         operations=operations(shape, run),
         checkpoint_bytes=cost.checkpoint_bytes(shape),
         gpu=gpu,

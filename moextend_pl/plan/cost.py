@@ -27,7 +27,7 @@ class RunShape:
     """What a run does in one step.
 
     Attributes:
-        gpus: Ranks; each holds everything (DDP).
+        gpus: Ranks.
         micro_batch: Sequences of one rank in one forward pass.
         accumulate: Forward passes of one optimizer step.
         steps: Optimizer steps.
@@ -43,6 +43,7 @@ class RunShape:
         on_cpu: Whether old experts leave out the selections of new ones, for which a GPU would have to wait.
         recompute: Whether decoder layers keep their input only and are computed again in the backward pass.
         compiled: Whether decoder layers are compiled, so that norms keep what they read as it is, not in fp32.
+        shared_by: Ranks that share one copy of the weights (FSDP2); 1 where each holds everything (DDP).
     """
 
     gpus: int
@@ -61,6 +62,7 @@ class RunShape:
     on_cpu: bool = False
     recompute: bool = False
     compiled: bool = False
+    shared_by: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Memory:
         activations: What is kept for the backward pass.
         temporaries: The largest that comes and goes: scores of the head with their gradients, gradients inside the
             kernels of one layer's experts, or, in 4 bits, the experts of one layer unpacked.
+        gathered: Layers that FSDP2 gathers from other ranks, of which one computes and one is on its way.
     """
 
     weights: float
@@ -83,6 +86,7 @@ class Memory:
     buckets: float
     activations: float
     temporaries: float
+    gathered: float = 0.0
 
     @property
     def kept(self) -> float:
@@ -92,7 +96,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.kept + self.activations + self.temporaries
+        return self.kept + self.activations + self.temporaries + self.gathered
 
 
 def graph_states(shape: ModelShape) -> list[int]:
@@ -258,7 +262,7 @@ def _copied_weights(shape: ModelShape, states: list[int], recompute: bool) -> in
 
 
 def memory(shape: ModelShape, run: RunShape) -> Memory:
-    """Returns the bytes of one rank."""
+    """Returns the bytes of one rank that holds everything."""
     weights = float(sum(part.bytes for part in shape.parts) + shape.buffer_bytes)
     if run.nf4:
         weights += sum(part.quantisable * (NF4_BYTES - part.bytes / part.parameters) for part in shape.parts)

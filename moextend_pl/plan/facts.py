@@ -21,6 +21,8 @@ class Part:
         learning_tensors: Number of tensors that learn.
         dtype: Their type, or types.
         quantisable: How many of them `quantize: nf4` can store in 4 bits: frozen matrices inside the decoder layers.
+        cut: Bytes of those that FSDP2 shares among ranks.
+        cut_learning: Bytes of those that it shares and that learn.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Part:
     learning_tensors: int
     dtype: str
     quantisable: int
+    cut: int = 0
+    cut_learning: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,8 @@ class ModelShape:
         projector: The projector.
         tokens_per_image: Placeholders of one image.
         delta_bytes: Weights that a finished run writes.
+        unit_bytes: The largest unit that FSDP2 gathers, a decoder layer or norm and head.
+        unit_learning_bytes: What learns in the unit of which most learns.
     """
 
     parts: tuple[Part, ...]
@@ -169,3 +175,5 @@ class ModelShape:
     projector: Network | None
     tokens_per_image: int
     delta_bytes: int
+    unit_bytes: int = 0
+    unit_learning_bytes: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moextend_pl.cli.trainer_settings import copies_of
 from moextend_pl.contracts import UserError
 from moextend_pl.plan.cost import RunShape
 from moextend_pl.plan.facts import ModelShape
@@ -88,8 +89,12 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
     # More GPUs take fewer micro-batches each, and smaller ones only where there are not enough for all.
     share = accumulate * batch // gpus
     micro_batch = next(size for size in range(batch // ranks, 0, -1) if share % size == 0)
+    copies = copies_of(trainer)
+    if copies is not None and (copies < 1 or gpus % copies or (copies > 1 and copies == gpus)):
+        raise UserError(f"Expected GPUs that divide into {copies} copies of several each, got {gpus}. Change `copies`.")
     return RunShape(
         gpus=gpus,
+        shared_by=1 if copies is None else gpus // copies,
         micro_batch=micro_batch,
         accumulate=share // micro_batch,
         steps=steps,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from moextend_pl.contracts import UserError
 from moextend_pl.models.delta import delta_tensors
@@ -21,6 +22,7 @@ from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.blocks import MoEBlock, list_blocks
 from moextend_pl.moe.dispatch import meant_for_kernels, takes
 from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Network, Norm, Part, Stack
+from moextend_pl.training.sharding.units import parameters_by_unit
 from moextend_pl.training.stage import StageModule
 
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -41,6 +43,7 @@ def read_shape(module: StageModule, compute_bytes: int) -> ModelShape:
     tower, features = _tower(encoder) if encoder is not None else (None, None)
     whole = module if isinstance(module, MoExtend) else None
     delta = delta_tensors(whole).values() if whole is not None else module.parameters()
+    units = parameters_by_unit(model) if model is not None else []
     return ModelShape(
         parts=_parts(module, model),
         buffer_bytes=sum(_bytes(buffer) for buffer in module.buffers()),
@@ -52,6 +55,8 @@ def read_shape(module: StageModule, compute_bytes: int) -> ModelShape:
         projector=_projector(whole, features) if whole is not None and features is not None else None,
         tokens_per_image=tokens,
         delta_bytes=sum(map(_bytes, delta)),
+        unit_bytes=max((sum(map(_bytes, unit)) for unit in units), default=0),
+        unit_learning_bytes=max((sum(_bytes(p) for p in unit if p.requires_grad) for unit in units), default=0),
     )
 
 
@@ -66,7 +71,8 @@ def _learns(module: nn.Module) -> bool:
 def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
     is_packed = getattr(getattr(model, "config", None), "quantization_config", None) is not None
     found = {id(p) for p in _quantisable(model)} if model is not None and not is_packed else set()
-    parts = []
+    units = parameters_by_unit(model) if isinstance(model, PreTrainedModel) else []
+    parts, cut = [], {parameter for unit in units for parameter in unit}
     for name, parameters in module.parts().items():
         matrices = found if name == "language" else set()
         learning = [p for p in parameters if p.requires_grad]
@@ -80,6 +86,8 @@ def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
             dtype=",".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
             quantisable=sum(p.numel() for p in parameters if id(p) in matrices and not p.requires_grad)
             * (name == "language"),
+            cut=sum(_bytes(p) for p in parameters if p in cut),
+            cut_learning=sum(_bytes(p) for p in learning if p in cut),
         )
         parts += [part] if parameters else []
     return tuple(parts)

@@ -165,16 +165,26 @@ def check_sharding(module: LightningModule) -> None:
         module: Attached to a trainer; its networks are not built.
 
     Raises:
-        UserError: If the strategy would not share gradients, the module has no language model, or that is to be held
-            in 4 bits or compiled.
+        UserError: If the strategy would not share gradients, or the module cannot be sharded.
     """
     if isinstance(module.trainer.strategy, ModelParallelStrategy) and sharded(module) is None:
         raise UserError(
             f"`trainer.strategy` {type(module.trainer.strategy).__name__} does not share gradients here. Use "
             "`moextend_pl.ShardedStrategy`, which shards what this model can be sharded by, or a class made from it."
         )
-    if sharded(module) is None:
-        return
+    if sharded(module) is not None:
+        check_parts(module)
+
+
+def check_parts(module: LightningModule) -> None:
+    """Refuses a module that cannot be sharded.
+
+    Args:
+        module: Built or not.
+
+    Raises:
+        UserError: If it has no language model, or that is to be held in 4 bits or compiled.
+    """
     computes: list[Any] = [part.compute for part in module.modules() if hasattr(part, "compute")]
     if not computes:
         raise UserError(

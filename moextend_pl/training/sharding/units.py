@@ -48,6 +48,19 @@ def kept_whole(model: PreTrainedModel) -> set[nn.Parameter]:
     return {parameter for parameter in found if isinstance(parameter, nn.Parameter)}
 
 
+def parameters_by_unit(model: PreTrainedModel) -> list[list[nn.Parameter]]:
+    """Returns what ranks share of each decoder layer, and in the last place of what stands around the layers.
+
+    Args:
+        model: A transformers model that is not sharded yet.
+    """
+    known, units = kept_whole(model), []
+    for unit in (*decoder_layers(model), model):
+        units.append([parameter for parameter in unit.parameters() if parameter not in known])
+        known.update(units[-1])
+    return units
+
+
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Leaves each rank its part of the weights of every decoder layer, and of what stands around them, in place.
 

@@ -79,9 +79,9 @@ def _batch(run: RunShape) -> str:
 
 
 def _sharded(shape: ModelShape, batches: list[RunShape], gpu: Gpu) -> Remedy | None:
-    """Returns the smallest number of GPUs, a power of two, that could share weights, gradients and optimizer."""
+    """Returns how many GPUs could share weights, gradients and optimizer: those that are there, or 2, 4, ... times."""
     alone = [(batch, cost.memory(shape, batch)) for batch in batches]
-    ranks = 2 * batches[0].shared_by
+    ranks = max(batches[0].gpus, 2) if batches[0].shared_by == 1 else 2 * batches[0].gpus
     while ranks <= MOST_RANKS:
         for batch, need in alone:
             run = replace(batch, gpus=max(batch.gpus, ranks), shared_by=ranks)

@@ -89,12 +89,9 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
     # More GPUs take fewer micro-batches each, and smaller ones only where there are not enough for all.
     share = accumulate * batch // gpus
     micro_batch = next(size for size in range(batch // ranks, 0, -1) if share % size == 0)
-    copies = copies_of(trainer)
-    if copies is not None and (copies < 1 or gpus % copies or (copies > 1 and copies == gpus)):
-        raise UserError(f"Expected GPUs that divide into {copies} copies of several each, got {gpus}. Change `copies`.")
     return RunShape(
         gpus=gpus,
-        shared_by=1 if copies is None else gpus // copies,
+        shared_by=_sharing(trainer, gpus),
         micro_batch=micro_batch,
         accumulate=share // micro_batch,
         steps=steps,
@@ -103,6 +100,14 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
         images=images,
         **more,
     )
+
+
+def _sharing(trainer: dict[str, Any], gpus: int) -> int:
+    """Returns how many GPUs share a copy of the weights; 1 where each holds everything."""
+    copies = copies_of(trainer)
+    if copies is not None and (copies < 1 or gpus % copies or (copies > 1 and copies == gpus)):
+        raise UserError(f"Expected GPUs that divide into {copies} copies of several each, got {gpus}. Change `copies`.")
+    return 1 if copies is None else gpus // copies
 
 
 def run_time(shape: ModelShape, run: RunShape, flops: float, price: float | None) -> Time:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -32,6 +33,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "instruction": ("--model.optim.weight_decay=0.1",),
 }
 HALF = "extend_half"
+# The norm that is clipped to is rounded to the type of the gradients by torch, and is not by us.
+IN_HALF = ("--trainer.precision=bf16-true", "--trainer.gradient_clip_val=0")
 
 
 class Runs:
@@ -69,6 +72,18 @@ class Runs:
             path.write_text(path.read_text().replace("init: copy", "init: preserving"))
         return ["fit", "--config", str(path), *OPTIONS, *STAGES.get(stage, ()), *options]
 
+    def test_command(self, stage: str, way: str, *options: str) -> list[str]:
+        """Returns the command that lets the model of a stage answer, whose config is written."""
+        tested = (f"--data.test={{mixed: {self.world.data('mixed', 'test')}}}", "--data.evaluation.batch_size=2")
+        save = "--trainer.callbacks+=callbacks.WritePredictions"
+        return ["test", "--config", str(self.root / way / f"{stage}.yaml"), *OPTIONS, *tested, save, *options]
+
+    def answers(self, stage: str, way: str) -> list[dict]:
+        """Returns what was answered, in the order of the questions' names."""
+        files = self.run(stage, way).glob("predictions_mixed*.jsonl")
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return sorted(rows, key=lambda row: (row["key"], row["prompt"]))
+
     def run(self, stage: str, way: str) -> Path:
         """Returns the directory of a run."""
         return self.root / way / stage
@@ -86,9 +101,10 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All stages on one process and on two that share weights; halves of a run that go on in another way."""
-    found, half = Runs(tiny_world, tmp_path_factory.mktemp("sharded")), "--trainer.precision=bf16-true"
+    found = Runs(tiny_world, tmp_path_factory.mktemp("sharded"))
     for stage in STAGES:
         cli.run(found.command(stage, "one", *ONE))
+    cli.run(found.test_command("extend", "one", *ONE))
     cli.run(found.command("extend", "one then two", *ONE, steps=STEPS // 2))
     two = ["--trainer.devices=2"]
     rounds: list[Round] = [
@@ -96,8 +112,9 @@ def runs(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Run
             2,
             [
                 *(found.command(stage, "two", *two, *FSDP2) for stage in STAGES),
-                found.command(HALF, "two", half, *two, *FSDP2),
-                found.command(HALF, "ddp", half, *two, "--trainer.strategy=ddp"),
+                found.test_command("extend", "two", *two, *FSDP2),
+                found.command(HALF, "two", *IN_HALF, *two, *FSDP2),
+                found.command(HALF, "ddp", *IN_HALF, *two, "--trainer.strategy=ddp"),
                 found.command("extend", "two then one", *two, *FSDP2, steps=STEPS // 2),
             ],
         ),
@@ -109,12 +126,19 @@ def runs(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Run
     return found
 
 
+def validated(run: Path) -> list[float]:
+    """Returns the losses of all validations of a run."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+
+
 def assert_same(runs: Runs, stage: str, way: str) -> None:
     # By order: of a run that went on after its end, Lightning counts rows from one more.
     expected, got = (list(metrics(runs.run(stage, each)).values()) for each in ("one", way))
     assert len(got) == len(expected) == STEPS
     for step, (values, others) in enumerate(zip(expected, got, strict=True)):
         assert others == pytest.approx(values, abs=1e-5), f"step {step}"
+    assert validated(runs.run(stage, way))[-1:] == pytest.approx(validated(runs.run(stage, "one"))[-1:], abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
@@ -169,6 +193,13 @@ def test_checkpoint_is_the_file_of_one_process(runs: Runs, stage: str) -> None:
             other = second["state"][number][name]
             assert (other.shape, other.dtype) == (value.shape, value.dtype)
             assert (other - value).abs().max() <= 1e-4 * value.abs().max(), name
+
+
+def test_answers_are_those_of_one_process(runs: Runs) -> None:
+    answers = [runs.answers("extend", way) for way in ("one", "two")]
+    assert len(answers[0]) > 10
+    assert len({row["prediction"] for row in answers[0]}) > 1
+    assert answers[0] == answers[1]
 
 
 def test_losses_of_half_precision_are_those_of_ddp(runs: Runs) -> None:

@@ -80,7 +80,6 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
             f"Batches of {batch} sequences on {ranks} GPUs, {accumulate} of them a step, cannot be shared by "
             f"{gpus} GPUs. Change `data.batch_size` or `trainer.accumulate_grad_batches`."
         )
-    images = 1.0 if shape.tower is not None else 0.0
     if shape.tokens_per_image >= length:
         raise UserError(
             f"Expected sequences longer than the {shape.tokens_per_image} tokens of an image, got {length}. Change "
@@ -97,7 +96,7 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
         steps=steps,
         length=length,
         mean_length=mean_length,
-        images=images,
+        images=1.0 if shape.tower is not None else 0.0,
         **more,
     )
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 from moextend_pl.contracts import UserError, run_directory
 from moextend_pl.evaluation.retention import Knowledge, closed_logits, evaluating, extended_logits, know
-from moextend_pl.evaluation.retention_texts import TextSet, read_texts
+from moextend_pl.evaluation.retention_texts import TextSet, read_all_texts
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.runs.atomic import write_json
 
@@ -72,10 +72,7 @@ class RetentionGate(Callback):
             raise UserError(
                 f"RetentionGate measures a moextend_pl.MoExtend, got {type(pl_module).__name__}. Remove it."
             )
-        self._texts = [read_texts(path) for path in self.files]
-        names = [texts.name for texts in self._texts]
-        if len(set(names)) < len(names):
-            raise UserError(f"Expected texts of RetentionGate with names of their own, got {', '.join(names)}.")
+        self._texts = read_all_texts(self.files)
 
     def on_train_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Measures the base, once in the life of a run; a run that was stopped at a limit is not taken further."""

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("Expected --data, the folder with a folder for each of --tasks, got none. Name it.")
     # Imported when the arguments are known to be right: it takes seconds.
     from moextend_pl.evaluation.answering import check_pictures
-    from moextend_pl.evaluation.retention_texts import read_texts
+    from moextend_pl.evaluation.retention_texts import read_all_texts
     from moextend_pl.evaluation.tasks import TASKS, folder_of, parse_tasks, whole_groups
 
     tasks = parse_tasks(options.tasks) if options.tasks else {}
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     for name in tasks:
         asked[name] = whole_groups(TASKS[name].questions(folder_of(options.data, name)), options.limit)
         check_pictures(asked[name], name)
-    texts = [read_texts(path) for path in options.retention]
+    texts = read_all_texts(options.retention)
     from moextend_pl.models.moextend import MoExtend
 
     model = MoExtend.load(options.run)
@@ -102,5 +102,5 @@ def _retain(model: MoExtend, texts: list[TextSet], options: argparse.Namespace) 
     from moextend_pl.runs.atomic import write_json
 
     found = measure(model, texts, options.length)
-    write_json((options.out or options.run / FOLDER) / RETENTION, [each.to_dict() for each in found])
+    write_json((options.out or options.run / FOLDER) / RETENTION, {each.name: each.to_dict() for each in found})
     sys.stdout.write(table(found))

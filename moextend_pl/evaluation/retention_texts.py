@@ -89,6 +89,19 @@ def read_texts(path: Path) -> TextSet:
     return TextSet(path.stem, tuple(documents), tuple(choices))
 
 
+def read_all_texts(paths: Sequence[Path]) -> list[TextSet]:
+    """Reads several files.
+
+    Raises:
+        UserError: As `read_texts`, and if two have one name, so that one number would stand for both.
+    """
+    found = [read_texts(path) for path in paths]
+    names = [texts.name for texts in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"Expected files of texts with names of their own, got {', '.join(names)}. Rename one.")
+    return found
+
+
 def _choice(entry: dict[str, Any], origin: str) -> Choice:
     names = ("ctx", "endings", "label") if "endings" in entry else ("question", "choices", "answer")
     prompt, ends, right = (entry.get(name) for name in names)

@@ -8,7 +8,7 @@ from html import escape
 from string import Template
 from typing import Any
 
-from moextend_pl.reports.page_plots import curves_svg, routing_svg, scores_svg, usage_svg
+from moextend_pl.reports.page_plots import curves_svg, retention_svg, routing_svg, scores_svg, usage_svg
 from moextend_pl.reports.page_style import STYLE
 from moextend_pl.reports.run_facts import RunFacts
 
@@ -46,6 +46,8 @@ def _section(run: RunFacts) -> str:
         _figures("Which experts its tokens choose", routing_svg(run.curves), usage_svg(run.usage)),
         *(_answers(name, *found) for name, found in run.answers.items()),
         _scores(run.scores),
+        _figures("What it still knows, while it learned", retention_svg(run.curves)),
+        _retention(run.retention),
         _pictures(run.pictures),
         _settings(run),
     ]
@@ -121,6 +123,20 @@ def _scores(scores: Mapping[str, Mapping[str, Any]]) -> str:
         for name, each in found.get("scores", {}).items()
     ]
     return "<h3>Published test sets</h3>" + _table(("task", "score", "value", "95 % interval"), rows) if rows else ""
+
+
+def _retention(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, each in found.items():
+        for number, before in each["base"].items():
+            if before is not None:
+                rows.append([name, number.replace("_", " "), f"{before:.4f}", f"{each['extended'][number]:.4f}"])
+        drift = each["drift"]
+        apart = "identical, bit for bit" if drift["identical"] else f"up to {drift['largest']:.3g} apart"
+        rows.append([name, "logits", "", apart])
+        rows.append([name, "tokens that chose a new expert", "", f"{each['chose_new']:.2%}"])
+    head = ("texts", "", "base", "extended")
+    return "<h3>What it still knows</h3>" + _table(head, rows) if rows else ""
 
 
 def _pictures(pictures: Mapping[str, bytes]) -> str:

@@ -109,6 +109,18 @@ def routing_svg(curves: Mapping[str, Curve]) -> str:
     return svg(figure)
 
 
+def retention_svg(curves: Mapping[str, Curve]) -> str:
+    """Draws what `RetentionGate` logged, over the steps; '' where it logged nothing."""
+    found = {name: curve for name, curve in curves.items() if name.startswith("retention/")}
+    if not found:
+        return ""
+    figure, axes = _axes(len(found))
+    for axis, (name, (steps, values)) in zip(axes, found.items(), strict=False):
+        axis.plot(steps, values, color=OLD, linewidth=1.2, marker="o", markersize=3)
+        axis.set_title(name.removeprefix("retention/").replace("_", " "), fontsize=9)
+    return svg(figure)
+
+
 def usage_svg(rows: Sequence[Mapping[str, Any]]) -> str:
     """Draws the share of every expert over the steps, a map a layer and kind of token; extended layers come first.
 

@@ -37,6 +37,7 @@ class RunFacts:
         answers: Some answers by test set, wrong ones among them as often as in the whole set, and how many of all
             were right.
         scores: Scores of `evaluate` by task.
+        retention: What `evaluate --retention` measured, by text.
         pictures: PNGs that the run drew, by name.
     """
 
@@ -50,6 +51,7 @@ class RunFacts:
     manifest: dict[str, Any]
     answers: dict[str, tuple[list[dict[str, Any]], int, int]]
     scores: dict[str, dict[str, Any]]
+    retention: dict[str, Any]
     pictures: dict[str, bytes]
 
 
@@ -82,6 +84,7 @@ def read_run(run: Path) -> RunFacts:
             f"{path.parent.name} ({path.stem.removeprefix('scores_')})": read_json(path)
             for path in sorted(run.glob("evaluation/*/scores_*.json"))
         },
+        retention=read_json(run / "evaluation" / "retention.json"),
         pictures={path.stem: path.read_bytes() for path in sorted(run.glob("plots/*.png"))},
     )
 

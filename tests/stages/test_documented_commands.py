@@ -22,6 +22,7 @@ RUN_ELSEWHERE = {
     "make test": ".ci/run",
     "python3 -m venv": "Makefile",
     "pip install -e": "Makefile",
+    'pip install "moextend_pl[': "setup.cfg",
     "python -m moextend_pl shards build easy-vqa": "moextend_pl/quickstart/command.py",
     "for stage in 0_vision 0_language 1_align 2_probe 3_extend": "moextend_pl/quickstart/command.py",
     "for stage in 1_align 2_probe 3_extend": "tests/contracts/test_every_config.py",
@@ -33,13 +34,17 @@ RUN_ELSEWHERE = {
     "python -m moextend_pl predict": "tests/stages/test_killed_predictions.py",
     "python -m moextend_pl evaluate": "tests/unit/moextend_pl/evaluation/test_evaluate_command.py",
     "python -m moextend_pl rescore": "tests/unit/moextend_pl/evaluation/test_evaluate_command.py",
+    "python -m moextend_pl export": "tests/unit/moextend_pl/export/test_share.py",
+    "python -m moextend_pl serve": "tests/unit/moextend_pl/export/serving/test_server.py",
+    "python -m moextend_pl merge": "tests/unit/moextend_pl/export/test_share.py",
     "sbatch configs/slurm/train.sbatch": "tests/architecture/test_configs.py",
 }
 
 
 def commands(page: Path) -> list[str]:
     """Returns the lines of a page's code blocks that are commands, without their comments."""
-    blocks = re.findall(r"```\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in found if not language]
     lines = [re.sub(r"\s+#\s.*", "", line).strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith(BEGINNINGS)]
 

@@ -183,8 +183,8 @@ def test_command_prints_base_beside_extended(
     assert "prose" in out
     assert "identical logits" in out
     found = json.loads((run / "evaluation" / "retention.json").read_text())
-    assert [each["name"] for each in found] == ["prose", "quiz"]
-    assert found[0]["base"]["perplexity"] == found[0]["extended"]["perplexity"] > 1
+    assert list(found) == ["prose", "quiz"]
+    assert found["prose"]["base"]["perplexity"] == found["prose"]["extended"]["perplexity"] > 1
     assert "found no file" in error_of(capsys, ["evaluate", str(run), "--retention", "nowhere.txt"])
     assert "got neither" in error_of(capsys, ["evaluate", str(run)])
     assert "Expected --data" in error_of(capsys, ["evaluate", str(run), "--tasks", "own"])

@@ -119,6 +119,22 @@ def test_usage_of_a_step_taken_twice_stands_once_and_a_cut_line_not(run: Path) -
     assert usage_svg(read_run(run).usage[:1]) == ""
 
 
+def test_forgetting_is_shown(run: Path) -> None:
+    assert "still knows" not in page("x", [read_run(run)])
+    found = {
+        "base": {"perplexity": 7.25, "accuracy": None},
+        "extended": {"perplexity": 7.5, "accuracy": None},
+        "drift": {"identical": False, "largest": 0.25},
+        "chose_new": 0.125,
+    }
+    (run / "evaluation" / "retention.json").write_text(json.dumps({"wiki": found}))
+    (run / "metrics.csv").write_text("step,retention/wiki_perplexity\n2,7.3\n4,7.5\n")
+    texts = [text for text in Reader(page("x", [read_run(run)])).texts if text.strip()]
+    place = texts.index("wiki")
+    assert texts[place : place + 4] == ["wiki", "perplexity", "7.2500", "7.5000"]
+    assert {"up to 0.25 apart", "12.50%", "wiki perplexity"} <= set(texts)
+
+
 def test_same_run_gives_the_same_page(run: Path) -> None:
     assert page("x", [read_run(run)]) == page("x", [read_run(run)])
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moextend_pl.training.finite import NumbersGuard
     from moextend_pl.training.optim import OptimSpec
     from moextend_pl.training.sharding.strategy import ShardedStrategy
+    from moextend_pl.training.termination import Watchdog
 
 __version__ = "0.1.0"
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "UpcycleSpec",
     "UserError",
     "VisionEncoder",
+    "Watchdog",
     "load",
 ]
 
@@ -80,6 +82,7 @@ _HOMES = {
     "training.finite": ("NumbersGuard",),
     "training.optim": ("OptimSpec",),
     "training.sharding.strategy": ("ShardedStrategy",),
+    "training.termination": ("Watchdog",),
 }
 
 

@@ -36,6 +36,7 @@ TOOL_COMMANDS = {
         "from your own data to an extended model: write three stages and run them",
     ),
     "configs": ("moextend_pl.cli.recipes", "list the stage files that come with the package, or copy some"),
+    "slurm": ("moextend_pl.cli.slurm", "print the batch script of a stage, filled in"),
     "generate": ("moextend_pl.cli.generate", "ask a trained model about pictures"),
     "chat": ("moextend_pl.cli.chat", "talk with a trained model about pictures"),
     "export": ("moextend_pl.export.command", "write a run as a folder that transformers loads, or as one to share"),

@@ -35,7 +35,7 @@ from moextend_pl.runs.preflight import (
     run_directory,
     set_aside,
 )
-from moextend_pl.training.termination import EndTogether, EqualSteps
+from moextend_pl.training.termination import EndTogether, EqualSteps, Watchdog
 
 DEFAULT_SEED = 0
 DESCRIPTIONS = {
@@ -181,7 +181,10 @@ class MoExtendCLI(LightningCLI):
                 plugins = config.get("plugins") or []
                 plugins = plugins if isinstance(plugins, list) else [plugins]
                 config["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
-            ours = [CommonStart(self._checkpoint), EqualSteps(), EndTogether(self._notes)]
+            ours: list[Callback] = [CommonStart(self._checkpoint), EqualSteps(), EndTogether(self._notes)]
+            named = config.get("callbacks") or []
+            if not any(isinstance(each, Watchdog) for each in (named if isinstance(named, list) else [named])):
+                ours.append(Watchdog())
             trainer = super()._instantiate_trainer(config, [*callbacks, *ours])
         except (MisconfigurationException, ModuleNotFoundError, RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its settings: {error}") from error

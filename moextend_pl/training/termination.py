@@ -6,18 +6,26 @@ import copy
 import logging
 import math
 import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from moextend_pl.contracts import run_directory
+from moextend_pl.contracts import UserError, run_directory
 from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, PENDING_CHECKPOINT, take_place
-from moextend_pl.runs.interruptions import Notes, Told
+from moextend_pl.runs.interruptions import EXIT_TOLD, Notes, Told
 
 log = logging.getLogger(__name__)
+SHOWN_KEYS = 8
+OTHERS_SAY = 2.0  # seconds in which ranks that stand still with this one say where
 
 
 class NoHandlers(_SignalConnector):
@@ -55,8 +63,7 @@ class EndTogether(Callback):
         """Ends a run that was told while it started, before anything is built."""
         trainer._signal_connector = NoHandlers(trainer)
         self.notes.at_once = trainer.world_size == 1
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+        if trainer.local_rank > 0 and isinstance(_environment(trainer), LightningEnvironment):
             self.notes.launcher = os.getppid()
         self._end_if_told(trainer)
 
@@ -168,3 +175,93 @@ class EqualSteps(Callback):
             last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
             if trainer.strategy.reduce_boolean_decision(last, all=False):
                 trainer.fit_loop.max_batches = batch_idx + 1
+
+
+class Watchdog(Callback):
+    """Ends a run that stands still, on all ranks, and says where it stood; every start of the command line has one.
+
+    A rank that waits for another one that hangs stands still as well. What its data, a batch and a checkpoint need is
+    counted each by itself. Name it under `trainer.callbacks` to set its time.
+
+    Args:
+        timeout: Seconds without a new batch, after which the process ends with exit code 75: a job is queued again.
+
+    Raises:
+        UserError: If that is no number above 0.
+    """
+
+    def __init__(self, timeout: float = 1800.0) -> None:
+        if timeout <= 0:
+            raise UserError(f"Expected `timeout` of Watchdog above 0 seconds, got {timeout}.")
+        self.timeout = timeout
+        self._moved = time.monotonic()
+        self._place, self._keys, self._over = "", "", threading.Event()
+        self._kill: Callable[[], object] = lambda: None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to watch."""
+        self._kill = partial(_kill_others, trainer, os.getppid())
+        self._over.clear()
+        self._note(trainer, "waited for its first batch")
+        threading.Thread(target=self._watch, args=(trainer.global_rank,), daemon=True, name="watchdog").start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes that a batch has come."""
+        keys = batch.get("keys", ()) if isinstance(batch, Mapping) else ()
+        self._keys = ", ".join([*keys[:SHOWN_KEYS], *(["..."] if len(keys) > SHOWN_KEYS else [])])
+        self._note(trainer, "was in")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Notes that a batch is done."""
+        self._note(trainer, "waited for the next batch after")
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Notes that a batch of a validation has come."""
+        self._note(trainer, "was in a validation after")
+
+    on_validation_batch_end = on_validation_batch_start  # type: ignore[assignment]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notes that a checkpoint is written."""
+        self._note(trainer, "wrote a checkpoint of")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the watch: results may take their time."""
+        self._over.set()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ends the watch, also of a run that failed."""
+        self._over.set()
+
+    def _note(self, trainer: Trainer, doing: str) -> None:
+        self._place = f"{doing} step {trainer.global_step}"
+        self._moved = time.monotonic()
+
+    def _watch(self, rank: int) -> None:
+        while not self._over.wait(min(1.0, self.timeout / 4)):
+            if time.monotonic() - self._moved > self.timeout:
+                log.error(
+                    "rank %d stands still: for %.0f s it %s; its last samples: %s. The run ends; the same command "
+                    "continues from its last checkpoint",
+                    *(rank, self.timeout, self._place, self._keys or "(none)"),
+                )
+                self._kill()
+                os._exit(EXIT_TOLD)
+
+
+def _kill_others(trainer: Trainer, parent: int) -> None:
+    """Kills the processes that Lightning started beside this one: they may be stopped and hear nothing else."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(_environment(trainer), LightningEnvironment):
+        return  # a scheduler ends the rest of the job
+    if trainer.local_rank > 0:
+        time.sleep(2 * OTHERS_SAY)
+        if os.getppid() == parent:
+            os.kill(parent, signal.SIGKILL)
+    elif isinstance(launcher, _SubprocessScriptLauncher):
+        time.sleep(OTHERS_SAY)
+        launcher.kill(signal.SIGKILL)
+
+
+def _environment(trainer: Trainer) -> object:
+    return getattr(trainer.strategy, "cluster_environment", None)

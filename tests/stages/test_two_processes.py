@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -225,3 +227,44 @@ def test_row_20_ranks_with_uneven_loaders_take_equal_steps(tmp_path: Path, loade
     environment = {**os.environ, "PYTHONPATH": str(HELPERS.parents[1]), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, str(script), str(tmp_path), loader], env=environment, timeout=120, check=True)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["12", "12"]
+
+
+def worker_of(pid: int) -> int:
+    """Returns the data worker of a rank: forked, so that it has the same command."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return next(int(child) for child in children if b"moextend_pl" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+@pytest.mark.parametrize("stopped", ["rank 0", "rank 1", "a worker of rank 1"])
+def test_row_14_all_processes_end_when_one_stands_still(tiny_world: TinyWorld, tmp_path: Path, stopped: str) -> None:
+    timeout, config = 15, write_stage(tiny_world, tmp_path / "run", "align", steps=100_000, every=5)
+    content = yaml.safe_load(config.read_text())
+    dog = {"class_path": "moextend_pl.Watchdog", "init_args": {"timeout": timeout}}
+    content["trainer"]["callbacks"].append(dog)
+    content["data"]["init_args"]["reading"] = {"num_workers": 1}
+    config.write_text(yaml.safe_dump(content, sort_keys=False))
+    process, victim = start(config, *TWO), 0
+    try:
+        limit = time.monotonic() + 120
+        while not has_trained(process, tmp_path / "run"):
+            assert process.poll() is None, config.with_suffix(".log").read_text()[-3000:]
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        ranks = [process.pid, *launched_by(process)]
+        victim = {"rank 0": ranks[0], "rank 1": ranks[1]}.get(stopped) or worker_of(ranks[1])
+        os.kill(victim, signal.SIGSTOP)
+        assert process.wait(timeout + 20) in (75, -signal.SIGKILL)
+        wait_for_ends(ranks[1:], 10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            if victim:
+                os.kill(victim, signal.SIGCONT)  # harmless later
+        if process.poll() is None:
+            end(process)
+    log = config.with_suffix(".log").read_text()
+    who = {"rank 0": "rank 1", "rank 1": "rank 0"}.get(stopped, "rank 1")
+    doing = "waited for the next batch after" if "worker" in stopped else "was in"
+    assert re.search(rf"{who} stands still: for {timeout} s it {doing} step \d+; its last samples: \w\d+", log), log[
+        -2000:
+    ]
+    assert "Traceback" not in log

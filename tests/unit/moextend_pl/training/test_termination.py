@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +21,11 @@ from lightning.pytorch import Callback, Trainer
 from callbacks.checkpoints import StageCheckpoint
 from callbacks.outputs import StageReceipt
 from callbacks.train_only import TrainOnly
+from moextend_pl.contracts import UserError
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.runs.interruptions import EXIT_TOLD, Notes, Told, listening
 from moextend_pl.runs.metrics_log import RunLogger
-from moextend_pl.training.termination import EndTogether, EqualSteps
+from moextend_pl.training.termination import EndTogether, EqualSteps, Watchdog
 
 NEW = ["projector", "new_experts", "new_routers", "calibration"]
 
@@ -218,3 +222,41 @@ def test_an_endless_loader_is_not_asked(monkeypatch: pytest.MonkeyPatch, tiny_wo
     equal.on_train_batch_end(two, None, None, None, 0)
     assert two.fit_loop.max_batches == float("inf")
     assert not data.val_dataloader().endless
+
+
+class Exited(BaseException):
+    """Stands for the end of the process."""
+
+
+class Stands(Callback):
+    """Stands still in a step, as one that waits for another rank."""
+
+    def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            time.sleep(6)
+
+
+@pytest.mark.slow
+def test_row_14_a_run_that_stands_still_ends_and_says_where(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), dog._over.set()))
+    dog = Watchdog(4)
+    with caplog.at_level("ERROR", logger="moextend_pl"):
+        fit("run", Stands(), dog)
+    assert codes == [EXIT_TOLD]
+    assert re.search(r"rank 0 stands still: for 4 s it was in step 3; its last samples: \w\d+", caplog.text)
+
+
+def test_a_run_that_moves_is_left_alone_and_watched_no_longer_than_it_lasts(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended"))
+    fit("run", Watchdog(5), steps=2)
+    for thread in threading.enumerate():
+        if thread.name == "watchdog":
+            thread.join(3)
+            assert not thread.is_alive()
+    with pytest.raises(UserError, match="`timeout` of Watchdog above 0 seconds, got 0"):
+        Watchdog(0)

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-slow coverage check docs families picture shape newest constraints clean install gpu-check gpu-bundle release
+.PHONY: quickstart test test-slow coverage faults check docs families picture shape newest constraints clean install gpu-check gpu-bundle release
 
 quickstart: $(STAMP)
 	$(BIN)/python -m moextend_pl quickstart $(ARGS)
@@ -25,6 +25,10 @@ check: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# Every fault of docs/faults.md, slow ones too, with the cases that passed written into that page; some: ARGS="9 14".
+faults: $(STAMP)
+	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 # The pages that are read off the code: errors and configuration.
 docs: $(STAMP)

@@ -18,8 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moextend_pl.cli.config_errors import explain
 from moextend_pl.cli.config_files import ALLOW_OPTION, BASE_KEY, StageArguments, prepare_arguments
-from moextend_pl.cli.run_config import SaveRunConfig, plain_config, replace_plan
-from moextend_pl.cli.stage_parser import StageParser, guarded_parsing
+from moextend_pl.cli.stage_parser import SaveRunConfig, StageParser, guarded_parsing, plain_config, replace_plan
 from moextend_pl.cli.start import CommonStart
 from moextend_pl.cli.trainer_settings import check_settings, check_trainer, our_strategy
 from moextend_pl.contracts import UserError

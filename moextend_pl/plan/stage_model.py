@@ -12,8 +12,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 
 from moextend_pl.cli.config_files import StageArguments, prepare_arguments
-from moextend_pl.cli.run_config import plain_config, replace_plan
 from moextend_pl.cli.stage import MoExtendCLI
+from moextend_pl.cli.stage_parser import plain_config, replace_plan
 from moextend_pl.cli.trainer_settings import copies_of
 from moextend_pl.contracts import PLAN_FILE, UserError
 from moextend_pl.models.base_model import ComputeSpec

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel
 
 from datamodules.image_text import ImageTextShards
 from moextend_pl import cli
-from moextend_pl.cli.run_config import plain_config
 from moextend_pl.cli.stage import MoExtendCLI
+from moextend_pl.cli.stage_parser import plain_config
 from moextend_pl.contracts import TrainPlan
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.encoder import VisionEncoder

@@ -60,7 +60,8 @@ def build(root: Path, dist: Path) -> tuple[Path, Path]:
     (version,) = VERSION.findall((root / VERSION_FILE).read_text(encoding="utf-8"))
     name = f"moextend_pl-{version}"
     # `stash create` names the working tree, changes included; it says nothing where there are none.
-    tree = sh("git", "stash", "create", cwd=root).strip() or "HEAD"
+    nobody = ("-c", "user.name=release", "-c", "user.email=release@localhost")  # its author is never seen
+    tree = sh("git", *nobody, "stash", "create", cwd=root).strip() or "HEAD"
     archive = dist / f"{name}.tar.gz"
     sh("git", "archive", "--format=tar.gz", f"--prefix={name}/", "--output", str(archive), tree, cwd=root)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from moextend_pl.contracts import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from moextend_pl.evaluation.question import Question
     from moextend_pl.evaluation.retention_texts import TextSet
     from moextend_pl.models.moextend import MoExtend
@@ -44,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="ask only so many questions of each task")
     parser.add_argument("--task", default="", help="task of the model, where it was extended for several")
     parser.add_argument("--batch-size", type=int, default=16, help="questions answered together (default: 16)")
+    parser.add_argument("--device", default="auto", help="for example cpu or cuda:0; auto takes a GPU if there is one")
     add_scoring(parser)
     return parser
 
@@ -74,12 +77,30 @@ def main(argv: Sequence[str]) -> int:
     texts = read_all_texts(options.retention)
     from moextend_pl.models.moextend import MoExtend
 
-    model = MoExtend.load(options.run)
+    device = _device(options.device)
+    model = MoExtend.load(options.run).to(device)
     if asked:
         _ask(model, tasks, asked, options)
     if texts:
         _retain(model, texts, options)
     return 0
+
+
+def _device(name: str) -> torch.device:
+    """Returns a device by its name; for `auto` a GPU if there is one.
+
+    Raises:
+        UserError: If it is none, or not here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:  # which of the two depends on how torch was built
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Expected --device such as auto, cpu or cuda:0, got {name!r}: {reason} Correct it.") from error
 
 
 def _ask(model: MoExtend, tasks: dict[str, str], asked: dict[str, list[Question]], options: argparse.Namespace) -> None:

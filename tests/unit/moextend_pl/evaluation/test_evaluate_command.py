@@ -84,3 +84,5 @@ def test_mistakes_come_before_the_model(run: Path, data: Path, capsys: pytest.Ca
     assert "found none. Run `evaluate` first" in error_of(capsys, ["rescore", str(run)])
     assert "found no file" in error_of(capsys, ["rescore", str(run), "--tasks", "pope"])
     assert "nowhere" in error_of(capsys, [*nowhere, "--tasks", "own"])
+    for device in ("gpu", "cuda:77"):
+        assert f"got '{device}'" in error_of(capsys, [*nowhere, "--tasks", "own", "--device", device])

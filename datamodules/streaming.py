@@ -1,7 +1,7 @@
 """Files of remote folders: which schemes are allowed, and downloads that try again and prove what they brought.
 
-Nothing here runs a shell or follows a redirection to another kind of place: `fsspec` is asked for one of five
-schemes by name.
+Nothing here runs a shell: `fsspec` is asked for one of five schemes by name. A redirection is followed within its own
+host, and to hosts that a user names, so that a foreign server cannot send a run to machines that only it can reach.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import SplitResult, urljoin, urlsplit
 
 import fsspec
 
@@ -34,6 +35,11 @@ READ_AHEAD = 8 * 2**20
 PLAIN_TRANSFER = {"Accept-Encoding": "identity"}
 """Compressed transfer would break sizes and resumed downloads, and shards do not shrink."""
 
+USUAL_TEXT = 2**23
+"""Bytes of a large index's text, by which its deadline is set."""
+
+REDIRECTED = (301, 302, 303, 307, 308)
+MOST_REDIRECTS = 5
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 FINAL = (FileNotFoundError, PermissionError, ImportError)
 """Trying again does not help against these."""
@@ -52,14 +58,20 @@ class StreamOptions:
         cache_gib: Largest size of that folder; what was not used for longest goes first.
         tries: How often one file is asked for before the run stops.
         timeout: Seconds without a single byte after which a try has failed.
+        least_kib_s: KiB a second, over `timeout` seconds, below which a try has failed too; 0 for no such limit.
+        redirect_hosts: Other hosts that a server may send to, as `cdn.example.org`, with an unusual `:port`.
     """
 
     cache_dir: str | None = None
     cache_gib: float = 50.0
     tries: int = 6
     timeout: float = 60.0
+    least_kib_s: float = 16.0
+    redirect_hosts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.least_kib_s < 0:
+            raise UserError(f"Expected `least_kib_s` of at least 0, got {self.least_kib_s}.")
         if self.cache_gib <= 0 or self.tries < 1 or self.timeout <= 0:
             raise UserError(f"Expected `cache_gib` and `timeout` above 0 and at least 1 of `tries`, got {self}.")
 
@@ -101,10 +113,10 @@ def download(address: str, target: Path, size: int, sha256: str, options: Stream
         def attempt() -> None:
             if brought.done == size:  # the connection broke behind the last byte, and there are none left to ask for
                 return
-            with _opened(address, brought.done, options) as (stream, start):
+            with _opened(address, brought.done, options, size - brought.done) as (stream, start):
                 if start != brought.done:
                     brought.start_again()
-                brought.take(stream)
+                brought.take(_pieces(stream, options))
 
         try_again(attempt, address, options)
     if brought.digest.hexdigest() != sha256:
@@ -123,12 +135,14 @@ def download_text(address: str, limit: int, options: StreamOptions) -> bytes:
     found: list[bytes] = []
 
     def attempt() -> None:
-        with _opened(address, 0, options) as (stream, _):
-            pieces, total = [], 0
-            while total <= limit and (piece := stream.read(PIECE)):
-                pieces.append(piece)
+        with _opened(address, 0, options, USUAL_TEXT) as (stream, _):
+            taken, total = [], 0
+            for piece in _pieces(stream, options):
+                taken.append(piece)
                 total += len(piece)
-            found[:] = [b"".join(pieces)]
+                if total > limit:
+                    break
+            found[:] = [b"".join(taken)]
 
     try_again(attempt, address, options)
     if len(found[0]) > limit:
@@ -182,8 +196,8 @@ class _Brought:
         self.out.truncate()
         self.done, self.digest = 0, hashlib.sha256()
 
-    def take(self, stream: BinaryIO) -> None:
-        while piece := stream.read(PIECE):
+    def take(self, pieces: Iterator[bytes]) -> None:
+        for piece in pieces:
             if self.done + len(piece) > self.size:
                 raise ShardError(
                     f"{self.address}: the index says {self.size} bytes, more came. Upload shard and index again."
@@ -198,9 +212,26 @@ class _Brought:
             raise EOFError(f"the connection ended after {self.done} of {self.size} bytes")
 
 
+def _pieces(stream: BinaryIO, options: StreamOptions) -> Iterator[bytes]:
+    """Yields what comes; a server that sends a byte now and then, which no pause betrays, has failed."""
+    begin, taken = time.monotonic(), 0
+    while piece := stream.read(PIECE):
+        yield piece
+        taken += len(piece)
+        seconds = time.monotonic() - begin
+        if seconds < options.timeout:
+            continue
+        if taken < options.least_kib_s * 1024 * seconds:
+            raise TimeoutError(f"{taken} bytes in {seconds:.0f} s, less than `least_kib_s` {options.least_kib_s:g}")
+        begin, taken = time.monotonic(), 0
+
+
 @contextmanager
-def _opened(address: str, start: int, options: StreamOptions) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens a file for reading in one go, from a byte on if the place can do that; says from which."""
+def _opened(address: str, start: int, options: StreamOptions, expected: int) -> Iterator[tuple[BinaryIO, int]]:
+    """Opens a file for reading in one go, from a byte on if the place can do that; says from which.
+
+    `expected` bytes set the deadline of the whole request, headers included, which may trickle too.
+    """
     scheme = scheme_of(address)
     web = scheme in ("http", "https")
     try:
@@ -212,10 +243,46 @@ def _opened(address: str, start: int, options: StreamOptions) -> Iterator[tuple[
             stream.seek(start)
             yield stream, start
         return
-    # A stream of one request (block_size 0), not one request a block; `size` spares the question for it.
     headers = {**PLAIN_TRANSFER, "Range": f"bytes={start}-"} if start else PLAIN_TRANSFER
-    with system.open(path, "rb", block_size=0, size=1, headers=headers) as stream:
-        yield stream, start if stream.r.status == 206 else 0
+    limit = _deadline(options, expected)
+    for _ in range(MOST_REDIRECTS):
+        # A stream of one request (block_size 0), not one request a block; `size` spares the question for it.
+        with system.open(
+            path, "rb", block_size=0, size=1, headers=headers, timeout=limit, allow_redirects=False
+        ) as stream:
+            if stream.r.status not in REDIRECTED:
+                yield stream, start if stream.r.status == 206 else 0
+                return
+            path = redirected(path, stream.r.headers.get("Location", ""), options.redirect_hosts)
+    raise ShardError(f"{address}: sent elsewhere {MOST_REDIRECTS} times. Correct the address.")
+
+
+def redirected(address: str, target: str, hosts: Sequence[str]) -> str:
+    """Returns where a server sends to, if that may be followed.
+
+    Args:
+        address: Who sends.
+        target: As its answer names it; may be relative.
+        hosts: Other hosts that may be sent to.
+
+    Raises:
+        ShardError: If it is another host, another port, or leaves https.
+    """
+    place = urljoin(address, target)
+    old, new = urlsplit(address), urlsplit(place)
+    schemes = ("https",) if old.scheme == "https" else ("http", "https")
+    if new.scheme not in schemes or not (_host(new) == _host(old) or _host(new) in hosts):
+        raise ShardError(
+            f"{address}: sends to {new.scheme}://{new.netloc.rpartition('@')[2]}, which is refused. If you trust it, "
+            f"name {_host(new)!r} in `reading.streaming.redirect_hosts`; from https only https is followed."
+        )
+    return place
+
+
+def _host(parts: SplitResult) -> str:
+    """Returns host and port, without the usual port of its scheme."""
+    usual = {"http": 80, "https": 443}.get(parts.scheme)
+    return f"{parts.hostname}:{parts.port}" if parts.port not in (None, usual) else str(parts.hostname)
 
 
 def _web_settings(options: StreamOptions) -> dict[str, Any]:
@@ -223,3 +290,11 @@ def _web_settings(options: StreamOptions) -> dict[str, Any]:
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=options.timeout, sock_read=options.timeout)
     return {"client_kwargs": {"timeout": timeout}}
+
+
+def _deadline(options: StreamOptions, expected: int) -> Any:
+    """Returns the limits of one request."""
+    import aiohttp
+
+    total = options.timeout + expected / (1024 * options.least_kib_s) if options.least_kib_s else None
+    return aiohttp.ClientTimeout(total=total, sock_connect=options.timeout, sock_read=options.timeout)

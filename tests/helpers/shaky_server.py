@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ class ShakyServer:
     Attributes:
         url: Address of the folder.
         faults: File name -> what happens to its next requests, in order: `503`, `404`, `cut` (the connection breaks
-            after half of what was asked for), `late` (it breaks behind the last byte, before the end is told).
+            after half of what was asked for), `late` (it breaks behind the last byte, before the end is told), `slow`
+            (a byte now and then), `slow head` (so too, and never a body), an address (it sends there).
         ranges: Whether parts of files can be asked for.
         requests: (file name, first byte, bytes sent) of all requests, in order.
     """
@@ -54,6 +56,15 @@ def shaky_server(folder: Path) -> Iterator[ShakyServer]:
                 self.end_headers()
                 state.requests.append((name, 0, 0))
                 return
+            if "/" in fault:
+                self.send_response(302)
+                self.send_header("Location", fault)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            if fault == "slow head":
+                self.trickle(b"HTTP/1.1 200 OK\r\n" + b"X-Name: value\r\n" * 40)
+                return
             data = path.read_bytes()
             asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
             start = int(asked[1]) if asked and state.ranges else 0
@@ -67,11 +78,21 @@ def shaky_server(folder: Path) -> Iterator[ShakyServer]:
             self.end_headers()
             data = data[start : start + (len(data) - start) // 2] if fault == "cut" else data[start:]
             state.requests.append((name, start, len(data)))
+            if fault == "slow":
+                self.trickle(data)
+                return
             self.wfile.write(data)
             if fault in ("cut", "late"):
                 self.wfile.flush()
                 time.sleep(0.2)  # what has arrived together with the end of the connection may be lost
                 self.close_connection = True
+
+        def trickle(self, data: bytes) -> None:
+            self.close_connection = True
+            with contextlib.suppress(OSError):  # the other side had enough
+                for place in range(len(data)):
+                    self.wfile.write(data[place : place + 1])
+                    time.sleep(0.05)
 
         def log_message(self, *_: object) -> None:
             pass

@@ -16,7 +16,7 @@ from datamodules.cache import ShardCache, Source
 from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
 from datamodules.order import EveryUnitOnce
 from datamodules.reader import ShardReader
-from datamodules.streaming import ShardError, StreamOptions, download, scheme_of, try_again
+from datamodules.streaming import ShardError, StreamOptions, download, redirected, scheme_of, try_again
 from moextend_pl.contracts import UserError
 from moextend_pl.samples.conversation import ConversationEncoder
 
@@ -101,6 +101,74 @@ def test_a_dead_address_names_the_shard_and_leaves_no_file(server, options, wait
     assert reader.read(5).key == "s05"  # the server is back
 
 
+@pytest.mark.parametrize("name", ["index.json", "00000.tar"])
+def test_a_server_that_sends_a_byte_now_and_then_is_tried_again_and_then_told(folder, server, tmp_path, waits, name):
+    patience = StreamOptions(cache_dir=str(tmp_path / "cache"), tries=2, timeout=0.2)
+    server.faults = {name: ["slow"]}
+    assert samples(server.url, patience) == samples(folder)
+    assert len(waits) == 1
+    server.faults = {"index.json": ["slow"] * 2}
+    begin = time.monotonic()
+    with pytest.raises(
+        ShardError, match=r"index.json: cannot be fetched, tried 2 .* bytes in 0 s, less than `least_kib_s`"
+    ):
+        ShardReader(server.url, patience)
+    assert time.monotonic() - begin < 2
+
+
+def test_a_server_that_never_comes_to_an_end_of_its_headers_is_told(server, tmp_path, waits, monkeypatch):
+    monkeypatch.setattr(streaming, "USUAL_TEXT", 4096)
+    server.faults = {"index.json": ["slow head"] * 2}
+    with pytest.raises(ShardError, match=r"index.json: cannot be fetched, tried 2"):
+        ShardReader(server.url, StreamOptions(cache_dir=str(tmp_path / "cache"), tries=2, timeout=0.2))
+
+
+def test_a_server_sends_within_itself_and_to_hosts_that_are_named(folder, server, options, tmp_path):
+    with shaky_server(folder) as other:
+        server.faults = {"index.json": ["/other/index.json"], "00000.tar": [f"{other.url}/00000.tar"]}
+        reader = ShardReader(server.url, options)
+        port = other.url.split(":")[2].split("/")[0]
+        with pytest.raises(ShardError, match=rf"sends to http://127.0.0.1:{port}, which is refused.*redirect_hosts"):
+            reader.read(0)
+        assert other.requests == []
+        server.faults = {"00000.tar": [f"{other.url}/00000.tar"]}
+        trusting = StreamOptions(cache_dir=options.cache_dir, redirect_hosts=[f"127.0.0.1:{port}"])
+        assert samples(server.url, trusting) == samples(folder)
+        assert [name for name, _, _ in other.requests] == ["00000.tar"]
+
+
+def test_a_server_that_sends_in_a_circle_is_told(server, options):
+    server.faults = {"index.json": ["/set/index.json"] * 9}
+    with pytest.raises(ShardError, match="sent elsewhere 5 times"):
+        ShardReader(server.url, options)
+
+
+@pytest.mark.parametrize(
+    ("address", "target", "followed"),
+    [
+        ("http://a.org/x", "y", "http://a.org/y"),
+        ("http://a.org/x", "https://a.org/y", "https://a.org/y"),
+        ("https://a.org:443/x", "//a.org/y", "https://a.org/y"),
+        ("https://a.org/x", "https://cdn.org/y", "https://cdn.org/y"),
+        ("https://a.org/x", "http://a.org/y", None),
+        ("https://a.org/x", "http://cdn.org/y", None),
+        ("http://a.org/x", "http://b.org/y", None),
+        ("http://a.org/x", "http://a.org:8080/y", None),
+        ("http://a.org/x", "http://127.0.0.1/y", None),
+        ("http://a.org/x", "http://[::1]/y", None),
+        ("http://a.org/x", "file:///etc/passwd", None),
+        ("http://a.org/x", "http://a.org@b.org/y", None),
+        ("http://a.org/x", "s3://cdn.org/y", None),
+    ],
+)
+def test_only_the_own_host_and_named_ones_are_followed(address, target, followed):
+    if followed:
+        assert redirected(address, target, ["cdn.org"]) == followed
+        return
+    with pytest.raises(ShardError, match="which is refused"):
+        redirected(address, target, ["cdn.org"])
+
+
 def test_a_server_that_is_not_there_is_named(options, waits):
     with pytest.raises(ShardError, match=r"http://127.0.0.1:9/set/index.json: cannot be fetched, tried 4"):
         ShardReader("http://127.0.0.1:9/set", options)
@@ -121,8 +189,8 @@ def test_a_killed_download_leaves_no_final_name(folder, tmp_path):
     digest = hashlib.sha256((folder / "00000.tar").read_bytes()).hexdigest()
     cache = ShardCache(tmp_path / "cache", 10**9)
 
-    def die_midway(brought, stream):
-        brought.out.write(stream.read(600))
+    def die_midway(brought, pieces):
+        brought.out.write(next(pieces)[:600])
         brought.out.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -13,7 +13,8 @@ class MoExtendConfig(PreTrainedConfig):
     Args:
         text_config: Configuration of the base language model.
         encoder: The tower: `name` and `tower_args` of a timm one or `config` of a transformers one, `layer`, `pool`,
-            `scales`, `reference`, `grid_side`, and `upcycle`.
+            `scales`, `reference`, `grid_side`, `upcycle`, and `together`, how many images are encoded at a time: with
+            1, which is faster on a CPU, features may differ from the run's in their last bit.
         projector: `depth`, `merge`, `in_features`, `out_features` and `upcycle`.
         upcycle: How the MLPs of the language model became experts; None if they did not.
         plans: Extension plans, first one first, as `ExtensionPlan.to_dict` writes them.

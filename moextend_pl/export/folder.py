@@ -17,7 +17,7 @@ from moextend_pl.export.processing import NOT_PIXELS, MoExtendImageProcessor, Mo
 from moextend_pl.export.travelling_code import AUTO_MAP, write_code
 from moextend_pl.inference.decoding import context_of, end_tokens, longest_answer
 from moextend_pl.models.model_folder import read_config
-from moextend_pl.models.moextend import MoExtend
+from moextend_pl.models.moextend import ENCODE_TOGETHER, MoExtend
 from moextend_pl.moe.extension.reach import check_task
 from moextend_pl.runs.manifest import read_manifest
 from moextend_pl.training.half_precision import default_dtype
@@ -55,6 +55,7 @@ def configuration_of(model: MoExtend, task: str = "") -> MoExtendConfig:
         "config": None if encoder.is_timm else _plain(read_config(encoder.folder)),
         **{name: encoder.config[name] for name in ("layer", "pool", "scales", "reference")},
         "grid_side": encoder.grid_side,
+        "together": ENCODE_TOGETHER,
         "upcycle": _spec(encoder.upcycle_spec),
     }
     if encoder.is_timm:

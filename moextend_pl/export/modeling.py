@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, I images, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import torch
@@ -21,11 +22,27 @@ from moextend_pl.moe.extension.reach import Reach, check_task, reachable
 from moextend_pl.moe.upcycle import upcycle
 
 
+class OneAtATime:
+    """A lock of one model; a copy of the model has its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OneAtATime], tuple[()]]:
+        return OneAtATime, ()
+
+
 class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Answers questions about images; texts without an image are the base's business alone where routing is masked.
 
-    Which tokens may reach new experts is kept in the model from a prompt to the end of its answer, so that one model
-    answers one call of `generate` at a time, of any number of prompts.
+    Which tokens may reach new experts is kept in the model from a prompt to the end of its answer. A model answers one
+    call at a time, of any number of prompts; calls from other threads wait.
 
     Args:
         config: As it was exported.
@@ -47,6 +64,7 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if spec is not None:
             upcycle(self.language_model, spec)
         self.image_token_id = int(config.image_token_id or 0)
+        self.turn = OneAtATime()
         self.extensions: list[tuple[ExtensionPlan, Reach]] = []
         for plan in map(ExtensionPlan.from_dict, config.plans):
             self.extensions.append((plan, Reach()))
@@ -120,11 +138,14 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise ValueError("Expected `input_ids`, which say where images are, got none.")
         cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
-        if cache is not None and cache.get_seq_length() > 0:
-            embeddings_BSD = self.get_input_embeddings()(input_ids)
-        else:
-            embeddings_BSD = self.embed(input_ids, pixel_values)
-        return self.language_model(inputs_embeds=embeddings_BSD, attention_mask=attention_mask, labels=labels, **kwargs)
+        with self.turn:
+            if cache is not None and cache.get_seq_length() > 0:
+                embeddings_BSD = self.get_input_embeddings()(input_ids)
+            else:
+                embeddings_BSD = self.embed(input_ids, pixel_values)
+            return self.language_model(
+                inputs_embeds=embeddings_BSD, attention_mask=attention_mask, labels=labels, **kwargs
+            )
 
     def _options(self, generation_config: Any, mask_BS: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         """Returns options of the base's `generate`, under which answers end where the model's context ends.
@@ -180,11 +201,12 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("Expected `input_ids` of at least one prompt, got none.")
         mask_BS = torch.ones_like(ids_BS) if attention_mask is None else attention_mask
         options = self._options(generation_config, mask_BS, kwargs)
-        try:
-            made = self.language_model.generate(inputs_embeds=self.embed(ids_BS, pixel_values), **options)
-        finally:
-            for _, reach in self.extensions:
-                reach.set(None)
+        with self.turn:
+            try:
+                made = self.language_model.generate(inputs_embeds=self.embed(ids_BS, pixel_values), **options)
+            finally:
+                for _, reach in self.extensions:
+                    reach.set(None)
         answers = made if isinstance(made, Tensor) else made.sequences
         prompts = ids_BS.to(answers.device).repeat_interleave(len(answers) // len(ids_BS), dim=0)
         whole = torch.cat([prompts, answers], dim=1)

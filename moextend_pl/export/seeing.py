@@ -44,7 +44,21 @@ class ImageEncoder(nn.Module):
         return vision_half(AutoModel.from_config(config, dtype=torch.get_default_dtype()))
 
     def forward(self, pixels_I3HW: Tensor) -> Tensor:
-        """Encodes normalised images into (I, P, C) features, row by row."""
+        """Encodes normalised images into (I, P, C) features, row by row.
+
+        Always the same number at a time, as in the run: the last bit of a feature may depend on it.
+        """
+        together = 1 if self.training else int(self.facts["together"])
+        if together == 1:
+            return self._features(pixels_I3HW)
+        parts = []
+        for some_I3HW in pixels_I3HW.split(together):
+            padded = some_I3HW.new_zeros(together, *some_I3HW.shape[1:])
+            padded[: len(some_I3HW)] = some_I3HW
+            parts.append(self._features(padded)[: len(some_I3HW)])
+        return torch.cat(parts)
+
+    def _features(self, pixels_I3HW: Tensor) -> Tensor:
         side = self.facts["grid_side"]
         grid_ICHW = encode_scales(
             lambda pixels: read_grid(self.tower, self.reader, pixels, side), pixels_I3HW, self.facts["scales"]

@@ -9,9 +9,11 @@ EXAMPLE = "example.png"
 QUESTION = "what color is the shape?"
 NEXT = (
     ("ask it about a picture", ("generate", "--checkpoint", "{run}", "--image", "{picture}", "--prompt", QUESTION)),
+    ("talk with it", ("chat", "--checkpoint", "{run}", "--image", "{picture}")),
     ("look at every stage", ("report", "{out}")),
     ("a folder for transformers", ("export", "{run}", "--out", "{out}/exported")),
     ("a small folder to share", ("export", "{run}", "--target", "delta", "--out", "{out}/shared")),
+    ("let other tools ask it", ("serve", "{run}")),
 )
 
 

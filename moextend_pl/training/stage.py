@@ -116,8 +116,16 @@ class StageModule(LightningModule):
         Raises:
             UserError: If a weight is not finite, or the plan does not fit.
         """
+        strategy = sharded(self)
         if self._built:
             return
+        if strategy is None:
+            self._make()
+        else:
+            strategy.in_turn(self._make)
+        self._built = True
+
+    def _make(self) -> None:
         check_learnable(self.frozen_parts(), self.train_plan, self.optim)
         self._files = self._file_facts()
         # Fresh weights must not depend on what else drew random numbers, on any rank or after a restart.
@@ -130,7 +138,6 @@ class StageModule(LightningModule):
         strategy, language = sharded(self), language_of(self)
         if strategy is not None and language is not None:
             shard(language, strategy.shard_mesh)
-        self._built = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer over what learns; the number of steps is `trainer.max_steps`."""

@@ -29,7 +29,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "align": ("--trainer.gradient_clip_val=0.05",),
     "probe": (),
     "extend": ("--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0.5"),
-    "second": (),
+    "second": ("--model.language.compute.activation_checkpointing=true",),
     "instruction": ("--model.optim.weight_decay=0.1",),
 }
 HALF = "extend_half"

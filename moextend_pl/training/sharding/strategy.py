@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +62,30 @@ class ShardedStrategy(ModelParallelStrategy):
     def shard_mesh(self) -> DeviceMesh:
         """Ranks that share weights: copies x ranks of one, or ranks alone where there is one copy."""
         return self.device_mesh if self._data_parallel_size != 1 else self.device_mesh["tensor_parallel"]
+
+    def in_turn(self, make: Callable[[], None]) -> None:
+        """Lets the processes of a node make their models one after another: the host has room for a whole one once.
+
+        Args:
+            make: Makes it, and leaves this rank's part of it; talks to no other rank.
+
+        Raises:
+            Exception: What `make` raised, when all have had their turn.
+            UserError: If it raised on another rank.
+        """
+        error: Exception | None = None
+        for turn in range(self.num_processes):
+            if turn == self.local_rank:
+                try:
+                    make()
+                except Exception as found:
+                    error = found
+            self.barrier()
+        failed = self.reduce_boolean_decision(error is not None, all=False)
+        if error is not None:
+            raise error
+        if failed:
+            raise UserError("Another process could not make its model, and says why. This one ends with it.")
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import torch
 from torch import Tensor
 
 CACHE_BYTES = 2**30
+ENCODE_TOGETHER = 16
+
+
+@torch.no_grad()
+def encode_alike(encode: Callable[[Tensor], Tensor], pixels_I3HW: Tensor, chosen: Sequence[int]) -> list[Tensor]:
+    """Encodes some images of a batch, always the same number at a time.
+
+    The last bit of a convolution may depend on it, and a resumed run, which meets the images in other company, has to
+    see the same features.
+
+    Args:
+        encode: From images to features (., P, C).
+        pixels_I3HW: Normalised images.
+        chosen: Which of them.
+
+    Returns:
+        Features (P, C) of each.
+    """
+    features: list[Tensor] = []
+    for first in range(0, len(chosen), ENCODE_TOGETHER):
+        some = chosen[first : first + ENCODE_TOGETHER]
+        padded = pixels_I3HW.new_zeros(ENCODE_TOGETHER, *pixels_I3HW.shape[1:])
+        padded[: len(some)] = torch.stack([pixels_I3HW[n] for n in some])  # a list as index waits
+        features.extend(encode(padded)[: len(some)].unbind())
+    return features
 
 
 class FeatureCache:

@@ -21,21 +21,20 @@ from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.models.base_model import compile_layers
 from moextend_pl.models.delta import DeltaModule, check_start, encoder_arguments, language_arguments, load_delta
 from moextend_pl.models.encoder import VisionEncoder
-from moextend_pl.models.feature_cache import FeatureCache
+from moextend_pl.models.feature_cache import FeatureCache, encode_alike
 from moextend_pl.models.fusion import scatter_features
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.projector import Projector
 from moextend_pl.moe.touch import touch
 from moextend_pl.moe.upcycle import agreed_spec
 from moextend_pl.runs.manifest import Manifest, read_manifest
+from moextend_pl.training.activations import checkpoint_blocks
 from moextend_pl.training.half_precision import default_dtype
 from moextend_pl.training.language_losses import LanguageOutput
 from moextend_pl.training.losses import image_router_losses, learned_tokens
 from moextend_pl.training.optim import OptimSpec
 
 log = logging.getLogger(__name__)
-
-ENCODE_TOGETHER = 16
 
 
 class MoExtend(AskMixin, DeltaModule):
@@ -47,6 +46,8 @@ class MoExtend(AskMixin, DeltaModule):
         language: The language model; grown by the extension plan.
         init_from: Run directory (or delta file) of an earlier stage whose new weights are the start.
         cache_features: Whether features of a frozen tower are computed once an image and kept, up to 1 GiB.
+        activation_checkpointing: Whether blocks of the tower and the projector, where they learn, compute their
+            activations again in the backward pass; for the language model `compute` says it.
         optim: Optimizer of the stage.
     """
 
@@ -58,12 +59,13 @@ class MoExtend(AskMixin, DeltaModule):
         language: MoELanguageModel,
         init_from: str | None = None,
         cache_features: bool = True,
+        activation_checkpointing: bool = False,
         optim: OptimSpec | None = None,
     ) -> None:
         super().__init__(optim)
         self.encoder, self.projector, self.language = encoder, projector, language
         self.init_from = Path(init_from) if init_from else None
-        self.cache_features = cache_features
+        self.cache_features, self.activation_checkpointing = cache_features, activation_checkpointing
         self.features = FeatureCache()
         self.inherited: set[str] = set()
         if self.init_from is not None:
@@ -112,6 +114,13 @@ class MoExtend(AskMixin, DeltaModule):
         facts = {name: self.encoder.config[name] for name in ("image_size", "resize")}
         options: dict[str, Any] = {"tokens_per_image": tokens, **facts, **self.encoder.image_statistics}
         return replace(self.language.sample_spec(), **options)
+
+    def configure_model(self) -> None:
+        """Builds, grows and freezes, once."""
+        super().configure_model()
+        if self.activation_checkpointing:
+            checkpoint_blocks(self.encoder.tower, True)
+            self.projector.checkpoint_activations(True)
 
     def build(self) -> None:
         """Builds the three parts, upcycles and grows them, and reads the weights of `init_from`.
@@ -192,14 +201,8 @@ class MoExtend(AskMixin, DeltaModule):
             return self.encoder(pixels_I3HW)
         known = self.features.known(image_keys)
         missing = [n for n, key in enumerate(image_keys) if key not in known]
-        with torch.no_grad():
-            # Always the same number at a time: the last bit of a convolution may depend on it, and a
-            # resumed run, which meets the images in other company, has to see the same features.
-            for first in range(0, len(missing), ENCODE_TOGETHER):
-                chosen = missing[first : first + ENCODE_TOGETHER]
-                padded = pixels_I3HW.new_zeros(ENCODE_TOGETHER, *pixels_I3HW.shape[1:])
-                padded[: len(chosen)] = torch.stack([pixels_I3HW[n] for n in chosen])  # a list as index waits
-                known.update(zip([image_keys[n] for n in chosen], self.encoder(padded).unbind(), strict=False))
+        encoded = encode_alike(self.encoder, pixels_I3HW, missing)
+        known.update(zip([image_keys[n] for n in missing], encoded, strict=True))
         if self.cache_features:
             self.features.remember({key: known[key] for key in (image_keys[n] for n in missing)})
         return torch.stack([known[key] for key in image_keys])

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import re
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moextend_pl.contracts import SampleSpec, UpcycleSpec, UserError
 from moextend_pl.models.fusion import dense_layers, merge_neighbours
@@ -56,7 +58,7 @@ class Projector(StageModule):
         if merge < 1:
             raise UserError(f"Expected `projector.merge` of at least 1, got {merge}.")
         self.kind, self.merge, self.upcycle_spec = kind, merge, upcycle
-        self.watch = RouterWatch()
+        self.watch, self.recompute = RouterWatch(), False
         self.in_features, self.out_features = in_features, out_features
 
     def tokens_per_image(self, encoder_tokens: int) -> int:
@@ -134,7 +136,15 @@ class Projector(StageModule):
         Returns:
             (I, P / merge^2, D).
         """
-        return self.layers(merge_neighbours(features_IPC, self.merge) if self.merge > 1 else features_IPC)
+        features_IPC = merge_neighbours(features_IPC, self.merge) if self.merge > 1 else features_IPC
+        if self.recompute and torch.is_grad_enabled():
+            projected_IPD: Tensor = checkpoint(self.layers, features_IPC, use_reentrant=False)
+            return projected_IPD
+        return self.layers(features_IPC)
+
+    def checkpoint_activations(self, enable: bool) -> None:
+        """Lets a projector that learns compute its activations again in the backward pass, or keep them."""
+        self.recompute = enable and any(parameter.requires_grad for parameter in self.parameters())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Learns to map `features` (I, P, C) onto `targets` (I, P, D) by mean squared error."""

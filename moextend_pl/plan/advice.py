@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from moextend_pl.plan import cost
 from moextend_pl.plan.cost import RunShape
-from moextend_pl.plan.facts import ModelShape
-from moextend_pl.plan.gpus import Gpu
+from moextend_pl.plan.facts import Gpu, ModelShape
 from moextend_pl.plan.sharing import memory, shared
 
 USABLE = 0.95  # the rest is for the driver's context, workspaces of kernels and gaps between blocks
@@ -43,7 +42,7 @@ def remedies(shape: ModelShape, run: RunShape, gpu: Gpu) -> list[Remedy]:
     if not run.nf4 and any(part.quantisable for part in shape.parts):
         options.append(_first(shape, gpu, [replace(batch, nf4=True) for batch in batches], "`quantize: nf4`"))
     if not run.recompute and shape.layers:
-        again = [replace(batch, recompute=True) for batch in batches]
+        again = [replace(batch, recompute=True, recompute_images=True) for batch in batches]
         options.append(_first(shape, gpu, again, "`activation_checkpointing: true`"))
     if not run.nf4 and not run.compiled:  # neither is sharded
         options.append(_sharded(shape, batches, gpu))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from moextend_pl.contracts import UserError
 
 if TYPE_CHECKING:
-    from moextend_pl.plan.facts import ModelShape
     from moextend_pl.plan.report import Report
     from moextend_pl.plan.stage_model import StageModel
 
@@ -24,7 +23,6 @@ DESCRIPTION = """\
 Prints what a stage needs and costs. Takes --config and the other options of `fit`, reads no weights and no data:
 what is not there yet is replaced by model/config.json, tower/config.json and extension_plan.yaml beside the stage file.
 """
-MIXED = "a tower or projector that learns is counted in fp32: under autocast it keeps less"
 POSITIVE = ("gpu_tflops", "gpu_memory", "gpus", "price", "mfu", "tokens_per_second", "length", "mean_length")
 PACKED = "packing is not counted: a row is planned as one conversation with one image"
 QUANTISED = "{} is quantised already: weights are planned as its unquantised model's"
@@ -76,12 +74,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def uncounted(stage: StageModel, shape: ModelShape) -> list[str]:
+def uncounted(stage: StageModel) -> list[str]:
     """Says in one sentence each what a stage does that the arithmetic leaves out."""
     from moextend_pl.models.model_folder import is_quantised
 
-    learning = [part for part in (shape.tower, shape.projector) if part is not None and part.learns]
-    notes = [MIXED] if learning and stage.is_mixed else []
+    notes = []
     data = (stage.config.get("data") or {}).get("init_args") or {}
     if (data.get("rows") or {}).get("packing"):
         notes.append(PACKED)
@@ -95,9 +92,8 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
     Raises:
         UserError: For mistakes in the config or the options.
     """
-    from moextend_pl.models.moextend import ENCODE_TOGETHER
     from moextend_pl.plan import advice, cost, sharing
-    from moextend_pl.plan.gpus import choose_gpu
+    from moextend_pl.plan.facts import choose_gpu
     from moextend_pl.plan.operations import operations
     from moextend_pl.plan.report import Report
     from moextend_pl.plan.run_shape import Wishes, measured_time, run_shape, run_time
@@ -106,17 +102,17 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
 
     gpu = choose_gpu(options.gpu, options.gpu_tflops, options.gpu_memory)
     stage = read_stage(stage_options)
-    shape = read_shape(stage.module, stage.compute_dtype.itemsize)
+    shape = read_shape(stage.module, stage.compute_dtype.itemsize, stage.mixed)
     run = run_shape(
         stage.config,
         Wishes(options.gpus, options.length, options.mean_length),
         shape,
-        encoded_together=ENCODE_TOGETHER,
         compute_bytes=stage.compute_dtype.itemsize,
         cast_copies=stage.is_mixed,
         nf4=stage.compute.quantize == "nf4",
         recompute=stage.compute.activation_checkpointing,
         compiled=stage.compute.compile,
+        recompute_images=getattr(stage.module, "activation_checkpointing", False),
     )
     time = None
     if options.tokens_per_second:
@@ -125,7 +121,7 @@ def make_report(options: argparse.Namespace, stage_options: Sequence[str]) -> Re
         time = run_time(shape, run, options.mfu * gpu.flops, options.price)
     return Report(
         stage=f"{stage.precision}, {run.gpus} x {gpu.name if gpu else 'GPU'}",
-        notes=(*stage.notes, *uncounted(stage, shape), *sharing.sent(shape, run)),
+        notes=(*stage.notes, *uncounted(stage), *sharing.sent(shape, run)),
         shape=shape,
         run=run,
         memory=sharing.memory(shape, run),

@@ -42,6 +42,7 @@ class RunShape:
         learned: Learned tokens of a sequence; None for all of its text.
         on_cpu: Whether old experts leave out the selections of new ones, for which a GPU would have to wait.
         recompute: Whether decoder layers keep their input only and are computed again in the backward pass.
+        recompute_images: Whether blocks of a tower, and a projector, that learn do so too.
         compiled: Whether decoder layers are compiled, so that norms keep what they read as it is, not in fp32.
         shared_by: Ranks that share one copy of the weights (FSDP2); 1 where each holds everything (DDP).
     """
@@ -61,6 +62,7 @@ class RunShape:
     learned: float | None = None
     on_cpu: bool = False
     recompute: bool = False
+    recompute_images: bool = False
     compiled: bool = False
     shared_by: int = 1
 
@@ -139,12 +141,9 @@ def saved_inputs(matrices: Iterable[Matrix]) -> int:
 
 
 def saved_by_norms(norms: Iterable[Norm], run: RunShape) -> float:
-    """Returns bytes of a token: the input in fp32, one factor, and the normalised value where the weight learns.
-
-    A compiler keeps the input as it was read, and computes the rest again.
-    """
+    """Returns bytes of a token: the input in fp32, one factor, and the normalised value where the weight learns."""
     size = run.compute_bytes
-    if run.compiled:
+    if run.compiled:  # the input is kept as it was read, and the rest is computed again
         return sum(size * norm.width + FP32 for norm in norms)
     return sum(FP32 * norm.width + FP32 + size * norm.width * norm.learns for norm in norms)
 
@@ -229,10 +228,8 @@ def activation_bytes(shape: ModelShape, run: RunShape) -> float:
     layers = [saved_by_layer(layer, run, state) for layer, state in zip(shape.layers, states, strict=True)]
     token = sum(layers)
     if run.recompute:
-        # Under autocast the values between layers stay in fp32. One layer at a time is there as a whole.
-        size = FP32 if run.cast_copies else run.compute_bytes
-        kept = [layer for layer, state in zip(shape.layers, states, strict=True) if state != NO_GRAPH]
-        token = sum(layer.width for layer in kept) * size + max(layers, default=0.0)
+        size = FP32 if run.cast_copies else run.compute_bytes  # under autocast values between layers stay in fp32
+        token = size * float(sum(layer.width for layer, state in zip(shape.layers, states, strict=True) if state))
     if shape.final_norm is not None:
         token += saved_by_norms([shape.final_norm], replace(run, compiled=False))
     token += shape.embeddings_learn * INT64
@@ -241,8 +238,14 @@ def activation_bytes(shape: ModelShape, run: RunShape) -> float:
         vocabulary = shape.head.weights // max(shape.head.inputs, 1)
         head = FP32 * vocabulary + shape.head.learns * shape.head.inputs * run.compute_bytes + INT64
         sequence += head * learned_tokens(shape, run)
-    sequence += run.images * sum(n.saved for n in (shape.tower, shape.projector) if n is not None)
+    images = [network for network in (shape.tower, shape.projector) if network is not None]
+    twice = [network for network in images if network.learns and run.recompute_images]
+    # One layer or block at a time is there as a whole; that of a tower when all of the language model is gone.
+    sequence += run.recompute * max(layers, default=0.0) * run.length
+    sequence = max([sequence, *(run.images * network.block for network in twice)])
+    sequence += run.images * sum(network.again if network in twice else network.saved for network in images)
     copies = run.compute_bytes * _copied_weights(shape, states, run.recompute) if run.cast_copies else 0
+    copies += sum(network.fixed_again if network in twice else network.fixed for network in images)
     return sequence * run.micro_batch + copies + _joined_stacks(shape, run, states)
 
 

@@ -1,4 +1,4 @@
-"""What the costs of a model depend on, as plain numbers.
+"""What the costs of a model depend on, as plain numbers, and the memory and speed of common GPUs.
 
 Symbols: E experts of the base, N new experts, D width of the model, I width inside an expert, K experts per token.
 """
@@ -6,6 +6,8 @@ Symbols: E experts of the base, N new experts, D width of the model, I width ins
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from moextend_pl.contracts import UserError
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,22 @@ class Network:
         backward: Operations of the backward pass; 0 where nothing is propagated.
         saved: Bytes kept for the backward pass.
         learns: Whether any of it learns.
+        fixed: Bytes kept whatever the number of images: what autocast made of weights.
+        again: Bytes kept where blocks keep their input only.
+        fixed_again: Then of `fixed`, beside what is made of the weights of one block.
+        block: Bytes of the largest block, which is there as a whole when it is computed again.
+        repeated: Operations of all blocks in the forward pass.
     """
 
     forward: int
     backward: int
     saved: int
     learns: bool
+    fixed: int = 0
+    again: int = 0
+    fixed_again: int = 0
+    block: int = 0
+    repeated: int = 0
 
 
 @dataclass(frozen=True)
@@ -177,3 +189,65 @@ class ModelShape:
     delta_bytes: int
     unit_bytes: int = 0
     unit_learning_bytes: int = 0
+
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One card.
+
+    Attributes:
+        name: As on the command line.
+        memory: Bytes that a program can use.
+        flops: Dense 16-bit matrix operations a second, as its maker states them, without sparsity.
+    """
+
+    name: str
+    memory: float
+    flops: float
+
+
+# Memory as drivers report it to a program, in whole GiB rounded down; speed in 10^12 a second from the data sheets.
+_TABLE = {
+    "b200": (178, 2250),
+    "h200": (139, 989),
+    "h100": (79, 989),
+    "h800": (79, 989),
+    "a100-80g": (79, 312),
+    "a800-80g": (79, 312),
+    "a100-40g": (39, 312),
+    "l40s": (44, 362),
+    "rtx5090": (31, 209),
+    "rtx4090": (23, 165),
+    "rtx3090": (23, 71),
+}
+GPUS = {name: Gpu(name, memory * GIB, speed * 1e12) for name, (memory, speed) in _TABLE.items()}
+
+
+def choose_gpu(name: str | None, tflops: float | None = None, memory: float | None = None) -> Gpu | None:
+    """Returns a card by name, or one described by hand, or None if nothing was said.
+
+    Args:
+        name: One of `GPUS`.
+        tflops: Speed to assume instead, in 10^12 operations a second.
+        memory: Memory to assume instead, in 10^9 bytes.
+
+    Raises:
+        UserError: If the name is not known and the description is not complete.
+    """
+    if name is None and tflops is None and memory is None:
+        return None
+    name = (name or "GPU").lower()
+    known = GPUS.get(name)
+    if known is None and (tflops is None or memory is None):
+        raise UserError(
+            f"Expected `--gpu` among {', '.join(GPUS)}, got '{name}'. For another card give `--gpu-tflops` and "
+            "`--gpu-memory`."
+        )
+    return Gpu(
+        name=name,
+        memory=memory * 1e9 if memory is not None else known.memory if known else 0.0,
+        flops=tflops * 1e12 if tflops is not None else known.flops if known else 0.0,
+    )

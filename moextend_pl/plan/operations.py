@@ -77,6 +77,9 @@ def operations(shape: ModelShape, run: RunShape) -> Operations:
         forward, inputs, weights = forward + head, inputs + head, weights + head * shape.head.learns
     forward, again, inputs, weights = (value * run.micro_batch for value in (forward, again, inputs, weights))
     images = run.images * run.micro_batch
+    # A few more than are done again: torch stops at the last value that it needs.
+    networks = [network for network in (shape.tower, shape.projector) if network is not None and network.learns]
+    again += run.recompute_images * images * sum(network.repeated for network in networks)
     tower = 0.0
     if shape.tower is not None:
         together = 1 if shape.tower.learns else run.encoded_together

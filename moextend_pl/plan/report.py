@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moextend_pl.plan.cost import NF4_BYTES, Memory, RunShape
-from moextend_pl.plan.facts import ModelShape
-from moextend_pl.plan.gpus import Gpu
+from moextend_pl.plan.facts import Gpu, ModelShape
 from moextend_pl.plan.operations import Operations
 from moextend_pl.plan.run_shape import Time
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from moextend_pl.cli.trainer_settings import copies_of
 from moextend_pl.contracts import UserError
+from moextend_pl.models.feature_cache import ENCODE_TOGETHER
 from moextend_pl.plan.cost import RunShape
 from moextend_pl.plan.facts import ModelShape
 from moextend_pl.plan.operations import operations
@@ -97,7 +98,7 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
         length=length,
         mean_length=mean_length,
         images=1.0 if shape.tower is not None else 0.0,
-        **more,
+        **{"encoded_together": ENCODE_TOGETHER, **more},
     )
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from moextend_pl.contracts import UserError
@@ -21,26 +19,28 @@ from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.blocks import MoEBlock, list_blocks
 from moextend_pl.moe.dispatch import meant_for_kernels, takes
-from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Network, Norm, Part, Stack
+from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Norm, Part, Stack
+from moextend_pl.plan.networks import measure_projector, measure_tower
 from moextend_pl.training.sharding.units import parameters_by_unit
 from moextend_pl.training.stage import StageModule
 
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
-def read_shape(module: StageModule, compute_bytes: int) -> ModelShape:
+def read_shape(module: StageModule, compute_bytes: int, mixed: torch.dtype | None = None) -> ModelShape:
     """Reads the shape of a model.
 
     Args:
         module: Built, grown and frozen as a run would, on the meta device or any other.
         compute_bytes: Bytes of one value outside the experts.
+        mixed: Type in which autocast computes; None without it.
     """
     language = getattr(module, "language", module if isinstance(module, MoELanguageModel) else None)
     encoder = getattr(module, "encoder", module if isinstance(module, VisionEncoder) else None)
     layers = _layers(language, compute_bytes) if language is not None else ()
     model: Any = getattr(language, "model", None)
     tokens = _tokens_per_image(module)  # first: it says in words what a forward pass would only stumble over
-    tower, features = _tower(encoder) if encoder is not None else (None, None)
+    tower, features = measure_tower(encoder, mixed) if encoder is not None else (None, None)
     whole = module if isinstance(module, MoExtend) else None
     delta = delta_tensors(whole).values() if whole is not None else module.parameters()
     units = parameters_by_unit(model) if model is not None else []
@@ -52,7 +52,7 @@ def read_shape(module: StageModule, compute_bytes: int) -> ModelShape:
         head=_matrix(model.get_output_embeddings(), "head") if model is not None else None,
         embeddings_learn=model is not None and _learns(model.get_input_embeddings()),
         tower=tower,
-        projector=_projector(whole, features) if whole is not None and features is not None else None,
+        projector=measure_projector(whole.projector, features, mixed) if whole and features is not None else None,
         tokens_per_image=tokens,
         delta_bytes=sum(map(_bytes, delta)),
         unit_bytes=max((sum(map(_bytes, unit)) for unit in units), default=0),
@@ -226,44 +226,3 @@ def _tokens_per_image(module: StageModule) -> int:
     if isinstance(module, MoExtend):
         return module.projector.tokens_per_image(module.encoder.tokens_per_image)
     return 0
-
-
-def _tower(encoder: VisionEncoder) -> tuple[Network, torch.Tensor]:
-    """Sends one image through a tower and returns what it costs and its features."""
-    side, parameter = int(encoder.config["image_size"]), next(encoder.tower.parameters())
-    learns = _learns(encoder.tower)
-    pixels = torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device)
-    mode = encoder.training
-    with torch.set_grad_enabled(learns):
-        network, features = _measure(encoder.eval(), pixels)
-    encoder.train(mode)
-    return network, features
-
-
-def _projector(module: MoExtend, features: torch.Tensor) -> Network:
-    """Sends the features of one image through the projector."""
-    parameter = next(module.projector.parameters())
-    inputs = features.detach().to(parameter.dtype).requires_grad_(features.requires_grad)
-    return _measure(module.projector, inputs)[0]
-
-
-def _measure(network: nn.Module, inputs: torch.Tensor) -> tuple[Network, torch.Tensor]:
-    """Counts operations and saved bytes of a network without routing, exactly, on any device."""
-    own = {StorageWeakRef(t.untyped_storage()) for t in (*network.parameters(), *network.buffers())}
-    saved: dict[StorageWeakRef, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = StorageWeakRef(tensor.untyped_storage())
-        if storage not in own:
-            saved[storage] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = network(inputs)
-    backward = 0
-    if output.requires_grad:
-        with FlopCounterMode(display=False) as counter:
-            wanted = [t for t in (*network.parameters(), inputs) if t.requires_grad]
-            torch.autograd.grad(output.sum(), wanted, allow_unused=True)
-        backward = counter.get_total_flops()
-    return Network(forward.get_total_flops(), backward, sum(saved.values()), _learns(network)), output

@@ -60,6 +60,11 @@ class StageModel:
         return compute
 
     @property
+    def mixed(self) -> torch.dtype | None:
+        """Type in which autocast computes; None without it."""
+        return self.compute_dtype if self.is_mixed else None
+
+    @property
     def is_mixed(self) -> bool:
         """Whether autocast computes in another type than the weights have."""
         return self.precision.endswith("-mixed")

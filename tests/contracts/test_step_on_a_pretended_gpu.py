@@ -8,6 +8,7 @@ from the host.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,9 @@ def second_task(world: TinyWorld, folder: Path) -> MoExtend:
     return second
 
 
-def third_stage_of_cumo(world: TinyWorld, _: Path) -> MoExtend:
+def third_stage_of_cumo(world: TinyWorld, _: Path, again: bool = False) -> MoExtend:
     spec = UpcycleSpec(experts=4, top_k=2)
-    model = world.cumo(encoder=spec, projector=spec, language=spec)
+    model = world.cumo(again=again, encoder=spec, projector=spec, language=spec)
     model.train_plan = TrainPlan(("encoder", "projector", "language", "routers"))
     model.configure_model()
     assert model.language.image_token_id
@@ -131,6 +132,7 @@ STAGES: dict[str, Callable[[TinyWorld, Path], MoExtend]] = {
     "extend by two experts": lambda world, _: built(world, make_plan(GROWN, (1, 2)), EXTEND),
     "second task": second_task,
     "CuMo stage 3": third_stage_of_cumo,
+    "CuMo stage 3 computed again": partial(third_stage_of_cumo, again=True),
 }
 
 

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from moextend_pl.contracts import Batch, TrainPlan
-from moextend_pl.models.moextend import ENCODE_TOGETHER, MoExtend
+from moextend_pl.models.feature_cache import ENCODE_TOGETHER
+from moextend_pl.models.moextend import MoExtend
 from moextend_pl.plan.cost import RunShape
 from moextend_pl.plan.facts import ModelShape
 from moextend_pl.plan.shapes import read_shape
@@ -88,6 +89,7 @@ def _run_shape(model: MoExtend, batch: Batch, dtype: torch.dtype) -> RunShape:
         learned=predicted_positions(model, batch) / sequences,
         on_cpu=True,
         recompute=model.language.compute.activation_checkpointing,
+        recompute_images=model.activation_checkpointing,
     )
 
 

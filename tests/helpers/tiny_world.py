@@ -154,6 +154,7 @@ class TinyWorld:
         init_from: Path | None = None,
         scales: tuple[int, ...] = (1, 2),
         quantize: str | None = None,
+        again: bool = False,
         **upcycle: UpcycleSpec,
     ) -> MoExtend:
         """Returns CuMo before its networks are built; `upcycle` holds specs by part."""
@@ -165,6 +166,7 @@ class TinyWorld:
             projector=Projector(kind="mlp2x_gelu", upcycle=upcycle.get("projector")),
             language=MoELanguageModel(**base, compute=ComputeSpec(quantize=quantize), upcycle=upcycle.get("language")),
             init_from=str(init_from) if init_from else None,
+            activation_checkpointing=again,
         )
 
     def data(self, name: str, split: str = "train") -> str:

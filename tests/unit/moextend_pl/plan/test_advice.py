@@ -12,8 +12,7 @@ import pytest
 from moextend_pl.contracts import UserError
 from moextend_pl.plan.advice import USABLE, fits, remedies, verdict
 from moextend_pl.plan.cost import RunShape
-from moextend_pl.plan.facts import ModelShape
-from moextend_pl.plan.gpus import GPUS, Gpu, choose_gpu
+from moextend_pl.plan.facts import GPUS, Gpu, ModelShape, choose_gpu
 from moextend_pl.plan.shapes import read_shape
 from moextend_pl.plan.sharing import memory
 from moextend_pl.plan.stage_model import read_stage

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moextend_pl.contracts import UpcycleSpec
 from moextend_pl.moe.blocks import list_blocks
-from moextend_pl.moe.extension.extended_router import open_tokens
+from moextend_pl.moe.extension.extended_router import extended_by, open_tokens
 from moextend_pl.moe.usage import RouterRecord
 from moextend_pl.training.losses import RouterLosses, balance_loss, global_mean, router_z_loss, token_loss
 
@@ -86,8 +86,14 @@ def counted_tokens(model: nn.Module, records: Sequence[RouterRecord], real_T: Te
         real_T: False on padding and fillers.
     """
     routers = {block.layer: block.router for block in list_blocks(model)}
-    # A token that may not reach new experts says nothing about how they are used.
-    return [real_T & open_tokens(routers[record.layer], real_T) for record in records]
+    # A token that may not reach new experts says nothing about how they are used. Layers that the same extensions have
+    # grown share their mask.
+    masks: dict[tuple[int, ...], Tensor] = {(): real_T}
+    keys = [extended_by(routers[record.layer]) for record in records]
+    for key, record in zip(keys, records, strict=True):
+        if key not in masks:
+            masks[key] = real_T & open_tokens(routers[record.layer], real_T)
+    return [masks[key] for key in keys]
 
 
 def language_losses(

@@ -6,8 +6,10 @@ Q images or tiles of them, N tokens of one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moextend_pl.contracts import IGNORE_INDEX, UpcycleSpec
-from moextend_pl.moe.usage import RouterRecord, selection_counts
+from moextend_pl.moe.usage import RouterRecord
+
+Key = TypeVar("Key")
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -103,22 +107,51 @@ def balance_loss(
     Returns:
         A scalar in fp32.
     """
-    losses = [
-        _layer_balance(record, mask_T, reference_scale, choices)
-        for record, mask_T in zip(records, masks_T, strict=True)
-    ]
-    return torch.stack(losses).mean()
+    # All of a layer's experts, also where this rank's tokens reach no new one: ranks sum the same shapes, in one call.
+    widest = max(record.num_experts for record in records)
+    counts_RE, tokens_R1 = _selections(records, masks_T, choices, widest)
+    probs_RE = _sums_of_logits(records, masks_T, partial(torch.softmax, dim=-1), widest)
+    mean_probs_RE = probs_RE * _world_size() / tokens_R1
+    losses = (counts_RE / tokens_R1 * mean_probs_RE).sum(dim=1).unbind()
+    scales = [reference_scale or record.num_experts for record in records]
+    scaled = [scale * torch.stack([losses[n] for n in members]).sum() for scale, members in _alike(scales)]
+    return sum(scaled[1:], start=scaled[0]) / len(records)
 
 
-def _layer_balance(record: RouterRecord, mask_T: Tensor, reference_scale: int | None, choices: int | None) -> Tensor:
-    # All of the layer's experts, also where this rank's tokens reach no new one: ranks sum the same shapes.
-    experts = record.num_experts
-    probs_TE = record.logits.float().softmax(dim=-1).masked_fill(~mask_T.unsqueeze(1), 0.0)
-    probs_TE = F.pad(probs_TE, (0, experts - record.logits.shape[-1]))
-    counts_E = sum_over_ranks(selection_counts(record.indices[:, :choices], experts, mask_T).float())
-    tokens = sum_over_ranks(mask_T.sum().float()).clamp(min=1.0)
-    mean_probs_E = global_mean(probs_TE.sum(dim=0), mask_T.sum())
-    return (reference_scale or experts) * (counts_E / tokens * mean_probs_E).sum()
+def _alike(keys: Sequence[Key]) -> list[tuple[Key, list[int]]]:
+    """Returns each different key with the places where it stands."""
+    return [(key, [n for n, other in enumerate(keys) if other == key]) for key in dict.fromkeys(keys)]
+
+
+def _selections(
+    records: Sequence[RouterRecord], masks_T: Sequence[Tensor], choices: int | None, experts: int
+) -> tuple[Tensor, Tensor]:
+    """Counts on all ranks the selections (R, E) and the counted tokens (R, 1), of which there is one at least."""
+    found: dict[int, Tensor] = {}
+    for top_k, members in _alike([record.indices[:, :choices].shape[1] for record in records]):
+        chosen_RS = torch.stack([records[n].indices[:, :top_k] for n in members]).flatten(1)
+        counted_RS = torch.stack([masks_T[n] for n in members]).long().unsqueeze(-1).expand(-1, -1, top_k).flatten(1)
+        # Integer sums by index: the same in any order.
+        empty_RE = torch.zeros(len(members), experts, dtype=torch.long, device=chosen_RS.device)
+        found.update(zip(members, empty_RE.scatter_add_(1, chosen_RS, counted_RS).unbind(), strict=True))
+    tokens_R1 = torch.stack(list(masks_T)).sum(dim=1, keepdim=True)
+    counts_RE = torch.stack([found[n] for n in range(len(records))])
+    counts_RE, tokens_R1 = sum_over_ranks(torch.cat([counts_RE, tokens_R1], dim=1).float()).split([experts, 1], dim=1)
+    return counts_RE, tokens_R1.clamp(min=1.0)
+
+
+def _sums_of_logits(
+    records: Sequence[RouterRecord], masks_T: Sequence[Tensor], score: Callable[[Tensor], Tensor], width: int
+) -> Tensor:
+    """Returns for each record the sum over counted tokens of a function of its logits in fp32, (R, width)."""
+    found: dict[int, Tensor] = {}
+    for _, members in _alike([(record.logits.shape, record.logits.dtype) for record in records]):
+        logits_RTE = torch.stack([records[n].logits for n in members]).float()
+        uncounted_RT1 = torch.stack([masks_T[n] for n in members]).logical_not().unsqueeze(-1)
+        sums = score(logits_RTE).masked_fill(uncounted_RT1, 0.0).sum(dim=1)
+        sums = F.pad(sums, (0, width - sums.shape[1])) if sums.shape[1] < width else sums
+        found.update(zip(members, sums.unbind(), strict=True))
+    return torch.stack([found[n] for n in range(len(records))])
 
 
 def router_z_loss(records: Sequence[RouterRecord], masks_T: Sequence[Tensor]) -> Tensor:
@@ -131,11 +164,8 @@ def router_z_loss(records: Sequence[RouterRecord], masks_T: Sequence[Tensor]) ->
     Returns:
         A scalar in fp32.
     """
-    losses = [
-        global_mean(record.logits.float().logsumexp(dim=-1).square().masked_fill(~mask_T, 0.0).sum(), mask_T.sum())
-        for record, mask_T in zip(records, masks_T, strict=True)
-    ]
-    return torch.stack(losses).mean()
+    sums_R1 = _sums_of_logits(records, masks_T, lambda logits: logits.logsumexp(dim=-1, keepdim=True).square(), 1)
+    return global_mean(sums_R1.squeeze(1), torch.stack(list(masks_T)).sum(dim=1)).mean()
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,11 @@ class ExtendedRouter(nn.Module):
         return Selection(scores_TE, scores_TE, indices_TK)
 
 
+def extended_by(router: nn.Module) -> tuple[int, ...]:
+    """Returns names of the extensions that have grown a router, the first one first; equal for routers grown alike."""
+    return (*extended_by(router.base), id(router.reach)) if isinstance(router, ExtendedRouter) else ()
+
+
 def open_tokens(router: nn.Module, like_T: Tensor) -> Tensor:
     """Returns which tokens of the current pass choose freely: all of them in a router that is not extended.
 

@@ -86,6 +86,7 @@ class Reach:
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
+        self._by_token: dict[int, Tensor] = {}
 
     def set(self, mask: Tensor | None, somewhere: bool | None = None) -> None:
         """Declares the next forward passes.
@@ -99,6 +100,7 @@ class Reach:
         if somewhere is None:
             somewhere = mask is not None and bool(mask.any())
         self._mask = mask if somewhere else None
+        self._by_token = {}
 
     @property
     def nowhere(self) -> bool:
@@ -114,6 +116,13 @@ class Reach:
         Returns:
             (T,) booleans.
         """
+        if torch.compiler.is_compiling():  # a compiled layer sees no other one
+            return self._expand(num_tokens)
+        if num_tokens not in self._by_token:
+            self._by_token[num_tokens] = self._expand(num_tokens)
+        return self._by_token[num_tokens]
+
+    def _expand(self, num_tokens: int) -> Tensor:
         assert self._mask is not None
         each, rest = divmod(num_tokens, self._mask.numel())
         if self._mask.dim() == 1:

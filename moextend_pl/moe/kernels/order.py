@@ -46,13 +46,14 @@ def order_slots(indices_TK: Tensor, experts: int) -> Order:
     slots_TK = torch.empty_like(place_S).scatter_(0, slot_S, place_S).view_as(indices_TK)
     numbers_M = torch.arange(experts, device=device, dtype=torch.int16)
     end_M = torch.searchsorted(sorted_S, numbers_M, right=True, out_int32=True)
-    start_M = torch.cat([end_M.new_zeros(1), end_M[:-1]])
-    tiles_M = (end_M - start_M + ROWS - 1) // ROWS
+    start_M = torch.searchsorted(sorted_S, numbers_M, out_int32=True)
+    tiles_M = (end_M - start_M + (ROWS - 1)) // ROWS
     until_M = tiles_M.cumsum(0, dtype=torch.int32)
     tile_R = torch.arange(tile_count(slots, experts), device=device, dtype=torch.int32)
     expert_R = torch.searchsorted(until_M, tile_R, right=True, out_int32=True)
     known_R = expert_R.clamp(max=experts - 1)
-    row_R = start_M[known_R] + (tile_R - until_M[known_R] + tiles_M[known_R]) * ROWS
+    first_M = torch.add(start_M, until_M - tiles_M, alpha=-ROWS)
+    row_R = torch.add(first_M[known_R], tile_R, alpha=ROWS)
     token_S = torch.div(slot_S, indices_TK.shape[1], rounding_mode="floor").to(torch.int32)
     return Order(slots_TK, token_S, end_M, expert_R, row_R)
 

@@ -30,6 +30,7 @@ def measure_tower(encoder: VisionEncoder, mixed: torch.dtype | None) -> tuple[Ne
     side, learns = int(encoder.config["image_size"]), _learns(encoder.tower)
     mode, dtype = encoder.training, next(encoder.tower.parameters()).dtype
     pixels = torch.zeros(1, 3, side, side, dtype=dtype, device="meta")
+    assert encoder.tokens_per_image  # is found once, which takes values
     checkpoint_blocks(encoder.eval().tower, False)
     with torch.set_grad_enabled(learns):
         network, features = _measure(encoder, tower_blocks(encoder.tower), pixels, learns, mixed)

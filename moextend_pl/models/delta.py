@@ -31,6 +31,7 @@ from moextend_pl.runs.manifest import (
     DELTA_FILE,
     NEW_DELTA_FILE,
     Manifest,
+    hub_names,
     manifest_path,
     read_manifest,
     relative_arguments,
@@ -172,15 +173,17 @@ def save_delta(module: DeltaModule, run: Path, writes: bool = True) -> Manifest:
     parameters = dict(module.named_parameters())
     delta = {name: whole(tensor).cpu().contiguous() for name, tensor in delta_tensors(module).items()}
     check_finite(delta, "what was learned", "Nothing was written. Lower `optim.lr`.")
+    arguments = model_arguments(module)
     manifest = Manifest(
         plans=module.plans,
-        model=relative_arguments(model_arguments(module), run),
+        model=relative_arguments(arguments, run),
         trained=[name for name, parameter in parameters.items() if parameter.requires_grad],
         frozen=fingerprints({name: t for name, t in frozen_tensors(module).items() if name not in delta}),
         delta_sha256="",  # of what is written now
         versions=versions(),
         dtype=str(module.dtype).removeprefix("torch."),
         sources=module.sources()["files"],
+        bases=hub_names(arguments),
         run=run,
     )
     return manifest.save_with(lambda path: save_file(delta, path)) if writes else manifest

@@ -17,7 +17,7 @@ import torch
 from moextend_pl.contracts import ExtensionPlan, UserError
 from moextend_pl.runs.atomic import read_json, write_atomically, write_json
 from moextend_pl.runs.fingerprints import file_sha256
-from moextend_pl.runs.named import find_base
+from moextend_pl.runs.named import find_base, name_of
 from moextend_pl.samples.templates import NAMED_TEMPLATES
 
 log = logging.getLogger(__name__)
@@ -172,6 +172,12 @@ def relative_arguments(arguments: dict[str, dict[str, Any]], run: Path) -> dict[
     for name in _places(told["language"]):
         told["language"][name] = os.path.relpath(told["language"][name], run)
     return told
+
+
+def hub_names(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Returns name and revision of each part whose folder lies in the cache of a hub, to be had again from there."""
+    found = {part: name_of(Path(str(arguments[part][_folder_name(arguments[part], part)]))) for part in FOLDERS}
+    return {part: {"name": name, "revision": revision} for part, (name, revision) in found.items() if revision}
 
 
 def _places(language: Mapping[str, Any]) -> list[str]:

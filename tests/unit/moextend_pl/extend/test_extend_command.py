@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.loopback_hub import COMMIT, loopback_hub
 from helpers.tiny_world import SAMPLES, TinyWorld, colour_of, picture
 
 import moextend_pl
@@ -14,6 +16,7 @@ from moextend_pl import cli
 from moextend_pl.cli.config_files import prepare_arguments
 from moextend_pl.contracts import UserError
 from moextend_pl.extend.stage_files import STAGES, Wish, stage_files
+from moextend_pl.runs.named import name_of
 
 SHORT = ["--trainer.max_steps=4", "--trainer.val_check_interval=4"]
 
@@ -97,6 +100,27 @@ def test_a_dry_run_writes_and_plans_and_trains_nothing(
     assert [out.count(f"\n{name}: ") for name in STAGES] == [1, 1, 1]
     assert out.count("hours") + out.count("minutes") > 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["configs", "data"]
+
+
+@pytest.mark.slow
+def test_models_of_a_hub_are_fetched_once_and_pinned(
+    asked: list[str], tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    asked[asked.index("--base") + 1], asked[asked.index("--tower") + 1] = "org/moe", "org/tower"
+    with loopback_hub(tmp_path / "hub") as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        with pytest.raises(UserError, match="Expected 'org/moe' in the cache of the hub or in the hub itself"):
+            cli.run([*asked, "--dry-run"])
+        shutil.copytree(tiny_world.base, tmp_path / "hub/org/moe")
+        shutil.copytree(tiny_world.encoder, tmp_path / "hub/org/tower")
+        assert cli.run([*asked, *SHORT]) == 0
+    arguments = yaml.safe_load((tmp_path / "run/configs/model.yaml").read_text())["model"]["init_args"]
+    for place, name in ((arguments["language"]["base"], "org/moe"), (arguments["encoder"]["path"], "org/tower")):
+        assert name_of(Path(place)) == (name, COMMIT)
+    bases = json.loads((tmp_path / "run/3_extend/manifest.json").read_text())["bases"]
+    assert bases["language"] == {"name": "org/moe", "revision": COMMIT}
+    assert cli.run([*asked, "--dry-run"]) == 0  # the hub is gone, its cache is there
 
 
 @pytest.mark.parametrize(

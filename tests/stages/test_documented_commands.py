@@ -29,6 +29,7 @@ RUN_ELSEWHERE = {
     "for stage in 0_vision 0_language 1_pretrain": "tests/contracts/test_every_config.py",
     "python -m moextend_pl fit --config configs/easy_vqa": "tests/contracts/test_every_config.py",
     "python -m moextend_pl test --config configs/easy_vqa": "tests/contracts/test_every_config.py",
+    "python -m moextend_pl extend": "tests/unit/moextend_pl/extend/test_extend_command.py",
     "python -m moextend_pl generate": "tests/unit/moextend_pl/models/test_second_task.py",
     "python -m moextend_pl chat": "tests/unit/moextend_pl/inference/test_chat.py",
     "python -m moextend_pl predict": "tests/stages/test_killed_predictions.py",
@@ -70,6 +71,8 @@ def desk(tmp_path: Path, tiny_world: TinyWorld) -> Path:
         turns = [{"from": "human", "value": "<image>\nwhat is the color ?"}, {"from": "gpt", "value": "blue"}]
         entries.append({"id": f"KEY{number or ''}", "image": f"{number}.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(entries))
+    shutil.copytree(tmp_path / "images", tmp_path / "my_data")
+    shutil.copy(tmp_path / "data.json", tmp_path / "my_data")
     shutil.copytree(tiny_world.base, tmp_path / "path" / "to" / "tokenizer")
     others = Path(tiny_world.data("mixed"))
     (tmp_path / "other_shards").mkdir()

@@ -45,6 +45,7 @@ def curve(run: Path) -> dict[str, Any]:
     return json.loads((run / RETENTION_FILE).read_text())
 
 
+@pytest.mark.slow
 def test_run_that_keeps_its_text_goes_to_its_end(tiny_world: TinyWorld, tmp_path: Path, text: Path) -> None:
     gate = {"texts": [str(text)], "every_n_steps": 2, "max_perplexity_rise": 0.0}
     cli.run(["fit", "--config", str(stage(tiny_world, tmp_path, ["projector"], gate))])
@@ -59,6 +60,7 @@ def test_run_that_keeps_its_text_goes_to_its_end(tiny_world: TinyWorld, tmp_path
     assert pytest.approx(expected, rel=1e-4) in [float(value) for value in logged if value]
 
 
+@pytest.mark.slow
 def test_run_that_forgets_is_stopped_and_writes_its_results(
     tiny_world: TinyWorld, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

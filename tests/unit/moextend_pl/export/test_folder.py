@@ -36,7 +36,7 @@ def built(model: MoExtend, parts: Sequence[str] = PARTS, size: float = 0.2) -> M
     model.train_plan = TrainPlan(tuple(parts))
     model.configure_model()
     perturb([parameter for name in parts for parameter in model.parts()[name]], size)
-    return model.eval()
+    return model.requires_grad_(False).eval()  # as a loaded run is: a tower that learns encodes pictures as they come
 
 
 def of_family(world: TinyWorld, family: str, folder: Path) -> MoExtend:

@@ -157,6 +157,7 @@ class MoExtendCLI(LightningCLI):
         settings["ckpt_path"] = self._checkpoint
         if settings.get("weights_only") is None:
             settings["weights_only"] = True  # never unpickle; Lightning's default depends on where the file lies
+        self._notes.hold()  # Lightning starts other processes next
 
     def after_fit(self) -> None:
         """Refuses to call a run done that trained nothing.

@@ -38,12 +38,27 @@ class Notes:
         told: Name of the signal; empty while there was none.
         at_once: Whether there is nobody to agree with and nothing to save, so that a signal ends the process there.
         launcher: Process that started this one and ends it where it ends first; 0 if there is none.
+        listens: Whether it hears anything: not in a thread beside the main one.
     """
 
     def __init__(self) -> None:
         self.told = ""
         self.at_once = False
         self.launcher = 0
+        self.listens = False
+
+    def hold(self) -> None:
+        """Lets signals wait, also those to processes that are started now, until `release`, or until they listen.
+
+        A process that has just been started would die of them, and its launcher with it.
+        """
+        if self.listens:
+            signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+
+    def release(self) -> None:
+        """Hears signals again, and those that have waited."""
+        if self.listens:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
 
     def note(self, number: int, _frame: object = None) -> None:
         """Hears a signal."""
@@ -67,9 +82,13 @@ def listening() -> Iterator[Notes]:
     notes, before = Notes(), {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, notes.note) for number in HEARD}
+        notes.listens = True
     try:
+        notes.release()
         yield notes
     finally:
+        notes.at_once = False
+        notes.release()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -62,6 +62,7 @@ class EndTogether(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends a run that was told while it started, before anything is built."""
         trainer._signal_connector = NoHandlers(trainer)
+        self.notes.release()  # the other processes are there
         self.notes.at_once = trainer.world_size == 1
         if trainer.local_rank > 0 and isinstance(_environment(trainer), LightningEnvironment):
             self.notes.launcher = os.getppid()

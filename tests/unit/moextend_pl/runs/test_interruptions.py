@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from moextend_pl.contracts import UserError
-from moextend_pl.runs.interruptions import RESTARTS_FILE, count_restarts
+from moextend_pl.runs.interruptions import RESTARTS_FILE, count_restarts, listening
 
 
 @pytest.fixture
@@ -50,3 +54,20 @@ def test_a_count_begins_anew_after_the_end_and_where_a_person_starts_the_job(
 def test_a_damaged_count_is_none(starts, tmp_path: Path) -> None:
     (tmp_path / RESTARTS_FILE).write_text("{")
     starts(5, 5, 5)
+
+
+def test_a_process_that_is_told_before_it_listens_hears_it_when_it_does() -> None:
+    code = (
+        "import time; time.sleep(0.3)\n"
+        "from moextend_pl.runs.interruptions import listening\n"
+        "with listening() as notes:\n    print(notes.told)\n"
+    )
+    with listening() as notes:
+        notes.hold()
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        child.send_signal(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        notes.release()
+        assert notes.told == "SIGUSR1"
+    assert child.communicate(timeout=60)[0].strip() == "SIGTERM"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGUSR1}

@@ -16,8 +16,9 @@ from moextend_pl.export.modeling import MoExtendForConditionalGeneration
 from moextend_pl.export.processing import NOT_PIXELS, MoExtendImageProcessor, MoExtendProcessor
 from moextend_pl.export.travelling_code import AUTO_MAP, write_code
 from moextend_pl.inference.decoding import context_of, end_tokens, longest_answer
+from moextend_pl.models.feature_cache import ENCODE_TOGETHER
 from moextend_pl.models.model_folder import read_config
-from moextend_pl.models.moextend import ENCODE_TOGETHER, MoExtend
+from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.extension.reach import check_task
 from moextend_pl.runs.manifest import read_manifest
 from moextend_pl.training.half_precision import default_dtype

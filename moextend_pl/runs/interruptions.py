@@ -108,6 +108,8 @@ def count_restarts(run: Path, step: int) -> None:
     Raises:
         UserError: If that is too often: the job would be queued again for ever.
     """
+    if "SLURM_JOB_ID" not in os.environ and not was_requeued():
+        return  # nobody starts it again by himself
     path = run / RESTARTS_FILE
     before: dict[str, Any] = read_json(path) if was_requeued() else {}
     times = int(before.get("times", 0)) + 1 if before.get("step") == step else 0

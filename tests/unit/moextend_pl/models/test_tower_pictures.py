@@ -68,6 +68,7 @@ def test_what_was_trained_before_there_was_a_choice_stays_squashed(tmp_path: Pat
     del facts["resize"]
     (tmp_path / "saved" / CONFIG_FILE).write_text(json.dumps(facts))
     assert VisionEncoder(path=str(tmp_path / "saved")).config["resize"] == "squash"
+    (tmp_path / "config.json").write_text("{}")  # of the language model
     known = {"language": {"base": "."}, "projector": {}}
     for written, expected in (({"name": folder}, "squash"), ({"name": folder, "resize": "pad"}, "pad")):
         manifest = Manifest((), {"encoder": written, **known}, [], {}, "", {}, run=tmp_path)

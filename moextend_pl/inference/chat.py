@@ -25,8 +25,7 @@ class Chat:
 
     Example:
         chat = Chat(moextend_pl.load("runs/quickstart/3_extend"))
-        for piece in chat.ask("what color is the shape?", ["shape.png"]):
-            print(piece, end="", flush=True)
+        answer = "".join(chat.ask("what color is the shape?", ["shape.png"]))  # or piece by piece, as they come
     """
 
     def __init__(self, model: AskMixin, task: str = "", system: str = "", **options: Any) -> None:

@@ -149,8 +149,11 @@ def draws(spec: GenerationSpec, batch: Batch) -> LogitsProcessorList:
         chosen.append(TopKLogitsWarper(spec.top_k))
     if spec.top_p < 1:
         chosen.append(TopPLogitsWarper(spec.top_p))
-    seed = int(torch.randint(2**62, (), device="cpu")) if spec.seed is None else spec.seed
-    return LogitsProcessorList([*chosen, SeededDraw(row_seeds(batch, seed))])
+    if spec.seed is None:  # the same question asked twice is then drawn twice
+        seeds = torch.randint(2**62, (len(batch["input_ids"]),), device="cpu").tolist()
+    else:
+        seeds = row_seeds(batch, spec.seed)
+    return LogitsProcessorList([*chosen, SeededDraw(seeds)])
 
 
 def row_seeds(batch: Batch, seed: int) -> list[int]:

@@ -25,7 +25,7 @@ class GenerationSpec:
         beams: How many beginnings of an answer are followed at a time; 1 for one.
         stop: Texts at which an answer ends, before them.
         seed: Of what is drawn. An answer then depends on the seed and its own prompt alone, whatever else is asked
-            in the same batch; None draws a seed out of torch's generator for each batch.
+            in the same batch; None draws one for each question out of torch's generator, also for equal questions.
     """
 
     max_new_tokens: int | None = None

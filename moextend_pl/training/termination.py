@@ -197,6 +197,7 @@ class Watchdog(Callback):
         self.timeout = timeout
         self._moved = time.monotonic()
         self._place, self._keys, self._over = "", "", threading.Event()
+        self._last = False
         self._kill: Callable[[], object] = lambda: None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,14 +214,20 @@ class Watchdog(Callback):
         self._note(trainer, "was in")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Notes that a batch is done."""
+        """Notes that a batch is done; what is measured and written after the last one may take its time."""
         self._note(trainer, "waited for the next batch after")
+        self._last = 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Notes that a batch of a validation has come."""
+        """Notes that a batch of a validation has come, which is watched after the last step too."""
         self._note(trainer, "was in a validation after")
+        self._last = False
 
     on_validation_batch_end = on_validation_batch_start  # type: ignore[assignment]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes that a validation is over."""
+        self.on_train_batch_end(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notes that a checkpoint is written."""
@@ -240,7 +247,7 @@ class Watchdog(Callback):
 
     def _watch(self, rank: int) -> None:
         while not self._over.wait(min(1.0, self.timeout / 4)):
-            if time.monotonic() - self._moved > self.timeout:
+            if not self._last and time.monotonic() - self._moved > self.timeout:
                 log.error(
                     "rank %d stands still: for %.0f s it %s; its last samples: %s. The run ends; the same command "
                     "continues from its last checkpoint",

@@ -252,11 +252,35 @@ def test_row_14_a_run_that_stands_still_ends_and_says_where(
 def test_a_run_that_moves_is_left_alone_and_watched_no_longer_than_it_lasts(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended"))
+    codes: list[int] = []  # a mistake in a thread would fail no test
+    monkeypatch.setattr(os, "_exit", codes.append)
     fit("run", Watchdog(5), steps=2)
     for thread in threading.enumerate():
         if thread.name == "watchdog":
             thread.join(3)
             assert not thread.is_alive()
+    assert codes == []
     with pytest.raises(UserError, match="`timeout` of Watchdog above 0 seconds, got 0"):
         Watchdog(0)
+
+
+@pytest.mark.parametrize(("step", "ends"), [(1, True), (2, False)], ids=["in the middle", "after the last step"])
+def test_what_is_measured_and_written_after_the_last_step_may_take_its_time(
+    monkeypatch: pytest.MonkeyPatch, step: int, ends: bool
+) -> None:
+    codes: list[int] = []
+    dog, ended = Watchdog(0.2), threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), dog._over.set(), ended.set()))
+    at: Any = SimpleNamespace(
+        global_step=step, max_steps=2, should_stop=False, global_rank=0, strategy=SimpleNamespace(launcher=None)
+    )
+    dog.on_train_start(at, None)
+    dog.on_train_batch_end(at)
+    assert ended.wait(1.5) == ends
+    if not ends:  # a validation after the last step is watched, and only it
+        dog.on_validation_batch_start(at)
+        assert ended.wait(1.5)
+        dog.on_validation_end(at, None)
+        assert dog._last
+    dog._over.set()
+    assert codes == [EXIT_TOLD]

@@ -89,6 +89,13 @@ def test_a_seed_gives_the_same_answer_again_and_another_gives_another(tiny_world
     assert drawn(None) == first
 
 
+def test_a_question_asked_many_times_is_drawn_many_times_unless_a_seed_is_given(tiny_world: TinyWorld) -> None:
+    model = extended(tiny_world)
+    torch.manual_seed(5)
+    assert len(set(model.generate(None, [QUESTION] * 8, temperature=2.0, max_new_tokens=8))) > 4
+    assert len(set(model.generate(None, [QUESTION] * 8, temperature=2.0, max_new_tokens=8, seed=1))) == 1
+
+
 def test_draws_have_the_probabilities_of_the_softmax() -> None:
     logits, draws = torch.tensor([0.0, 1.0, -1.0, 2.0, -torch.inf]), 4000
     chosen = SeededDraw(range(draws))(torch.zeros(draws, 0), logits.expand(draws, 5)).argmax(dim=-1)

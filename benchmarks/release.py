@@ -9,7 +9,6 @@ import argparse
 import datetime
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -55,8 +54,9 @@ def raise_version(root: Path, version: str) -> list[str]:
 
 def build(root: Path, dist: Path) -> tuple[Path, Path]:
     """Builds the source archive of what git holds, and the wheel out of that archive; returns both."""
-    shutil.rmtree(dist, ignore_errors=True)
-    dist.mkdir()
+    dist.mkdir(parents=True, exist_ok=True)
+    for old in dist.glob("moextend_pl-*"):
+        old.unlink()
     (version,) = VERSION.findall((root / VERSION_FILE).read_text(encoding="utf-8"))
     name = f"moextend_pl-{version}"
     # `stash create` names the working tree, changes included; it says nothing where there are none.
@@ -70,7 +70,7 @@ def build(root: Path, dist: Path) -> tuple[Path, Path]:
         options = ("--quiet", "--no-deps", "--no-build-isolation")
         source = str(Path(folder) / name)
         sh(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(dist), source)
-    (wheel,) = dist.glob("*.whl")
+    (wheel,) = dist.glob("moextend_pl-*.whl")
     return archive, wheel
 
 

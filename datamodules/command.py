@@ -188,6 +188,8 @@ def _build_own(options: argparse.Namespace) -> int:
     how = BuildOptions(**{name: getattr(options, name) for name in names})
     parts = [(data, options.out)]
     if options.val is not None:
+        if options.val.resolve() == options.out.resolve():
+            raise UserError(f"Expected two folders as `--out` and `--val`, got {options.out} for both. Name another.")
         learned, measured = hold_out(data)
         parts = [(learned, options.out), (measured, options.val)]
     for part, out in parts:

@@ -74,9 +74,10 @@ def read_data(
     if kind in CONVERSATIONS:
         data, items = read_annotations(place)
         digest = hashlib.sha256(data).hexdigest()
-        if not all(isinstance(item, dict) for item in items) or any(key in items[0] for key in CONVERSATION_KEYS):
+        keys = dict.fromkeys(key for item in items for key in (item if isinstance(item, dict) else CONVERSATION_KEYS))
+        if any(key in keys for key in CONVERSATION_KEYS):
             return OwnData(place, digest, items, images)
-        names, rows = list(items[0]), items
+        names, rows = list(keys), items
     else:
         names, rows = read_parquet(place) if kind == ".parquet" else read_csv(place)
         digest = file_sha256(place)
@@ -115,7 +116,12 @@ def hold_out(data: OwnData) -> tuple[OwnData, OwnData]:
 def _first_picture(item: Any, number: int) -> str:
     """Returns what tells the picture of an entry from others; entries without one are each their own."""
     names = spoken(item).images if isinstance(item, dict) else []
-    return str(names[0]) if names and isinstance(names[0], str) else f"\0{number}"
+    name = names[0] if names else None
+    if isinstance(name, dict):  # a cell of Parquet
+        name = name.get("bytes") or name.get("path")
+    if isinstance(name, bytes):
+        name = hashlib.sha256(name).hexdigest()
+    return name if isinstance(name, str) and name else f"\0{number}"
 
 
 def _file_within(folder: Path) -> Path | None:

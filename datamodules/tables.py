@@ -51,7 +51,8 @@ def find_columns(names: Sequence[str], asked: Mapping[str, str], origin: Path) -
     found: dict[str, str | None] = {}
     for what, known in COLUMNS.items():
         wanted = [asked[what]] if what in asked else known
-        found[what] = next((lower[name.lower()] for name in wanted if name.lower() in lower), None)
+        near = (name if name in names else lower.get(name.lower()) for name in wanted)
+        found[what] = next((name for name in near if name is not None), None)
         if what in asked and found[what] is None:
             raise UserError(f"{origin}: expected a column {asked[what]!r} for the {what}, got {', '.join(names)}.")
     answer = found["answer"]
@@ -76,13 +77,15 @@ def entries_of(rows: Iterable[Mapping[str, Any]], columns: Columns, question: st
         picture = row.get(columns.picture) if columns.picture else None
         asked = row.get(columns.question) if columns.question else question or CAPTION_QUESTION
         mark = f"{IMAGE_MARK}\n" if picture and IMAGE_MARK not in str(asked) else ""
-        turns = conversation((mark + _text(asked), _text(row.get(columns.answer))))
+        said = _text(asked)
+        turns = conversation((mark + said if isinstance(said, str) else said, _text(row.get(columns.answer))))
         entries.append({"id": row.get("id"), "image": picture or None, "conversations": turns})
     return entries
 
 
-def _text(cell: Any) -> str:
-    return "" if cell is None else str(cell)
+def _text(cell: Any) -> Any:
+    """Returns a cell as text; a list or the like stays what it is, and is told as a problem of its entry."""
+    return "" if cell is None or cell != cell else str(cell) if isinstance(cell, str | int | float) else cell
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ from moextend_pl.runs.atomic import read_json, write_json, write_text
 log = logging.getLogger(__name__)
 
 SAVED_TOWER, INDEX, SOURCE = "encoder.json", "index.json", "source.json"
+WRITTEN = ".written.json"
+"""The stage files as they were written, to tell what a person has edited since."""
+
 LENGTH = 2048
 """Longest sequence in tokens, as LLaVA-1.5's; less where the base takes less."""
 
@@ -68,9 +72,14 @@ def main(argv: Sequence[str]) -> int:
     options, overrides = options_parser().parse_known_args(argv)
     if unknown := [word for word in overrides if not (word.startswith("--trainer.") and "=" in word)]:
         raise UserError(f"extend does not accept {unknown[0]!r}; it takes --help and --trainer.KEY=VALUE.")
-    if options.batch_size < 1 or not options.epochs > 0:
+    if options.batch_size < 1 or not 0 < options.epochs < math.inf:
         raise UserError(
             f"Expected `--batch-size` and `--epochs` above 0, got {options.batch_size} and {options.epochs:g}."
+        )
+    if options.val is not None and not (options.val / INDEX).is_file():
+        raise UserError(
+            f"Expected shards with {INDEX} at {options.val} for `--val`, found none. Make them with `shards build "
+            "data`, or leave `--val` out."
         )
     # Models are looked at before hours go into data.
     base, tower = model_folder(options.base, "--base"), model_folder(options.tower, "--tower")
@@ -88,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         epochs=options.epochs,
         **facts,
     )
-    _write(wish)
+    write_stages(wish)
     if options.dry_run:
         return _plan(wish, options.gpu)
     _run_stages(wish, overrides)
@@ -147,6 +156,7 @@ def _shards(options: argparse.Namespace) -> tuple[Path, Path]:
         return data, options.val or data
     train, val = options.out / "data" / "train", options.out / "data" / "val"
     asked = {name: str(getattr(options, name)) for name in ("data", "images", "question", "columns", "val")}
+    asked["seen"] = state_of(data, *([Path(options.images)] if options.images else []))
     made = [train] if options.val else [train, val]
     if read_json(train.parent / SOURCE) == asked and all((folder / INDEX).is_file() for folder in made):
         log.info("shards are there already; delete %s to make them anew", train.parent)
@@ -161,18 +171,47 @@ def _shards(options: argparse.Namespace) -> tuple[Path, Path]:
     return train, options.val or val
 
 
+def state_of(*places: Path) -> str:
+    """Returns a digest of names, sizes and times of files, by which data that were added to are told from the same."""
+    digest = hashlib.sha256()
+    for place in places:
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.is_file():
+                facts = path.stat()
+                digest.update(f"{path} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
 def _samples(folder: Path) -> int:
     return sum(int(shard["samples"]) for shard in read_json(folder / INDEX)["shards"])
 
 
-def _write(wish: Wish) -> None:
-    """Writes the stage files; one that is there stays, since a person may have edited it."""
-    for name, text in stage_files(wish).items():
+def write_stages(wish: Wish) -> None:
+    """Writes the stage files; one that a person has edited stays.
+
+    Raises:
+        UserError: If options or data are others than those that an edited file was written for.
+    """
+    place = wish.out / "configs" / WRITTEN
+    before, now = read_json(place), stage_files(wish)
+    theirs = {}
+    for name, text in now.items():
         path = wish.out / "configs" / name
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
-            log.info("%s stays as it is; delete it to have it written anew", path)
-        elif not path.is_file():
+        there = path.read_text(encoding="utf-8") if path.is_file() else None
+        if there not in (None, text, before.get(name)):
+            theirs[path] = before.get(name) == text
+    if changed := [path for path, is_same in theirs.items() if not is_same]:
+        raise UserError(
+            f"Expected the options and data that {changed[0]} was written for, got others, and it was edited since. "
+            "Delete it to have it written anew, or name another `--out`."
+        )
+    for name, text in now.items():
+        path = wish.out / "configs" / name
+        if path in theirs:
+            log.info("%s stays as you edited it; delete it to have it written anew", path)
+        else:
             write_text(path, text)
+    write_json(place, now)
 
 
 def _plan(wish: Wish, gpu: str | None) -> int:

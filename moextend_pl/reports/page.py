@@ -61,8 +61,8 @@ def tiles(run: RunFacts) -> dict[str, str]:
         last = max((steps[-1] for steps, _ in run.curves.values()), default=0)
         found["state"] = f"not ended; last logged step {last + 1:,}"
     else:
-        found["steps"] = f"{receipt.get('steps', 0):,}"
-        found["trained for"] = _duration(float(receipt.get("seconds", 0)))
+        found["steps"] = f"{receipt.get('steps') or 0:,}"
+        found["trained for"] = _duration(float(receipt.get("seconds") or 0))
     for name, label in (("val/loss", "validation loss"), ("val/token_accuracy", "validation accuracy of tokens")):
         if name in run.curves:
             found[label] = f"{run.curves[name][1][-1]:.4g}"

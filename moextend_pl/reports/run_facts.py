@@ -95,9 +95,13 @@ def read_curves(path: Path) -> dict[str, Curve]:
     if path.is_file():
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if name and name not in ("step", "epoch") and value:
-                        found[name][int(row["step"])] = float(value)
+                try:
+                    step = int(row.get("step") or "")
+                    values = {n: float(v) for n, v in row.items() if n and n not in ("step", "epoch") and v}
+                except (TypeError, ValueError):
+                    continue  # cut off by a kill
+                for name, value in values.items():
+                    found[name][step] = value
     return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in found.items()}
 
 

@@ -11,7 +11,7 @@ from helpers.faulty_shards import plain_image, write_tar
 from datamodules.command import main
 from datamodules.folders import UNDESCRIBED, UNKNOWN, UNSEEN
 from datamodules.llava import build_shards
-from datamodules.own_data import hold_out, read_data
+from datamodules.own_data import OwnData, hold_out, read_data
 from datamodules.reader import ShardReader
 from moextend_pl.contracts import UserError
 
@@ -173,3 +173,38 @@ def test_one_picture_cannot_be_held_out(tmp_path):
     (tmp_path / "t.csv").write_text("image,question,answer\na.png,one?,yes\na.png,two?,no\n")
     with pytest.raises(UserError, match="at least two pictures"):
         hold_out(read_data(tmp_path / "t.csv"))
+
+
+def test_columns_are_those_of_all_rows(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    rows = [{"question": "why?", "answer": "so"}, {"image": "a.png", "question": "what?", "answer": "this"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [item["image"] for item in read_data(tmp_path / "rows.jsonl").items] == [None, "a.png"]
+
+
+def test_the_column_of_exactly_that_name_is_taken(tmp_path):
+    (tmp_path / "rows.csv").write_text("question,Label,label\nwhat?,wrong,right\n")
+    (item,) = read_data(tmp_path / "rows.csv", columns={"answer": "label"}).items
+    assert item["conversations"][1]["value"] == "right"
+
+
+def test_a_list_in_a_cell_is_told_and_not_learned_as_code(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "what?", "answer": ["yes", "no"]}))
+    with pytest.raises(UserError, match="got 'str'"):
+        build_shards(read_data(tmp_path / "rows.jsonl"), tmp_path / "shards")
+
+
+def test_a_picture_inside_of_a_table_is_held_out_with_all_its_questions(tmp_path):
+    pixels = [str(n).encode() for n in range(8)]
+    items = [{"image": {"bytes": pixels[n % 8], "path": None}, "conversations": []} for n in range(48)]
+    learned, measured = hold_out(OwnData(tmp_path, "", items, tmp_path))
+    seen = [{item["image"]["bytes"] for item in part.items} for part in (learned, measured)]
+    assert len(seen[0]) + len(seen[1]) == 8
+    assert not seen[0] & seen[1]
+
+
+def test_two_sets_need_two_folders(tmp_path, capsys):
+    pictures(tmp_path / "pics" / "red", "a.png", "b.png")
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match="Expected two folders as `--out` and `--val`"):
+        main(["build", "data", str(tmp_path / "pics"), "--question", "what?", "--out", out, "--val", out])

@@ -15,6 +15,7 @@ import moextend_pl
 from moextend_pl import cli
 from moextend_pl.cli.config_files import prepare_arguments
 from moextend_pl.contracts import UserError
+from moextend_pl.extend.command import state_of, write_stages
 from moextend_pl.extend.stage_files import STAGES, Wish, stage_files
 from moextend_pl.runs.named import name_of
 
@@ -91,6 +92,27 @@ def test_pictures_become_an_extended_model_and_an_edited_stage_starts_anew(
     assert "lr: 0.001" in (run / "3_extend/config.yaml").read_text()
 
 
+def test_stage_files_follow_the_options_until_a_person_edits_them(tmp_path: Path) -> None:
+    write_stages(wish(out=tmp_path))
+    align, probe = (tmp_path / "configs" / f"{name}.yaml" for name in STAGES[:2])
+    first = align.read_text()
+    write_stages(wish(out=tmp_path, epochs=4.0))
+    assert (first.count("250"), align.read_text().count("500")) == (1, 1)
+    probe.write_text(probe.read_text() + "# mine\n")
+    write_stages(wish(out=tmp_path, epochs=4.0))
+    assert probe.read_text().endswith("# mine\n")
+    with pytest.raises(UserError, match=r"2_probe.yaml was written for, got others, and it was edited"):
+        write_stages(wish(out=tmp_path, epochs=1.0))
+    assert "max_steps: 500" in align.read_text()
+
+
+def test_data_that_were_added_to_are_other_data(pictures: Path) -> None:
+    before = state_of(pictures)
+    assert state_of(pictures) == before
+    (pictures / "red" / "more.png").write_bytes(picture(0))
+    assert state_of(pictures) != before
+
+
 @pytest.mark.slow
 def test_a_dry_run_writes_and_plans_and_trains_nothing(
     asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -129,6 +151,8 @@ def test_models_of_a_hub_are_fetched_once_and_pinned(
         (["--base", "nowhere"], "Expected a model's folder or org/name of a hub for `--base`, got 'nowhere'"),
         (["--tower", "."], "for `--tower`, got '.'"),
         (["--batch-size", "0"], "above 0, got 0 and 1"),
+        (["--epochs", "inf"], "above 0, got 4 and inf"),
+        (["--val", "."], "Expected shards with index.json at . for `--val`, found none"),
         (["--trainer.max_steps", "3"], "does not accept '--trainer.max_steps'"),
         (["--data", "nowhere"], r"Expected a .json, .* at nowhere, found nothing"),
     ],

@@ -104,6 +104,9 @@ def test_first_facts_are_those_of_the_files(run: Path) -> None:
 
 def test_last_row_of_a_step_counts(run: Path) -> None:
     assert read_curves(run / "metrics.csv") == {"train/loss": ([0, 1, 2], [4.0, 3.0, 2.0]), "val/loss": ([2], [2.5])}
+    for cut in ("3,0.4e", "3", ""):  # by a kill
+        (run / "metrics.csv").write_text(f"train/loss,step\n4.0,0\n{','.join(reversed(cut.split(',')))}")
+        assert read_curves(run / "metrics.csv") == {"train/loss": ([0], [4.0])}
 
 
 def test_answers_are_shown_in_the_proportion_of_all(run: Path) -> None:

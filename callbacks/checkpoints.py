@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moextend_pl.runs.checkpoint import PENDING_CHECKPOINT, check_room, take_place
 
-MOMENTS = 8  # bytes of an optimizer for each number that learns
+MOMENTS, MASTER = 8, 4  # bytes of an optimizer for each number that learns
 
 
 class StageCheckpoint(ModelCheckpoint):
@@ -44,7 +44,9 @@ class StageCheckpoint(ModelCheckpoint):
         """Refuses a disk without room for the checkpoints, before the first step."""
         super().on_train_start(trainer, pl_module)
         learning = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
-        size = sum(parameter.numel() * (parameter.element_size() + MOMENTS) for parameter in learning)
+        # As `build_optimizer` decides: one half-precision weight, and all have a copy in 32 bits.
+        masters = MASTER * any(parameter.element_size() == 2 for parameter in learning)
+        size = sum(parameter.numel() * (parameter.element_size() + MOMENTS + masters) for parameter in learning)
         check_room(Path(str(self.dirpath)), size)
 
     def on_train_batch_end(

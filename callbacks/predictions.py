@@ -22,7 +22,7 @@ from moextend_pl.runs.sources import DECIDE_ANSWERS, differences, flatten, plain
 
 log = logging.getLogger(__name__)
 
-PART, FACTS = ".part", ".facts.json"
+PART, TEST_PART, FACTS = ".part", ".test.part", ".facts.json"
 """Endings of a file that is being written, and of what its answers were made from."""
 
 
@@ -53,7 +53,7 @@ class WritePredictions(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Forgets what an earlier test wrote before it was killed."""
         for name in _names(trainer, "test"):
-            _path(trainer, name, trainer.global_rank, PART).unlink(missing_ok=True)
+            _path(trainer, name, trainer.global_rank, TEST_PART).unlink(missing_ok=True)
 
     def on_predict_start(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Sees that the answers that are there and those that come are of one making.
@@ -85,22 +85,22 @@ class WritePredictions(Callback):
         self, trainer: Trainer, pl_module: MoExtend, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Writes the rows of a batch."""
-        _append(trainer, _names(trainer, "test"), dataloader_idx, outputs["rows"])
+        _append(trainer, _names(trainer, "test")[dataloader_idx], TEST_PART, outputs["rows"])
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: MoExtend, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Writes the rows of a batch."""
-        _append(trainer, _names(trainer, "predict"), dataloader_idx, outputs)
+        _append(trainer, _names(trainer, "predict")[dataloader_idx], PART, outputs)
 
     def on_test_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Gives the files their names."""
-        _finish(trainer, _names(trainer, "test"))
+        _finish(trainer, _names(trainer, "test"), TEST_PART)
 
     def on_predict_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Gives the files their names."""
         names = _names(trainer, "predict")
-        _finish(trainer, names)
+        _finish(trainer, names, PART)
         trainer.strategy.barrier()
         for name in names if trainer.is_global_zero else ():
             (run_directory(trainer) / f"predictions_{name}{FACTS}").unlink(missing_ok=True)
@@ -131,16 +131,16 @@ def _keep(path: Path, rows: int) -> None:
         write_atomically(path, lambda place: place.write_bytes(b"".join(lines)))
 
 
-def _append(trainer: Trainer, names: Sequence[str], index: int, rows: Sequence[dict[str, Any]]) -> None:
-    path = _path(trainer, names[index], trainer.global_rank, PART)
+def _append(trainer: Trainer, name: str, ending: str, rows: Sequence[dict[str, Any]]) -> None:
+    path = _path(trainer, name, trainer.global_rank, ending)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _finish(trainer: Trainer, names: Sequence[str]) -> None:
+def _finish(trainer: Trainer, names: Sequence[str], part_ending: str) -> None:
     for name in names:
-        path, part = (_path(trainer, name, trainer.global_rank, ending) for ending in ("", PART))
+        path, part = (_path(trainer, name, trainer.global_rank, ending) for ending in ("", part_ending))
         if part.is_file():
             part.replace(path)
             log.info("%d predictions in %s", _rows(path), path)

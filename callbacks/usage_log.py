@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -60,6 +61,9 @@ class UsageLog(Callback):
         """Makes a counter for each part that has experts."""
         sizes: dict[str, dict[int, int]] = {name: dict(getattr(pl_module, name).num_experts) for name in PARTS}
         self._usage = {name: ExpertUsage(size).to(pl_module.device) for name, size in sizes.items() if size}
+        path = run_directory(trainer) / USAGE_LOG
+        if trainer.is_global_zero and path.is_file():  # the line that a kill cut off would swallow the next
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: MoExtend, batch: Batch, batch_idx: int) -> None:
         """Listens to the routers in the steps that are counted."""
@@ -109,20 +113,19 @@ def new_experts(plans: Sequence[ExtensionPlan]) -> dict[int, int]:
 
 
 def summary(counts: Counts, grown: Mapping[int, int]) -> dict[str, float]:
-    """Returns what the counts of a part amount to, as means over its layers.
+    """Returns what the counts of a part amount to, as means over its layers; nothing of layers that saw no token.
 
     Args:
         counts: (E,) selections by token kind (`image`, `text`, `all`) and layer.
         grown: How many experts of a layer, its last ones, are new.
     """
-    shares = [usage_shares(count) for count in counts["all"].values()]
+    shares = [usage_shares(count) for count in counts["all"].values() if count.any()]
     found = {
         "entropy": [float(torch.special.entr(share).sum() / math.log(len(share))) for share in shares],
         "dead": [float((share * len(share) < DEAD).double().mean()) for share in shares],
         "overloaded": [float((share * len(share) > OVERLOADED).double().mean()) for share in shares],
     }
     for kind in ("image", "text"):
-        on_new = [float(usage_shares(counts[kind][layer])[-count:].sum()) for layer, count in grown.items()]
-        if on_new:
-            found[f"new_{kind}"] = on_new
-    return {name: sum(values) / len(values) for name, values in found.items()}
+        seen = {layer: usage_shares(counts[kind][layer]) for layer in grown if counts[kind][layer].any()}
+        found[f"new_{kind}"] = [float(share[-grown[layer] :].sum()) for layer, share in seen.items()]
+    return {name: sum(values) / len(values) for name, values in found.items() if values}

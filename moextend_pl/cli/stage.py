@@ -23,8 +23,8 @@ from moextend_pl.cli.start import CommonStart
 from moextend_pl.cli.trainer_settings import check_settings, check_trainer, our_strategy
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import remove_leftovers
-from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, drop_later, peek
-from moextend_pl.runs.interruptions import Notes, Told, count_restarts, was_requeued
+from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, drop_later, peek, written_since
+from moextend_pl.runs.interruptions import Notes, Told, count_restarts, job_mark
 from moextend_pl.runs.metrics_log import RunLogger
 from moextend_pl.runs.preflight import (
     check_writable,
@@ -121,19 +121,22 @@ class MoExtendCLI(LightningCLI):
             given.trainer.default_root_dir = self._trial.name
             run = Path(self._trial.name) if command == "fit" else run
             _log.info("`fast_dev_run` is a trial: it begins anew, and what it writes is thrown away")
-        fresh = given.get("fresh", False) and not was_requeued()
-        self._checkpoint = choose_checkpoint(run, given.get("ckpt_path"), fresh)
+        mark = job_mark(run) if command == "fit" else {}
+        fresh, asked = given.get("fresh", False) and not mark, given.get("ckpt_path")
+        if mark and written_since(run / CHECKPOINT_FOLDER, mark["since"]):
+            asked = None  # the job has gone on from it
+        self._checkpoint = choose_checkpoint(run, asked, fresh)
         check_writable(run)
         if command == "fit" and _is_first_rank():
             self._held.enter_context(only_writer(run))
             remove_leftovers(run)
             drop_later(run / CHECKPOINT_FOLDER, self._checkpoint)
+            if self._checkpoint is None:
+                set_aside(run, config, fresh)
             count_restarts(run, peek(Path(self._checkpoint)).get("global_step", 0) if self._checkpoint else 0)
         if self._checkpoint is None:
             if command != "fit":
                 _log.warning("no checkpoint of %s is used: the model is taken as its config builds it", run)
-            elif _is_first_rank():
-                set_aside(run, config, fresh)
             return
         if command == "fit":
             begun = Path(self._checkpoint).absolute().parent

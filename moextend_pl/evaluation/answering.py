@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +87,7 @@ def answers_of(model: MoExtend, task: str = "") -> Answers:
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    """Returns the kept answers of a folder, first ones first; a last line that was cut off by a kill is dropped.
+    """Returns the kept answers of a folder, first ones first, without a last line that was cut off by a kill.
 
     Raises:
         UserError: If there are none.
@@ -93,10 +95,19 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     path = folder / PREDICTIONS
     if not path.is_file():
         raise UserError(f"Expected kept answers at {path}, found no file. Run `evaluate` first.")
-    text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-    return list(read_lines(path))
+    return list(read_lines(path, whole_lines(path)))
+
+
+def whole_lines(path: Path) -> int:
+    """Returns how many bytes of a file are lines that were written to their end."""
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+def picture_facts(question: Question) -> str:
+    """Returns a digest of the picture of a question; empty without one."""
+    if question.picture.startswith(DATA_ADDRESS) or not question.picture:
+        return hashlib.sha256(question.picture.encode()).hexdigest() if question.picture else ""
+    return file_sha256(Path(question.picture))
 
 
 def records(rows: Sequence[dict[str, Any]]) -> list[Record]:
@@ -117,7 +128,7 @@ def ask(
         batch_size: Questions between two writes.
 
     Raises:
-        UserError: If the folder keeps answers of another model, or to other prompts.
+        UserError: If the folder keeps answers of another model, or to other questions.
     """
     kept = {row["key"]: row for row in read_predictions(folder)} if (folder / PREDICTIONS).is_file() else {}
     if kept and read_json(folder / ASKED) != facts:
@@ -125,19 +136,32 @@ def ask(
             f"{folder} keeps answers of another model, or of this one before it was trained again. Remove it, or name "
             "another folder by --out."
         )
-    changed = [q.key for q in questions if q.key in kept and kept[q.key]["prompt"] != q.prompt]
+    changed = [q.key for q in questions if q.key in kept and _asked(kept[q.key]) != _asked(_row(q, ""))]
     if changed:
-        raise UserError(f"{folder} keeps answers to other prompts, for example of {changed[0]}. Remove it.")
+        raise UserError(
+            f"{folder} keeps answers to other prompts, pictures or truths, for example of {changed[0]}. Remove it."
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / PREDICTIONS).is_file():  # a line that was cut off must not be joined by the next
+        os.truncate(folder / PREDICTIONS, whole_lines(folder / PREDICTIONS))
     write_json(folder / ASKED, facts)
     left = [question for question in questions if question.key not in kept]
     with (folder / PREDICTIONS).open("a", encoding="utf-8") as file, tqdm(total=len(left), desc=folder.name) as bar:
         for first in range(0, len(left), batch_size):
             batch = left[first : first + batch_size]
             for question, text in zip(batch, answers(batch), strict=True):
-                row = {"key": question.key, "prompt": question.prompt, "prediction": text, "truth": question.truth}
-                kept[question.key] = row
-                file.write(json.dumps(row) + "\n")
+                kept[question.key] = _row(question, text)
+                file.write(json.dumps(kept[question.key]) + "\n")
             file.flush()
             bar.update(len(batch))
     return [kept[question.key] for question in questions]
+
+
+def _row(question: Question, prediction: str) -> dict[str, Any]:
+    told = {"key": question.key, "prompt": question.prompt, "prediction": prediction, "truth": question.truth}
+    row: dict[str, Any] = json.loads(json.dumps({**told, "picture": picture_facts(question)}))  # as it is read again
+    return row
+
+
+def _asked(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "prediction"}

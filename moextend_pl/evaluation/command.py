@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 from moextend_pl.contracts import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from moextend_pl.evaluation.question import Question
     from moextend_pl.evaluation.retention_texts import TextSet
     from moextend_pl.models.moextend import MoExtend
@@ -58,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
         UserError: If files of a task are missing, the run cannot be read or keeps answers of another model.
     """
     options = _parser().parse_args(argv)
-    if min(options.batch_size, options.draws, options.limit or 1, options.length) < 1:
+    limit = 1 if options.limit is None else options.limit
+    if min(options.batch_size, options.draws, limit, options.length) < 1:
         raise UserError("Expected --batch-size, --draws, --limit and --length of at least 1. Correct them.")
     if not options.tasks and not options.retention:
         raise UserError("Expected --tasks, --retention or both, got neither. Say what is to be measured.")
@@ -68,39 +67,25 @@ def main(argv: Sequence[str]) -> int:
     from moextend_pl.evaluation.answering import check_pictures
     from moextend_pl.evaluation.retention_texts import read_all_texts
     from moextend_pl.evaluation.tasks import TASKS, folder_of, parse_tasks, whole_groups
+    from moextend_pl.inference.device import named_device
 
     tasks = parse_tasks(options.tasks) if options.tasks else {}
     asked = {}
     for name in tasks:
         asked[name] = whole_groups(TASKS[name].questions(folder_of(options.data, name)), options.limit)
+        if not asked[name]:
+            raise UserError(f"Expected questions of {name} in {options.data}, found none. Look at its files.")
         check_pictures(asked[name], name)
     texts = read_all_texts(options.retention)
     from moextend_pl.models.moextend import MoExtend
 
-    device = _device(options.device)
+    device = named_device(options.device)
     model = MoExtend.load(options.run).to(device)
     if asked:
         _ask(model, tasks, asked, options)
     if texts:
         _retain(model, texts, options)
     return 0
-
-
-def _device(name: str) -> torch.device:
-    """Returns a device by its name; for `auto` a GPU if there is one.
-
-    Raises:
-        UserError: If it is none, or not here.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:  # which of the two depends on how torch was built
-        reason = str(error).splitlines()[0]
-        raise UserError(f"Expected --device such as auto, cpu or cuda:0, got {name!r}: {reason} Correct it.") from error
 
 
 def _ask(model: MoExtend, tasks: dict[str, str], asked: dict[str, list[Question]], options: argparse.Namespace) -> None:

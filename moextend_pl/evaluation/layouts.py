@@ -190,4 +190,5 @@ def own(folder: Path) -> Iterator[Question]:
                 f"{path}: expected `question_id`, `text` and `answer` in entry {number}, got no {missing[0]}."
             )
         picture = str(pictures / each["image"]) if each.get("image") else ""
-        yield Question(str(each["question_id"]), each["text"], each["answer"], picture)
+        answers = each["answer"] if isinstance(each["answer"], list) else [each["answer"]]
+        yield Question(str(each["question_id"]), each["text"], [str(answer) for answer in answers], picture)

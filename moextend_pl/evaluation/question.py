@@ -62,13 +62,17 @@ def read(path: Path) -> Any:
         raise UserError(f"{path}: expected JSON, got text that fails: {error}. Download it again.") from error
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
     """Yields the entries of a file with one JSON object a line.
+
+    Args:
+        path: The file.
+        size: Bytes of it that count; None for all.
 
     Raises:
         UserError: If a line is none.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_bytes()[:size].decode("utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 yield dict(json.loads(line))

@@ -66,7 +66,7 @@ def parse_tasks(text: str) -> dict[str, str]:
     """Reads `pope,vqav2:lmms_eval` into protocols by task; an empty one is the usual.
 
     Raises:
-        UserError: If there is no such task or protocol.
+        UserError: If there is no such task or protocol, or a task stands twice.
     """
     found = {}
     for item in text.split(","):
@@ -77,6 +77,8 @@ def parse_tasks(text: str) -> dict[str, str]:
             raise UserError(
                 f"Expected a protocol of {name} out of {', '.join(TASKS[name].protocols)}, got {protocol!r}."
             )
+        if name in found:
+            raise UserError(f"Expected each task once, got {name} twice. `rescore` makes scores by another protocol.")
         found[name] = protocol
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from moextend_pl.runs.atomic import write_folder
 
 log = logging.getLogger(__name__)
 
+SIZE = re.compile(r"[1-9][0-9]*[KMGT]B")
 HF, DELTA = "hf", "delta"
 TARGETS = {
     HF: "a whole model, which transformers loads after `import moextend_pl`",
@@ -35,6 +37,10 @@ def main(argv: Sequence[str]) -> int:
     add_model_options(parser)
     options = parser.parse_args(argv)
     check_new(options.out)
+    unused = ("task", "shard") if options.target == DELTA else ("tower",)
+    for name in unused:
+        if getattr(options, name) != parser.get_default(name):
+            raise UserError(f"--{name} says nothing for `--target {options.target}`, see --help. Leave it out.")
     # Imported when the arguments are known to be right: it takes seconds.
     if options.target == DELTA:
         from moextend_pl.export.share import share
@@ -64,6 +70,8 @@ def write_whole_model(options: argparse.Namespace, run: Path) -> None:
     """
     if options.base and not Path(options.base).is_dir():
         raise UserError(f"Expected the folder of the base as `--base`, got {options.base}, which is none. Correct it.")
+    if not SIZE.fullmatch(options.shard):
+        raise UserError(f"Expected --shard such as 5GB or 500MB, got {options.shard!r}. Correct it.")
     from moextend_pl.export.folder import export_run
 
     base = options.base or None

@@ -169,6 +169,18 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
             options = {**options, "max_new_tokens": longest}
         return {**options, "attention_mask": mask_BS}
 
+    def _within_context(self, answers_BS: Tensor, mask_BS: Tensor, options: dict[str, Any]) -> Tensor:
+        """Returns answers that end with the context of their own prompt, also beside shorter prompts."""
+        if self.config.context is None:
+            return answers_BS
+        config = options.get("generation_config", self.generation_config)
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        known = (options.get("pad_token_id"), config.pad_token_id, *ends, 0)
+        rooms_B = (self.config.context - mask_BS.sum(dim=1)).to(answers_BS.device)
+        places_S = torch.arange(answers_BS.shape[1], device=answers_BS.device)
+        beyond_BS = places_S >= rooms_B.repeat_interleave(len(answers_BS) // len(mask_BS))[:, None]
+        return answers_BS.masked_fill(beyond_BS, next(token for token in known if token is not None))
+
     @torch.no_grad()
     def generate(
         self,
@@ -207,7 +219,7 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
             finally:
                 for _, reach in self.extensions:
                     reach.set(None)
-        answers = made if isinstance(made, Tensor) else made.sequences
+        answers = self._within_context(made if isinstance(made, Tensor) else made.sequences, mask_BS, options)
         prompts = ids_BS.to(answers.device).repeat_interleave(len(answers) // len(ids_BS), dim=0)
         whole = torch.cat([prompts, answers], dim=1)
         if isinstance(made, Tensor):

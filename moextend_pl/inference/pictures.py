@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import queue
+import threading
 import time
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path
@@ -64,26 +66,36 @@ def fetch(address: str, limit: int = MAX_BYTES, patience: float = PATIENCE) -> b
         UserError: If the address is of another kind, or the file does not come, is too large or too slow.
     """
     _check_address(address)
-    end = time.monotonic() + patience
-    pieces, size = [], 0
+    come: queue.Queue[bytes | Exception] = queue.Queue()
+    # Beside this thread: a server may send its headers byte by byte, for which urllib knows no end.
+    threading.Thread(target=_fetch, args=(address, limit, patience, come), daemon=True, name="picture").start()
+    try:
+        found = come.get(timeout=patience)
+    except queue.Empty as error:
+        raise UserError(f"{address}: did not come within {patience:g} seconds. Fetch it yourself.") from error
+    if isinstance(found, UserError):
+        raise found
+    if isinstance(found, Exception):
+        raise UserError(
+            f"{address}: cannot be fetched ({found}). Correct the address, or fetch it yourself."
+        ) from found
+    return found
+
+
+def _fetch(address: str, limit: int, patience: float, come: queue.Queue[bytes | Exception]) -> None:
+    """Puts a file from the web into a queue, or what went wrong."""
+    end, data = time.monotonic() + patience, bytearray()
     try:
         # Some hosts refuse the name that Python gives itself.
         request = Request(address, headers={"User-Agent": "moextend_pl", "Accept": "image/*"})
         with build_opener(_SafeRedirects).open(request, timeout=patience) as answer:
-            while piece := answer.read1(PIECE):
-                pieces.append(piece)
-                size += len(piece)
-                if size > limit:
+            while (piece := answer.read1(PIECE)) and time.monotonic() < end:  # later nobody waits for it
+                data += piece
+                if len(data) > limit:
                     raise UserError(f"{address}: expected a picture of at most {limit} bytes, got more. Shrink it.")
-                if time.monotonic() > end:
-                    raise UserError(f"{address}: did not come within {patience:g} seconds. Fetch it yourself.")
+        come.put(bytes(data))
     except (OSError, HTTPException, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{address}: cannot be fetched ({error}). Correct the address, or fetch it yourself."
-        ) from error
-    return b"".join(pieces)
+        come.put(error)
 
 
 class _SafeRedirects(HTTPRedirectHandler):

@@ -60,6 +60,12 @@ def newest_valid(folder: Path) -> Path | None:
     return None
 
 
+def written_since(folder: Path, moment: float) -> bool:
+    """Tells whether a folder holds a checkpoint that was written after a moment, in seconds since 1970."""
+    kept = (folder / name for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT))
+    return any(path.exists() and path.stat().st_mtime > moment for path in kept)
+
+
 def drop_later(folder: Path, chosen: str | None) -> None:
     """Sets the last checkpoint of a run aside where the run goes on from the one before.
 

@@ -93,31 +93,44 @@ def listening() -> Iterator[Notes]:
             signal.signal(number, handler)
 
 
-def was_requeued() -> bool:
-    """Tells whether SLURM started the same command again."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """Returns how often SLURM has started the job of this process again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def job_mark(run: Path) -> dict[str, Any]:
+    """Returns what an earlier start of the same job wrote into a run; nothing if none came so far.
+
+    What a command says of its beginning, `--fresh` or `--ckpt_path`, was done by that start and is not done again.
+    """
+    mark = read_json(run / RESTARTS_FILE) if restarts() else {}
+    # The first rank of this start may have written already.
+    is_earlier = mark.get("job") == os.environ.get("SLURM_JOB_ID") and mark.get("first", restarts()) < restarts()
+    return mark if is_earlier else {}
 
 
 def count_restarts(run: Path, step: int) -> None:
-    """Counts how often SLURM started a job again without a step having been taken since.
+    """Counts how often SLURM started a job again without a step having been taken since, and marks its run.
 
     Args:
         run: Run directory; the first rank counts.
         step: Of the checkpoint that the run goes on from; 0 without one.
 
     Raises:
-        UserError: If that is too often: the job would be queued again for ever.
+        UserError: If that is too often: the job would be queued again for ever. Or if the limit is no number.
     """
-    if "SLURM_JOB_ID" not in os.environ and not was_requeued():
+    job, path, before = os.environ.get("SLURM_JOB_ID"), run / RESTARTS_FILE, job_mark(run)
+    if job is None:
         return  # nobody starts it again by himself
-    path = run / RESTARTS_FILE
-    before: dict[str, Any] = read_json(path) if was_requeued() else {}
+    limit = os.environ.get("MAX_RESTARTS", str(RESTARTS_LIMIT))
+    if not limit.isdecimal():
+        raise UserError(f"Expected a whole number of at least 0 as MAX_RESTARTS, got {limit!r}. Correct it.")
     times = int(before.get("times", 0)) + 1 if before.get("step") == step else 0
-    limit = int(os.environ.get("MAX_RESTARTS", RESTARTS_LIMIT))
-    if times > limit:
-        path.unlink()
+    if times > int(limit):
+        path.unlink(missing_ok=True)
         raise UserError(
             f"expected a job that takes steps, got {times} starts one after another that ended at step {step}. Give it "
             "more time (`--time`), or look at the log for what ends it; MAX_RESTARTS sets another number."
         )
-    write_json(path, {"step": step, "times": times})
+    first, since = before.get("first", restarts()), before.get("since", time.time())
+    write_json(path, {"job": job, "first": first, "since": since, "step": step, "times": times})

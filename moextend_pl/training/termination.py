@@ -128,6 +128,7 @@ class EndTogether(Callback):
     def _end(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             take_place(run_directory(trainer) / CHECKPOINT_FOLDER / PENDING_CHECKPOINT)
+        trainer.strategy.barrier()  # what started the ranks may kill the others when one has ended
         raise Told
 
 
@@ -237,8 +238,8 @@ class Watchdog(Callback):
         """Ends the watch: results may take their time."""
         self._over.set()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ends the watch, also of a run that failed."""
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Ends the watch of a run that failed: the process, a notebook's perhaps, may go on."""
         self._over.set()
 
     def _note(self, trainer: Trainer, doing: str) -> None:

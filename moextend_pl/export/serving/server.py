@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -22,6 +21,7 @@ from transformers.cli.serving.utils import BaseHandler, GenerationState, Modalit
 
 from moextend_pl.contracts import UserError
 from moextend_pl.export.folder import exported, processor_of
+from moextend_pl.inference.device import named_device
 from moextend_pl.models.moextend import MoExtend
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,10 @@ def read(run: Path, base: str | None, task: str, device: str) -> tuple[Any, Any]
     Raises:
         UserError: If it cannot be loaded.
     """
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = named_device(device)
     if (run / "processor_config.json").is_file():
+        if base or task:
+            raise UserError(f"{run} is an exported folder, which holds its base and task. Leave --base and --task out.")
         model: Any = AutoModelForImageTextToText.from_pretrained(run, local_files_only=True)
         return model.to(place).eval(), AutoProcessor.from_pretrained(run, local_files_only=True)
     whole = MoExtend.load(run, base)
@@ -65,7 +67,7 @@ def build(name: str, model: Any, processor: Any, limit: int) -> FastAPI:
     app = build_server(
         manager,
         Chat(manager, state),
-        completion_handler=CompletionHandler(manager, state),
+        completion_handler=Completions(manager, state),
         response_handler=Responses(manager, state),
         transcription_handler=TranscriptionHandler(manager, state),
         systemone_handler=SystemOneHandler(manager, state),
@@ -155,6 +157,10 @@ class Chat(ChatCompletionHandler, Asked):
     """Chat completions."""
 
     get_processor_inputs_from_messages = staticmethod(Asked.get_processor_inputs_from_messages)
+
+
+class Completions(CompletionHandler, Asked):
+    """Completions of a text."""
 
 
 class Responses(ResponseHandler, Asked):

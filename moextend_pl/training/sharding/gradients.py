@@ -60,8 +60,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, by_value: b
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     here = [part for part in map(local, gradients) if part.numel()]
     if by_value:
-        torch._foreach_clamp_min_(here, -limit)
-        torch._foreach_clamp_max_(here, limit)
+        for part in here:
+            part.clamp_(-limit, limit)
         return
     scale = (limit / (gradient_norm(gradients) + 1e-6)).clamp(max=1.0)
     for part in here:

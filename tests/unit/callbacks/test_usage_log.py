@@ -101,6 +101,13 @@ def test_what_counts_amount_to() -> None:
     assert grown["new_text"] == 0
 
 
+def test_what_saw_no_token_is_not_called_dead() -> None:
+    nothing, some = torch.zeros(4, dtype=torch.long), torch.tensor([1, 1, 1, 1])
+    assert summary({"all": {0: nothing}, "image": {0: nothing}, "text": {0: nothing}}, {0: 1}) == {}
+    found = summary({"all": {0: some, 1: nothing}, "image": {0: nothing}, "text": {0: some}}, {0: 1})
+    assert found == {"entropy": pytest.approx(1.0), "dead": 0.0, "overloaded": 0.0, "new_text": pytest.approx(0.25)}
+
+
 def test_a_part_alone_and_no_interval_are_refused(tiny_world: TinyWorld, make_trainer: Callable) -> None:
     with pytest.raises(UserError, match="at least 1, got 0"):
         UsageLog(0)

@@ -149,9 +149,29 @@ def test_fresh_has_its_effect_once_when_slurm_starts_the_job_again(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit(stage)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the first start came to an end before it did anything
+    fit(stage, "--fresh")
+    assert (tmp_path / "run/old1").exists()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert fit(stage, "--fresh", "--trainer.max_steps=5").trainer.global_step == 5
-    assert not (tmp_path / "run/old1").exists()
+    assert not (tmp_path / "run/old2").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # another job
+    fit(stage, "--fresh")
+    assert (tmp_path / "run/old2").exists()
+
+
+def test_a_checkpoint_that_was_asked_for_is_begun_from_once_when_slurm_starts_the_job_again(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(stage)
+    asked = tmp_path / "asked.ckpt"
+    shutil.copy(tmp_path / "run/checkpoints/last.ckpt", asked)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for count, chosen in (("0", asked), ("1", tmp_path / "run/checkpoints/last.ckpt")):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        command = fit(stage, f"--ckpt_path={asked}", f"--trainer.max_steps={5 + int(count)}")
+        assert command._checkpoint == str(chosen)
 
 
 def test_changed_settings_refuse_to_continue_and_name_both_values(stage: Path, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def start(*steps: int, requeued: bool = True) -> None:
         for step in steps:
-            monkeypatch.setenv("SLURM_RESTART_COUNT", "7" if requeued else "0")
+            count = 0 if not requeued else int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
             count_restarts(tmp_path, step)
 
     return start
@@ -51,6 +52,12 @@ def test_a_count_begins_anew_after_the_end_and_where_a_person_starts_the_job(
             starts(5)
     starts(5, requeued=again)
     starts(5, 5, 5)
+
+
+def test_a_limit_that_is_no_number_is_told(starts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_RESTARTS", "none")
+    with pytest.raises(UserError, match="as MAX_RESTARTS, got 'none'"):
+        starts(5)
 
 
 def test_a_damaged_count_is_none(starts, tmp_path: Path) -> None:

@@ -249,6 +249,20 @@ def test_row_14_a_run_that_stands_still_ends_and_says_where(
     assert re.search(r"rank 0 stands still: for 4 s it was in step 3; its last samples: \w\d+", caplog.text)
 
 
+class Fails(Callback):
+    """Stands for a run that ends with a mistake."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise UserError("a mistake")
+
+
+def test_a_run_that_failed_is_watched_no_longer(fit: Fit) -> None:
+    dog = Watchdog(60)
+    with pytest.raises(UserError, match="a mistake"):
+        fit("run", Fails(), dog)
+    assert dog._over.is_set()
+
+
 def test_a_run_that_moves_is_left_alone_and_watched_no_longer_than_it_lasts(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

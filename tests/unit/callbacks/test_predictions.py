@@ -117,3 +117,16 @@ def test_a_run_of_a_few_batches_begins_anew(predict: Callable[..., MoExtend], tm
         predict(KillAt(1))
     predict(options={"limit_predict_batches": 1})
     assert len((tmp_path / "run" / "predictions_words.jsonl").read_text().splitlines()) == BATCH
+
+
+def test_a_test_leaves_the_beginning_of_predictions_alone(
+    tiny_world: TinyWorld, predict: Callable[..., MoExtend], make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    with pytest.raises(KilledError):
+        predict(KillAt(1))
+    part = tmp_path / "run" / "predictions_words.jsonl.part"
+    before = part.read_bytes()
+    assert before
+    data = tiny_world.datamodule(None, test={"words": tiny_world.data("text")}, batch_size=BATCH, turns="together")
+    make_trainer(WritePredictions(), limit_test_batches=1).test(short(tiny_world), data)
+    assert part.read_bytes() == before

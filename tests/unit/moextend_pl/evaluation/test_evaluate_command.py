@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from helpers.test_sets import write_all
 from helpers.tiny_world import TinyWorld, make_plan
 
 from moextend_pl import cli
-from moextend_pl.contracts import TrainPlan
-from moextend_pl.evaluation.answering import picture_of
+from moextend_pl.contracts import TrainPlan, UserError
+from moextend_pl.evaluation.answering import ask, picture_of, read_predictions
+from moextend_pl.evaluation.question import Question
 from moextend_pl.evaluation.tasks import TASKS, folder_of
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.moextend import MoExtend
@@ -77,6 +79,44 @@ def test_only_what_is_left_is_asked(
     assert "answers of another model" in error_of(capsys, command)
 
 
+def asking(folder: Path, question: Question) -> list[dict[str, str]]:
+    return ask([question], folder, {}, lambda questions: ["blue" for _ in questions], 1)
+
+
+@pytest.mark.parametrize("changed", ["prompt", "truth", "picture"])
+def test_an_answer_is_kept_for_its_own_question_only(tmp_path: Path, changed: str) -> None:
+    (tmp_path / "a.png").write_bytes(b"a")
+    question = Question("1", "what?", ["blue"], str(tmp_path / "a.png"))
+    first = asking(tmp_path / "own", question)
+    assert asking(tmp_path / "own", question) == first
+    others = {"prompt": "why?", "truth": ["red"]}
+    if changed == "picture":
+        (tmp_path / "a.png").write_bytes(b"b")
+    else:
+        question = replace(question, **{changed: others[changed]})
+    with pytest.raises(UserError, match="keeps answers to other prompts, pictures or truths, for example of 1"):
+        asking(tmp_path / "own", question)
+
+
+def test_reading_what_another_run_writes_leaves_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "predictions.jsonl").write_text('{"key": "1"}\n{"key":')
+    assert read_predictions(tmp_path) == [{"key": "1"}]
+    assert (tmp_path / "predictions.jsonl").read_text() == '{"key": "1"}\n{"key":'
+
+
+@pytest.mark.parametrize("answer", ["blue", ["red", "blue"], 3])
+def test_questions_of_ones_own_have_one_answer_or_several(tmp_path: Path, answer: object) -> None:
+    (tmp_path / "own").mkdir()
+    row = {"question_id": 1, "text": "what?", "answer": answer}
+    (tmp_path / "own" / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    (question,) = TASKS["own"].questions(tmp_path / "own")
+    said = "3" if answer == 3 else "blue"
+    for protocol in TASKS["own"].protocols:
+        metric = TASKS["own"].metric(protocol)
+        metric.update(["1"], [said], [question.truth])
+        assert {float(value) for value in metric.compute().values()} == {1.0}, protocol
+
+
 def test_mistakes_come_before_the_model(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nowhere = ["evaluate", "nowhere", "--data", str(data)]
     assert "tasks out of" in error_of(capsys, [*nowhere, "--tasks", "vqa"])
@@ -84,5 +124,7 @@ def test_mistakes_come_before_the_model(run: Path, data: Path, capsys: pytest.Ca
     assert "found none. Run `evaluate` first" in error_of(capsys, ["rescore", str(run)])
     assert "found no file" in error_of(capsys, ["rescore", str(run), "--tasks", "pope"])
     assert "nowhere" in error_of(capsys, [*nowhere, "--tasks", "own"])
+    assert "at least 1" in error_of(capsys, [*nowhere, "--tasks", "own", "--limit", "0"])
+    assert "got vqav2 twice" in error_of(capsys, [*nowhere, "--tasks", "vqav2,vqav2:lmms_eval"])
     for device in ("gpu", "cuda:77"):
         assert f"got '{device}'" in error_of(capsys, [*nowhere, "--tasks", "own", "--device", device])

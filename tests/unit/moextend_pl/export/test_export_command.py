@@ -71,3 +71,19 @@ def test_mistakes_leave_nothing(
 def test_import_of_the_package_stays_cheap() -> None:
     code = "import sys, moextend_pl\nsys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--shard", "5XB"], "Expected --shard such as 5GB or 500MB, got '5XB'"),
+        (["--tower", "org/tower"], "--tower says nothing for `--target hf`"),
+        (["--target", "delta", "--task", "b"], "--task says nothing for `--target delta`"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "out"), *options]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -187,6 +187,22 @@ def test_batch_of_prompts_is_answered_as_each_alone(tiny_world: TinyWorld, tmp_p
         assert torch.equal(again_ids, alone["input_ids"])
 
 
+def test_an_answer_ends_with_the_context_of_its_own_prompt(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    again, _ = reloaded(built(tiny_world.unbuilt(), ["projector"]), tmp_path)
+    again.config.context = 10
+    ids = torch.randint(4, 12, (2, 8), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    options = {"eos_token_id": None, "max_new_tokens": 20, "pad_token_id": 0, "do_sample": False}
+    both = again.generate(input_ids=ids, attention_mask=mask, **options)[:, 8:]
+    assert both.shape[1] == 7
+    for row, room in zip(both, (2, 7), strict=True):
+        alone = int(mask[0 if room == 2 else 1].sum())
+        expected = again.generate(input_ids=ids[0 if room == 2 else 1][None, 8 - alone :], **options)[0, alone:]
+        assert torch.equal(row[:room], expected)
+        assert not row[room:].any()
+
+
 def test_calls_from_several_threads_do_not_mix_and_a_copy_answers_by_itself(
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:

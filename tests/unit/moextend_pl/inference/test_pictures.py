@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,13 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/none.png":
             self.send_error(404)
+            return
+        if self.path == "/trickle.png":  # a header that never ends
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+                for _ in range(200):
+                    self.wfile.write(b"x")
+                    time.sleep(0.02)
             return
         body = {"/large.png": bytes(3000), "/page.png": b"<html>"}.get(self.path, picture(1))
         self.send_response(200)
@@ -81,6 +89,8 @@ def test_what_is_too_large_too_slow_or_no_picture_is_refused_in_one_sentence(ser
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"within 0\.3 seconds"):
         fetch(f"{server}/slow.png", patience=0.3)
+    with pytest.raises(UserError, match="did not come within"):
+        fetch(f"{server}/trickle.png", patience=0.3)
     assert time.monotonic() - begun < 1.0
     with pytest.raises(UserError, match="404"):
         open_picture(f"{server}/none.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     """Serves until it is interrupted.
 
     Raises:
-        UserError: If the run cannot be loaded, or the extra `serve` is not installed.
+        UserError: If the run cannot be loaded, its address is not free, or the extra `serve` is not installed.
     """
     parser = argparse.ArgumentParser(prog="python -m moextend_pl serve", description="Serves a model over HTTP.")
     parser.add_argument("run", help="run directory, exported folder, delta folder, or org/name of one in a hub")
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if not options.max_megabytes > 0:
         raise UserError(f"Expected `--max-megabytes` above 0, got {options.max_megabytes}. Raise it.")
+    check_address(options.host, options.port)
     try:
         from moextend_pl.export.serving import server
     except ImportError as error:
@@ -49,3 +51,20 @@ def main(argv: Sequence[str]) -> int:
     log.info("%s at http://%s:%d/v1", name, options.host, options.port)
     server.run(app, options.host, options.port)
     return 0
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuses an address at which this machine cannot listen, before a model is loaded.
+
+    Raises:
+        UserError: If it is none of this machine, or another program listens there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        if port < 1:
+            raise OverflowError("port must be 1-65535")
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"Expected an address to listen at, got {host}:{port} ({error}). Name another `--port` or `--host`."
+        ) from error

@@ -36,6 +36,12 @@ def test_files_are_added_up_by_room(covered: ModuleType) -> None:
     assert {room: row["covered_lines"] for room, row in counts.items()} == {"a": 4, "a/b": 5, "all": 9}
 
 
+def test_copies_outside_of_the_repository_are_not_counted(covered: ModuleType, tmp_path: Path) -> None:
+    copy = str(tmp_path / "moextend_pl" / "one.py")
+    counts = covered.rooms({"a/one.py": summary(3, 4), copy: summary(0, 900)})
+    assert counts["all"]["num_statements"] == 4
+
+
 def test_a_recorded_run_is_read(covered: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COVERAGE_FILE", str(tmp_path / "data"))
     recorded = covered.Coverage(config_file=str(covered.ROOT / "setup.cfg"), data_suffix=False)

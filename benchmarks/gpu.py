@@ -43,7 +43,7 @@ from moextend_pl.training.half_precision import default_dtype
 from moextend_pl.training.optim import OptimSpec, apply_train_plan, build_optimizer
 
 NEW = ("new_experts", "new_routers", "calibration")
-SEQUENCES, LENGTH = 4, 2048
+SEQUENCES, LENGTH, NEW_EXPERTS = 4, 2048, 1
 SHAPES: dict[str, dict[str, Any]] = {
     "olmoe": {
         "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024,
@@ -77,7 +77,7 @@ def language_model(config: dict[str, Any], extended: bool, compute: ComputeSpec,
         word_tokenizer(["a word"]).save_pretrained(folder)
         model = MoELanguageModel(base=dict(config), tokenizer=folder, compute=compute)
         if extended:
-            grown = tuple(LayerGrowth(layer, (1,)) for layer in range(layers // 2, layers))
+            grown = tuple(LayerGrowth(layer, (1,) * NEW_EXPERTS) for layer in range(layers // 2, layers))
             model.extension_plan = ExtensionPlan(layers=grown)
         model.configure_model()
         assert model.image_token_id == config["vocab_size"]  # reads the tokenizer while it is there

@@ -123,14 +123,17 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x_TD, weights_TK, frozen, new, order = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros are written for the projection's, as large as what is kept
     learns = any(stack.requires_grad for stack in new)
     ctx.save_for_backward(x_TD if learns else None, weights_TK, output[1], *frozen, *new, *order)
 
 
-def _differentiate(ctx: Any, dy_TD: Tensor, _: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dy_TD: Tensor | None, _: Any) -> tuple[Any, ...]:
     x_TD, weights_TK, projected_SH, *stacks = ctx.saved_tensors
     frozen, new, order = stacks[:2], stacks[2:4], stacks[4:]
     onwards = ctx.needs_input_grad[0]
+    if dy_TD is None:  # what comes after has no gradient
+        dy_TD = projected_SH.new_zeros(len(weights_TK), frozen[1].shape[1])
     dweights_TK, *rest = _backward(dy_TD.contiguous(), x_TD, weights_TK, projected_SH, frozen, new, order, onwards)
     dx_TD = rest.pop(0) if onwards else None
     return dx_TD, dweights_TK, [None, None], rest or [None, None], [None] * len(order)

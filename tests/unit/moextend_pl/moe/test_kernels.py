@@ -108,7 +108,32 @@ def corners() -> dict[str, bool]:
         "no token": none.shape == (0, 16) and not any(one.grad.any() for one in new),
         "nobody": torch.equal(far, expected) and bool(far.any()),
         "tokens": tokens_matter_only_where_something_learns(),
+        "no gradient": nothing_comes_back(),
     }
+
+
+class Silent(torch.autograd.Function):
+    """Hands values on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y * 2
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:
+        return None
+
+
+def nothing_comes_back() -> bool:
+    """Returns whether gradients are zeros where what comes after hands none back, as other ranks wait for them."""
+    from moextend_pl.moe.kernels.gated_experts import gated_experts
+
+    stacks = [torch.randn(1, *shape) for shape in ((8, 16), (16, 4))]
+    learning = [torch.randn(5, 16), torch.rand(5, 1), *(2 * one for one in stacks)]
+    x, weights, *new = (one.requires_grad_() for one in learning)
+    y = gated_experts(x, torch.tensor([[0], [1]] * 2 + [[0]]), weights, tuple(stacks), tuple(new))
+    (Silent.apply(y) * 1.0).sum().backward()
+    return all(one.grad is not None and not one.grad.any() for one in learning)
 
 
 def tokens_matter_only_where_something_learns() -> bool:
@@ -136,7 +161,9 @@ def tokens_matter_only_where_something_learns() -> bool:
 
 
 def test_no_token_and_an_index_of_nobody_are_taken(tmp_path: Path) -> None:
-    assert interpreted(__file__, "corners", tmp_path) == {"no token": True, "nobody": True, "tokens": True}
+    assert interpreted(__file__, "corners", tmp_path) == {
+        "no token": True, "nobody": True, "tokens": True, "no gradient": True
+    }  # fmt: skip
 
 
 def test_a_view_in_another_order_is_left_to_others() -> None:

@@ -29,6 +29,7 @@ def check_options(rows: RowSpec, reading: ReadingSpec, evaluation: EvaluationSpe
     for name, value, least in (
         ("rows.max_length", rows.max_length, 1),
         ("reading.num_workers", reading.num_workers, 0),
+        ("reading.keep_mib", reading.keep_mib, 0),
         ("evaluation.samples", evaluation.samples, 1),
     ):
         if value is not None and value < least:

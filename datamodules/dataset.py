@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.bad_samples import BadSample, BadSampleBook, bad_samples_of, placeholder
+from datamodules.kept import Kept
 from datamodules.order import FILLER
-from datamodules.reader import ShardReader
+from datamodules.reader import RawSample, ShardReader
 from datamodules.streaming import ShardError, StreamOptions
 from datamodules.workers import worker_options
 from moextend_pl.contracts import Batch, Sample, UserError
@@ -25,6 +26,8 @@ from moextend_pl.samples.pixels import PixelTransform, decode_image
 from moextend_pl.samples.turns import Turn, single_turn
 
 TURNS = ("together", "single")
+BYTES_OF_TURN = 256
+"""What two texts and the object that holds them take beside their characters, about."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +121,24 @@ class ConversationDataset(Dataset[Sample]):
         encoder: Conversation -> ids and labels.
         generation: Whether samples are prompts for generation instead of training samples.
         packed: Whether a row of a batch is made of several units.
+        keep: Bytes of samples, and again of decoded pictures, that are kept in memory once they were read.
     """
 
     def __init__(
-        self, table: UnitTable, encoder: ConversationEncoder, generation: bool = False, packed: bool = False
+        self,
+        table: UnitTable,
+        encoder: ConversationEncoder,
+        generation: bool = False,
+        packed: bool = False,
+        keep: int = 0,
     ) -> None:
         self.table = table
         self.encoder = encoder
         self.generation = generation
         self.packed = packed
         self.transform = PixelTransform(encoder.spec)
+        self._raw = Kept[RawSample](keep, _bytes_of)
+        self._squares = Kept[np.ndarray](keep, _bytes_of_pixels)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -152,11 +163,17 @@ class ConversationDataset(Dataset[Sample]):
 
     def _sample(self, unit: int) -> Sample:
         key, turns, images, origin = self.read(unit)
-        pixels = [self.transform(decode_image(data, origin)) for data in images]
         # Named by content: the same picture has the same name in whatever sample it lies.
         names = [hashlib.blake2b(data, digest_size=8).hexdigest() for data in images]
+        pixels = [self._pixels(name, data, origin) for name, data in zip(names, images, strict=True)]
         encode = self.encoder.encode_prompt if self.generation else self.encoder.encode
         return replace(encode(key, turns, pixels, names), task=self.table.task(unit))
+
+    def _pixels(self, name: str, data: bytes, origin: str) -> torch.Tensor:
+        square = self._squares.get(
+            name, lambda: np.ascontiguousarray(self.transform.square(decode_image(data, origin)))
+        )
+        return self.transform.normalised(square)
 
     def read(self, unit: int) -> tuple[str, tuple[Turn, ...], tuple[bytes, ...], str]:
         """Returns key, turns, image files and, for messages, origin of a unit.
@@ -165,7 +182,7 @@ class ConversationDataset(Dataset[Sample]):
             UserError: If the sample is damaged.
         """
         reader, number, turn = self.table.locate(unit)
-        raw = reader.read(number)
+        raw = self._raw.get(int(self.table.sample[unit]), lambda: reader.read(number))
         if turn is None:
             return raw.key, raw.turns, raw.images, raw.origin
         if turn >= len(raw.turns):
@@ -209,6 +226,15 @@ class ConversationDataset(Dataset[Sample]):
         except MemoryError as error:
             return _failure(error)
         return Delivery(batch, bad_samples_of(itertools.chain(*samples) if self.packed else samples))
+
+
+def _bytes_of(raw: RawSample) -> int:
+    texts = sum(len(turn.human) + len(turn.gpt) + BYTES_OF_TURN for turn in raw.turns)
+    return sum(map(len, raw.images)) + texts
+
+
+def _bytes_of_pixels(square: np.ndarray) -> int:
+    return square.nbytes
 
 
 def _failure(error: OSError | MemoryError) -> Failure:

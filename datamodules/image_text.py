@@ -11,6 +11,7 @@ import numpy as np
 from datamodules.bad_samples import BadSampleBook
 from datamodules.batching import BatchPlan, BucketBatches, EndlessBatches, PackedBatches, PlainBatches, check_options
 from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
+from datamodules.kept import MIB
 from datamodules.lengths import unit_lengths
 from datamodules.mixture import Sets, ShardSet, shard_sets, training_order
 from datamodules.options import EvaluationSpec, ReadingSpec, RowSpec
@@ -234,7 +235,7 @@ class ImageTextShards(pl.LightningDataModule):
 
     def _dataset(self, table: UnitTable, *, generation: bool = False, packed: bool = False) -> ConversationDataset:
         encoder = ConversationEncoder(self.sample_spec(), self.rows.max_length)
-        return ConversationDataset(table, encoder, generation, packed)
+        return ConversationDataset(table, encoder, generation, packed, self.reading.keep_mib * MIB)
 
     def _training_set(self) -> ConversationDataset:
         return self._dataset(self._table(self.train, "train"), packed=self.rows.packing)

@@ -17,7 +17,7 @@ from moextend_pl.samples.control_tokens import Disguise, control_strings
 from moextend_pl.samples.templates import answer_spans
 from moextend_pl.samples.turns import IMAGE_MARK, Turn
 
-CACHED_TEXTS, CACHED_CHARACTERS = 4096, 512
+CACHED_TEXTS, CACHED_CHARACTERS = 16_384, 512
 """Short texts repeat; long ones do not, and remembering them would fill the memory of every worker."""
 
 

@@ -101,12 +101,16 @@ class PixelTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Returns the pixel values of one image."""
-        pixels = self._square(image).astype(np.float32, order="C")
+        return self.normalised(self.square(image))
+
+    def normalised(self, square_3HW: np.ndarray) -> torch.Tensor:
+        """Returns the pixel values of what `square` returned, which stays as it is."""
+        pixels = square_3HW.astype(np.float32, order="C")
         pixels *= self.scale
         pixels += self.shift
         return torch.from_numpy(pixels)
 
-    def _square(self, image: Image.Image) -> np.ndarray:
+    def square(self, image: Image.Image) -> np.ndarray:
         """Returns (3, side, side) uint8."""
         if image.size == (self.side, self.side) and not self.resize.startswith(f"{CROP}:"):
             # Pillow takes the channels of each line apart faster than numpy turns an image.

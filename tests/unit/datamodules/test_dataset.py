@@ -13,6 +13,7 @@ import torch
 from datamodules.bad_samples import bad_samples_of
 from datamodules.dataset import BatchLoader, ConversationDataset, UnitTable
 from datamodules.index import save_index
+from datamodules.kept import Kept
 from datamodules.order import FILLER, EveryUnitOnce, Order
 from datamodules.shards import Entry, conversation, write_shards
 from datamodules.workers import WORKER_PATIENCE, begin_worker
@@ -188,3 +189,45 @@ def test_a_filler_gives_an_empty_sample(folder, spec):
         sample = dataset(folder, spec, generation=generation)[FILLER]
         assert sample.key == ""
         assert set(sample.labels.tolist()) == {IGNORE_INDEX}
+
+
+def test_what_is_kept_equals_what_is_read_anew_and_is_neither_read_nor_decoded_again(folder, spec, monkeypatch):
+    anew, kept = dataset(folder, spec, "single"), dataset(folder, spec, "single", keep=2**20)
+    for unit in range(len(anew)):
+        assert kept[unit].key == anew[unit].key
+    monkeypatch.setattr("datamodules.dataset.decode_image", None)
+    monkeypatch.setattr("datamodules.reader.ShardReader.read", None)
+    again = [kept[unit] for unit in range(len(anew))]
+    monkeypatch.undo()
+    for unit, sample in enumerate(again):
+        sample.pixel_values.add_(1.0)  # what is done to a sample does not reach what is kept
+        expected, got = anew[unit], kept[unit]
+        assert torch.equal(got.input_ids, expected.input_ids)
+        assert torch.equal(got.pixel_values, expected.pixel_values)
+        assert got.image_keys == expected.image_keys
+
+
+def test_no_more_is_kept_than_the_limit_and_a_copy_for_a_worker_begins_empty():
+    calls = []
+
+    def value(size):
+        return lambda: calls.append(size) or b"x" * size
+
+    kept = Kept(10, len)
+    for key, size in (("a", 6), ("b", 5), ("c", 4), ("a", 6), ("b", 5), ("c", 4)):
+        assert kept.get(key, value(size)) == b"x" * size
+    assert calls == [6, 5, 4, 5]
+    copy = pickle.loads(pickle.dumps(kept))
+    assert (copy.limit, copy.used) == (10, 0)
+    copy.get("a", value(6))
+    assert calls == [6, 5, 4, 5, 6]
+
+
+def test_a_sample_that_cannot_be_read_is_not_kept(folder, spec, monkeypatch):
+    samples = dataset(folder, spec, keep=2**20)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "datamodules.reader.ShardReader.read", lambda reader, number: (_ for _ in ()).throw(UserError("x"))
+        )
+        assert bad_samples_of([samples[0]])
+    assert not bad_samples_of([samples[0]])

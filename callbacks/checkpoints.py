@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from moextend_pl.runs.checkpoint import PENDING_CHECKPOINT, check_room, take_place
+from moextend_pl.contracts import run_directory
+from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, PENDING_CHECKPOINT, check_room, take_place
 
 MOMENTS, MASTER = 8, 4  # bytes of an optimizer for each number that learns
 
@@ -39,6 +40,11 @@ class StageCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Puts checkpoints into the run directory, where Lightning would take the first logger's."""
+        self.dirpath = str((run_directory(trainer) / CHECKPOINT_FOLDER).absolute())
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a disk without room for the checkpoints, before the first step."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ShiftRule,
     )
     from moextend_pl.runs.checkpoint import AtomicCheckpointIO
+    from moextend_pl.runs.metrics_log import MLflowRun, TensorBoardRun, WandbRun
     from moextend_pl.training.finite import NumbersGuard
     from moextend_pl.training.optim import OptimSpec
     from moextend_pl.training.sharding.strategy import ShardedStrategy
@@ -46,6 +47,7 @@ __all__ = [
     "FirstLayers",
     "IntervalLayers",
     "LayerGrowth",
+    "MLflowRun",
     "MoELanguageModel",
     "MoExtend",
     "NumbersGuard",
@@ -54,10 +56,12 @@ __all__ = [
     "RandomRule",
     "ShardedStrategy",
     "ShiftRule",
+    "TensorBoardRun",
     "TrainPlan",
     "UpcycleSpec",
     "UserError",
     "VisionEncoder",
+    "WandbRun",
     "Watchdog",
     "load",
 ]
@@ -79,6 +83,7 @@ _HOMES = {
         "ShiftRule",
     ),
     "runs.checkpoint": ("AtomicCheckpointIO",),
+    "runs.metrics_log": ("MLflowRun", "TensorBoardRun", "WandbRun"),
     "training.finite": ("NumbersGuard",),
     "training.optim": ("OptimSpec",),
     "training.sharding.strategy": ("ShardedStrategy",),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,14 +19,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from moextend_pl.cli.config_errors import explain
 from moextend_pl.cli.config_files import ALLOW_OPTION, BASE_KEY, StageArguments, prepare_arguments
-from moextend_pl.cli.stage_parser import SaveRunConfig, StageParser, guarded_parsing, plain_config, replace_plan
+from moextend_pl.cli.stage_parser import (
+    SaveRunConfig,
+    StageParser,
+    guarded_parsing,
+    place_loggers,
+    plain_config,
+    replace_plan,
+)
 from moextend_pl.cli.start import CommonStart
 from moextend_pl.cli.trainer_settings import check_settings, check_trainer, our_strategy
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import remove_leftovers
 from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, drop_later, peek, written_since
 from moextend_pl.runs.interruptions import Notes, Told, count_restarts, job_mark
-from moextend_pl.runs.metrics_log import RunLogger
+from moextend_pl.runs.metrics_log import GoesOn, RunLogger, last_steps
 from moextend_pl.runs.preflight import (
     check_writable,
     choose_checkpoint,
@@ -121,6 +129,7 @@ class MoExtendCLI(LightningCLI):
             given.trainer.default_root_dir = self._trial.name
             run = Path(self._trial.name) if command == "fit" else run
             _log.info("`fast_dev_run` is a trial: it begins anew, and what it writes is thrown away")
+        place_loggers(given, str(run))
         mark = job_mark(run) if command == "fit" else {}
         fresh, asked = given.get("fresh", False) and not mark, given.get("ckpt_path")
         if mark and written_since(run / CHECKPOINT_FOLDER, mark["since"]):
@@ -176,7 +185,8 @@ class MoExtendCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Builds the trainer; its arguments all come from the user, so its complaints are theirs to mend."""
-        config["logger"] = _loggers(config.get("logger"), str(config.get("default_root_dir") or "."))
+        goes_on = self.subcommand == "fit" and self._checkpoint is not None
+        config["logger"] = _loggers(config.get("logger"), str(config.get("default_root_dir") or "."), goes_on)
         config["strategy"] = our_strategy(config.get("strategy", "auto"))
         try:
             if SLURMEnvironment.detect():
@@ -192,6 +202,9 @@ class MoExtendCLI(LightningCLI):
         except (MisconfigurationException, ModuleNotFoundError, RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its settings: {error}") from error
         check_trainer(trainer, config.get("precision"))
+        for saves in trainer.checkpoint_callbacks:
+            if isinstance(saves, ModelCheckpoint) and saves.dirpath is None:  # Lightning takes the first logger's place
+                saves.dirpath = str((Path(trainer.default_root_dir) / CHECKPOINT_FOLDER).absolute())
         return trainer
 
 
@@ -253,9 +266,13 @@ def run_stage(argv: Sequence[str], notes: Notes) -> MoExtendCLI | int:
         raise
 
 
-def _loggers(asked: Any, run: str) -> Any:
+def _loggers(asked: Any, run: str, goes_on: bool) -> Any:
     """Returns the loggers asked for beside that of `metrics.csv`, which pages and plots read; none if `false`."""
     if asked is False:
         return False
     others = [] if asked in (None, True) else asked if isinstance(asked, list) else [asked]
+    for each in others:
+        if goes_on and isinstance(each, GoesOn):
+            each.known = last_steps(Path(run))
+    # The table comes last: what stands there has been told to all others.
     return [*others, *([] if any(isinstance(each, RunLogger) for each in others) else [RunLogger(run)])]

@@ -17,8 +17,11 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from moextend_pl.cli.config_files import BASE_KEY
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import write_text
+from moextend_pl.runs.metrics_log import GoesOn
 from moextend_pl.runs.preflight import CONFIG_FILE
+from moextend_pl.runs.sources import flatten
 
+STANDING_IN_RUNS = ("TensorBoardRun", "WandbRun", "MLflowRun")
 PER_CALL_KEYS = ("config", BASE_KEY, "plan", "fresh", "ckpt_path", "allow_class_path")
 
 
@@ -65,7 +68,11 @@ class SaveRunConfig(SaveConfigCallback):
             return
         command = getattr(stage, "value", stage)  # Lightning passes an enum, whose text is not its value
         name = CONFIG_FILE if command == "fit" else f"config.{command}.yaml"
-        write_text(Path(trainer.default_root_dir) / name, yaml.safe_dump(plain_config(self.config), sort_keys=False))
+        config = plain_config(self.config)
+        write_text(Path(trainer.default_root_dir) / name, yaml.safe_dump(config, sort_keys=False))
+        for logger in trainer.loggers if command == "fit" else ():
+            if isinstance(logger, GoesOn):
+                logger.log_hyperparams(flatten(config))
         self.already_saved = True
 
 
@@ -81,6 +88,14 @@ def replace_plan(config: Namespace, path: str) -> None:
         raise UserError("`--plan` needs a stage with an ExpertExtension callback that reads a plan, got none.")
     for callback in readers:
         callback.init_args.plan = path
+
+
+def place_loggers(config: Namespace, run: str) -> None:
+    """Gives the loggers of a config that stand in a run directory theirs, in place."""
+    asked = config.trainer.get("logger")
+    for entry in asked if isinstance(asked, list) else [asked]:
+        if isinstance(entry, Namespace) and entry.class_path.rpartition(".")[2] in STANDING_IN_RUNS:
+            entry.init_args.run = run
 
 
 def plain_config(config: Namespace) -> dict[str, Any]:

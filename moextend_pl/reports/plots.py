@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from matplotlib.axes import Axes
@@ -20,9 +20,10 @@ from moextend_pl.reports.report_text import accuracy_rows
 Counts = Mapping[str, Mapping[int, Tensor]]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save(figure: Figure, path: Path | IO[bytes]) -> None:
+    """Writes a figure as PNG, to a place or into what is open."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
@@ -34,12 +35,12 @@ def _shares(counts: Mapping[int, Tensor]) -> Tensor:
     return rows
 
 
-def plot_usage(moments: Mapping[str, Counts], path: Path) -> None:
+def plot_usage(moments: Mapping[str, Counts], path: Path | IO[bytes]) -> None:
     """Draws heat maps of expert usage, image tokens and text tokens apart where there are both.
 
     Args:
         moments: Counts by token kind and layer, for each moment shown (one row of maps each).
-        path: Where the PNG goes.
+        path: Where the PNG goes; a place, or what is open.
     """
     kinds = [kind for kind in TOKEN_KINDS if any(c.any() for m in moments.values() for c in m[kind].values())]
     kinds = kinds or list(TOKEN_KINDS)

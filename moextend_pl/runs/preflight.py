@@ -33,7 +33,7 @@ RESULTS = ("stage.json", MANIFEST_FILE, DELTA_FILE, NEW_DELTA_FILE, PLAN_FILE)
 RUN_RECORDS = (
     *(CHECKPOINT_FOLDER, CONFIG_FILE, "metrics.csv", "bad_samples.jsonl", "ledger.jsonl", "expert_usage.jsonl"),
     *(*RESULTS, "frozen.json", "usage.json", "plots"),
-    *("retention_in_training.json", "evaluation"),
+    *("retention_in_training.json", "evaluation", "tensorboard", "wandb", "mlflow", "mlflow.db", "loggers.json"),
 )
 
 _log = logging.getLogger(__name__)

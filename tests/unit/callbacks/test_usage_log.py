@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from helpers.tiny_world import EXPERTS, GROWN, TinyWorld, make_plan
 from lightning.pytorch import Callback, Trainer
 
 from callbacks.train_only import TrainOnly
-from callbacks.usage_log import UsageLog, summary
+from callbacks.usage_log import UsageLog, details, summary
 from moextend_pl.contracts import UserError
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.blocks import list_blocks
@@ -114,3 +115,22 @@ def test_a_part_alone_and_no_interval_are_refused(tiny_world: TinyWorld, make_tr
     model = tiny_world.language()
     with pytest.raises(UserError, match="watches a moextend_pl.MoExtend, got MoELanguageModel"):
         UsageLog().setup(make_trainer(steps=1), model, "fit")
+
+
+def test_details_name_every_layer_and_expert() -> None:
+    even, one, none = torch.tensor([5, 5]), torch.tensor([0, 15, 5]), torch.zeros(2, dtype=torch.long)
+    counts = {"all": {0: even, 11: one}, "image": {0: none, 11: one}, "text": {0: even, 11: one}}
+    whole = summary(counts, {11: 1})
+    assert details(counts, {11: 1}, "parts") == whole
+    layers = details(counts, {11: 1}, "layers")
+    assert layers["layer_00/entropy"] == pytest.approx(1)
+    assert layers["layer_11/new_image"] == pytest.approx(0.25)
+    assert "layer_00/new_text" not in layers
+    experts = details(counts, {11: 1}, "experts")
+    shares = {"layer_00/expert_{:02d}/text": (0.5, 0.5), "layer_11/expert_{:02d}/image": (0, 0.75, 0.25)}
+    shares["layer_11/expert_{:02d}/text"] = (0, 0.75, 0.25)
+    assert {name: value for name, value in experts.items() if name not in layers} == {
+        name.format(expert): value for name, values in shares.items() for expert, value in enumerate(values)
+    }
+    # Letters that MLflow takes, which takes the fewest.
+    assert all(re.fullmatch(r"[\w./ -]+", name) for name in experts)

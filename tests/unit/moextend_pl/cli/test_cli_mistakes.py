@@ -90,7 +90,7 @@ def test_mistake_in_an_option_is_one_sentence(
         (["--trainer.val_check_interval=0"], ["`trainer.val_check_interval` above 0, got 0"]),
         (["--trainer.accelerator=tpu"], ["the trainer refuses its settings", "torch_xla"]),
         (["--trainer.precision=transformer-engine"], ["the trainer refuses its settings", "transformer_engine"]),
-        (["--trainer.logger=lightning.pytorch.loggers.WandbLogger"], ["wandb", "pip install"]),
+        (["--trainer.logger=lightning.pytorch.loggers.MLFlowLogger"], ["mlflow", "pip install"]),
         (["--trainer.max_epochs=0"], ["took no step", "trainer.max_epochs"]),
         (["--trainer.limit_train_batches=0"], ["took no step", "limit_train_batches"]),
     ],

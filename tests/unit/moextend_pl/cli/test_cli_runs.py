@@ -253,4 +253,5 @@ def test_other_loggers_stand_beside_the_table_of_the_run(stage: Path, tmp_path: 
     command = fit(stage, f"--trainer.logger={json.dumps(logger)}")
     assert [type(each).__name__ for each in command.trainer.loggers] == ["CSVLogger", "RunLogger"]
     assert Path(command.trainer.loggers[1].log_dir) == tmp_path / "run"
+    assert (tmp_path / "run/checkpoints/last.ckpt").is_file()  # and not with the first logger
     assert fit(stage, "--fresh", "--trainer.logger=false").trainer.loggers == []

@@ -2,7 +2,7 @@
 
 import sys
 
-from moextend_pl.cli.commands import main
+from moextend_pl.cli.commands import shell
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(shell(sys.argv[1:]))

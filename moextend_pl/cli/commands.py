@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from moextend_pl.cli.neighbours import check_neighbours
 from moextend_pl.contracts import UserError
 from moextend_pl.runs.atomic import write_fault
-from moextend_pl.runs.interruptions import listening
+from moextend_pl.runs.interruptions import deafen, listening
 
 if TYPE_CHECKING:
     from moextend_pl.cli.stage import MoExtendCLI
@@ -82,8 +82,16 @@ def overview() -> str:
     return OVERVIEW.format(commands="\n".join(f"  {name:<12}{text}" for name, text in lines.items()))
 
 
+def shell(argv: list[str]) -> int:
+    """Runs the one command of a process, whose end no signal disturbs."""
+    try:
+        return main(argv)
+    finally:
+        deafen()
+
+
 def main(argv: list[str]) -> int:
-    """Runs one command for the shell.
+    """Runs one command as a shell's.
 
     Returns:
         The exit code: 0, 2 for a mistake of the user, 130 when interrupted. Bugs keep their traceback.

@@ -93,6 +93,16 @@ def listening() -> Iterator[Notes]:
             signal.signal(number, handler)
 
 
+def deafen() -> None:
+    """Lets a process whose work is over come to its end, with its own exit code.
+
+    An interpreter takes a second to end. `srun --kill-on-bad-exit` sends SIGTERM to the others as soon as one has
+    ended, and a job that is preempted just then may have written all it had to write.
+    """
+    for number in HEARD:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def restarts() -> int:
     """Returns how often SLURM has started the job of this process again."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))

@@ -27,7 +27,7 @@ def runs(text: str, folder: Path, *arguments: str) -> list[str]:
     stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {shlex.quote(str(folder))}/words\n')
     stand_in.chmod(0o755)
     environment = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
-    environment |= {"SLURM_NTASKS_PER_NODE": "4", "SLURM_ARRAY_TASK_ID": "5"}
+    environment |= {"SLURM_NTASKS_PER_NODE": "4", "SLURM_ARRAY_TASK_ID": "5", "SLURM_CPUS_PER_TASK": "6"}
     subprocess.run(["bash", str(folder / "job.sbatch"), *arguments], env=environment, cwd=folder, check=True)
     return (folder / "words").read_text().splitlines()
 
@@ -50,6 +50,7 @@ def test_options_stand_where_sbatch_reads_them_and_others_go_to_fit(
     words = runs(text, tmp_path)
     assert words[words.index("--config") + 1] == str(stage)
     assert words[-3:] == ["--trainer.max_steps=9", "--model.name", "two words"]
+    assert words[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=6"]
     assert words[words.index("--trainer.devices") + 1] == "4"
     assert words[words.index("--trainer.num_nodes") + 1] == "2"
 

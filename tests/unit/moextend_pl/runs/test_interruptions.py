@@ -83,3 +83,13 @@ def test_a_process_that_is_told_before_it_listens_hears_it_when_it_does() -> Non
         assert notes.told == "SIGUSR1"
     assert child.communicate(timeout=60)[0].strip() == "SIGTERM"
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGUSR1}
+
+
+def test_a_process_whose_command_is_over_ends_with_its_own_exit_code_whatever_it_is_told() -> None:
+    code = (
+        "import atexit, os, runpy, signal, sys\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "sys.argv[1:] = ['no-command']\n"
+        "runpy.run_module('moextend_pl', run_name='__main__')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 2

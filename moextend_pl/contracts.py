@@ -1,8 +1,7 @@
 """Words that every room of the house shares; plain data only, no networks.
 
-Shape legend used across the project: B batch, S sequence, T = B * S tokens, D width, E experts of
-the base layer, N new experts, K experts selected per token, L layers, I images in a batch,
-P placeholder tokens of one image.
+Shape legend used across the project: B batch, S sequence, T = B * S tokens, D width, E experts of the base layer,
+N new experts, K experts selected per token, L layers, I images in a batch, P placeholder tokens of one image.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class SampleSpec:
         image_std: Per channel standard deviation of the pixel values in [0, 1].
         packing_obstacle: Why the model cannot take rows of several documents; empty if it can.
         context: Longest sequence that the model was made for, in positions; None if it says none.
-        resize: How images that are not square become one, see `samples.squares`.
+        resize: How images that are not square become one, see `samples.squares`; `resample` is the filter.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +57,7 @@ class SampleSpec:
     packing_obstacle: str = ""
     context: int | None = None
     resize: str = "squash"
+    resample: str = "bicubic"
 
 
 @dataclass

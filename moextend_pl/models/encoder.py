@@ -25,7 +25,8 @@ from moextend_pl.models.tower_grid import own_side, patches_side, pooled_side, t
 from moextend_pl.moe.blocks import list_blocks
 from moextend_pl.moe.upcycle import agreed_spec, upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
-from moextend_pl.samples.squares import SQUASH, check_resize
+from moextend_pl.samples.preprocessor import own_pictures
+from moextend_pl.samples.squares import BICUBIC, SQUASH, check_resample, check_resize
 from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.training.batch_norm import share_statistics
 from moextend_pl.training.captions import captions_of, contrast
@@ -43,7 +44,7 @@ class VisionEncoder(StageModule):
         name: `timm/<model>` for a timm model, or the folder of a transformers vision model, or of a CLIP or SigLIP
             model, of which the image side is taken.
         path: Folder written by `save_pretrained`; it replaces all other arguments of the tower, but for
-            `upcycle`, `scales`, `reference` and `resize` where they are given too.
+            `upcycle`, `scales`, `reference`, `resize` and `resample` where they are given too.
         image_size: Side in pixels; the tower's own by default.
         tower_args: Further arguments of `timm.create_model`.
         features: What is read of the tower.
@@ -82,7 +83,9 @@ class VisionEncoder(StageModule):
             self.config["image_size"] = self._own_side()
         if self.config["image_size"] < 1:
             raise UserError(f"Expected `encoder.image_size` of at least 1, got {self.config['image_size']}.")
-        self.config["resize"] = check_resize(features.resize or self._own_resize(), int(self.config["image_size"]))
+        said = self._own_pictures()
+        self.config["resize"] = check_resize(features.resize or said["resize"], int(self.config["image_size"]))
+        self.config["resample"] = check_resample(features.resample or said["resample"])
         self.config["reference"] = features.reference or bool(self.config.get("reference"))
         self.config["scales"] = checked_scales(features.scales or self.config.get("scales") or [1])
         self.stored_upcycle = UpcycleSpec.from_dict(self.config.get("upcycle"))
@@ -93,11 +96,11 @@ class VisionEncoder(StageModule):
         name = str(self.config["name"])
         return timm_own_side(name.removeprefix(TIMM)) if self.is_timm else own_side(self.folder)
 
-    def _own_resize(self) -> str:
-        """Returns what the tower says; one that was saved before it could say was trained on squashed images."""
-        if self.path is not None or self.is_timm:
-            return str(self.config.get("resize", SQUASH))
-        return towers.image_resize(int(self.config["image_size"]), self.folder)
+    def _own_pictures(self) -> dict[str, str]:
+        """Returns what the tower says of its pictures; where it does not, they are as they were before it could."""
+        is_told = self.path is not None or self.is_timm
+        said = self.config if is_told else own_pictures(self.folder, int(self.config["image_size"]))
+        return {"resize": said.get("resize") or SQUASH, "resample": said.get("resample") or BICUBIC}
 
     @staticmethod
     def _read_config(path: Path) -> dict[str, Any]:
@@ -122,7 +125,7 @@ class VisionEncoder(StageModule):
         Raises:
             UserError: If its weights lie in no folder.
         """
-        added = {name: self.config[name] for name in ("scales", "reference", "resize")}
+        added = {name: self.config[name] for name in ("scales", "reference", "resize", "resample")}
         if self.path is not None:
             return {"path": str(self.path), **added}
         if self.is_timm:
@@ -241,8 +244,8 @@ class VisionEncoder(StageModule):
         tokenizer = load_tokenizer(self.tokenizer_path)
         side = int(self.config["image_size"])
         obstacle = "the contrastive loss compares each image with the text of its row"
-        how = str(self.config["resize"])
-        return SampleSpec(tokenizer, len(tokenizer), self.tokens_per_image, side, packing_obstacle=obstacle, resize=how)
+        how: dict[str, Any] = {name: self.config[name] for name in ("resize", "resample")}
+        return SampleSpec(tokenizer, len(tokenizer), self.tokens_per_image, side, packing_obstacle=obstacle, **how)
 
     def forward(self, pixels_I3HW: Tensor) -> Tensor:
         """Encodes images.

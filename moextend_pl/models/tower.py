@@ -22,9 +22,8 @@ from transformers import AutoModel, PreTrainedConfig
 from moextend_pl.contracts import UserError
 from moextend_pl.models.model_folder import read_config, read_model
 from moextend_pl.runs.fingerprints import check_weight_file, check_weights
-from moextend_pl.samples.squares import SQUASH, own_resize
+from moextend_pl.samples.preprocessor import PREPROCESSOR_FILE, Statistics, own_statistics, read_preprocessor
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
 MASK_TOKEN = "mask_token"
 
 
@@ -39,8 +38,10 @@ class FeatureSpec:
         scales: Scales at which an image is encoded; their channels stand side by side (S2). By default [1].
         reference: Whether blocks that nothing reads are kept and computed, as in the published code of CuMo.
         resize: How images that are not square become one: `squash`, `pad` (with the mean colour, as LLaVA-1.5), `crop`
-            (shorter side to the image size, then the middle), or `crop:N` (shorter side to N first). By default what
-            the tower's preprocessor_config.json says, else `squash`.
+            (shorter side to the image size, then the middle), or `crop:N` (shorter side to N first; `squash:N`: both
+            sides). By default what the tower's preprocessor_config.json says, else `squash`.
+        resample: Filter by which images change their size: `nearest`, `lanczos`, `bilinear`, `bicubic`, `box` or
+            `hamming`. By default what the tower says, else `bicubic`.
     """
 
     layer: int = -2
@@ -48,6 +49,7 @@ class FeatureSpec:
     scales: list[int] | None = None
     reference: bool = False
     resize: str | None = None
+    resample: str | None = None
 
 
 def vision_config(folder: str) -> PreTrainedConfig:
@@ -124,7 +126,7 @@ def _is_unread(name: str) -> bool:
     return text or MASK_TOKEN in name or ("layers." not in name and "embed" not in name)
 
 
-def image_statistics(*folders: str) -> dict[str, tuple[float, float, float]]:
+def image_statistics(*folders: str) -> Statistics:
     """Returns `image_mean` and `image_std` that a transformers tower learned with.
 
     Args:
@@ -133,30 +135,7 @@ def image_statistics(*folders: str) -> dict[str, tuple[float, float, float]]:
     Raises:
         UserError: If no folder says.
     """
-    paths = [Path(folder) / PREPROCESSOR_FILE for folder in folders]
-    path = next((path for path in paths if path.is_file()), paths[0])
-    try:
-        facts = json.loads(path.read_text())
-        red_green_blue = {name: facts[name] for name in ("image_mean", "image_std")}
-        return {name: (float(r), float(g), float(b)) for name, (r, g, b) in red_green_blue.items()}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"Expected `image_mean` and `image_std` in {path}, got {error!r}. Take the file from where the tower's "
-            "weights come from."
-        ) from error
-
-
-def image_resize(side: int, *folders: str) -> str:
-    """Returns how the images of a transformers tower become square; squashed where no folder says.
-
-    Args:
-        side: Of the square in pixels.
-        folders: As for `image_statistics`.
-    """
-    for path in (Path(folder) / PREPROCESSOR_FILE for folder in folders):
-        with suppress(OSError, ValueError, TypeError):
-            return own_resize(dict(json.loads(path.read_text())), side)
-    return SQUASH
+    return own_statistics(read_preprocessor(*folders), str(Path(folders[0]) / PREPROCESSOR_FILE))
 
 
 def save_facts(tower: Any, path: Path, *folders: str) -> None:

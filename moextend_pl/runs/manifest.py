@@ -124,7 +124,7 @@ class Manifest:
             arguments[part][_folder_name(arguments[part], part)] = str(place)
         if not arguments["encoder"].get("path"):  # a saved tower says it itself
             # Runs that do not say are of before there was a choice.
-            arguments["encoder"].setdefault("resize", "squash")
+            arguments["encoder"] = {"resize": "squash", "resample": "bicubic", **arguments["encoder"]}
         for name in _places(arguments["language"]):
             arguments["language"][name] = os.path.normpath(self.run / arguments["language"][name])
         return arguments

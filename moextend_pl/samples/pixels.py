@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.squares import CROP, check_resize, to_square
+from moextend_pl.samples.squares import check_resample, check_resize, to_square
 from moextend_pl.samples.turns import IMAGE_FORMATS
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class PixelTransform:
 
     def __init__(self, spec: SampleSpec) -> None:
         self.side, self.resize, self.mean = spec.image_size, check_resize(spec.resize, spec.image_size), spec.image_mean
+        self.resample = check_resample(spec.resample)
         std = np.array(spec.image_std, dtype=np.float32)
         # One multiplication and one addition, folded, since this runs for every image.
         self.scale = (1.0 / (255.0 * std)).reshape(3, 1, 1)
@@ -112,8 +113,8 @@ class PixelTransform:
 
     def square(self, image: Image.Image) -> np.ndarray:
         """Returns (3, side, side) uint8."""
-        if image.size == (self.side, self.side) and not self.resize.startswith(f"{CROP}:"):
+        if image.size == (self.side, self.side) and ":" not in self.resize:
             # Pillow takes the channels of each line apart faster than numpy turns an image.
             lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
             return lines.reshape(self.side, 3, self.side).transpose(1, 0, 2)
-        return to_square(np.array(image), self.side, self.resize, self.mean)
+        return to_square(np.array(image), self.side, self.resize, self.mean, self.resample)

@@ -72,7 +72,26 @@ def test_what_was_trained_before_there_was_a_choice_stays_squashed(tmp_path: Pat
     known = {"language": {"base": "."}, "projector": {}}
     for written, expected in (({"name": folder}, "squash"), ({"name": folder, "resize": "pad"}, "pad")):
         manifest = Manifest((), {"encoder": written, **known}, [], {}, "", {}, run=tmp_path)
-        assert manifest.model_arguments()["encoder"]["resize"] == expected
+        arguments = manifest.model_arguments()["encoder"]
+        assert (arguments["resize"], arguments["resample"]) == (expected, "bicubic")
+
+
+def test_a_tower_says_the_filter_of_its_pictures_and_what_is_not_followed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(save(tmp_path / "hf", "siglip"))
+    facts = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**facts, "resample": 2, "do_pad": True}))
+    encoder = VisionEncoder(name=str(folder))
+    assert encoder.rebuild_arguments()["resample"] == "bilinear"
+    assert "says of its pictures what is not followed: do_pad=true" in caplog.text
+    encoder.configure_model()
+    encoder.save_pretrained(tmp_path / "saved")
+    assert VisionEncoder(path=str(tmp_path / "saved")).config["resample"] == "bilinear"
+    stated = VisionEncoder(name=str(folder), features=FeatureSpec(resample="box"))
+    assert stated.config["resample"] == "box"
+    with pytest.raises(UserError, match=r"`encoder.features.resample` as one of nearest, .* got 'cubic'"):
+        VisionEncoder(name=str(folder), features=FeatureSpec(resample="cubic"))
 
 
 def test_a_wrong_word_is_told_before_a_tower_is_built() -> None:

@@ -115,9 +115,13 @@ class AskMixin(AnswerMixin):
         chosen = self.generation if spec is None else spec
         if chosen.beams > 1:
             raise UserError("A stream has one beginning of an answer, got several `beams`. Leave out one of the two.")
-        encoder, _ = self._check([question], task)
-        batch = self._batch([question], encoder, task)
+        batch = self.prompt(question, task)
         return stream(lambda tell: self.answer(batch, chosen, tell))
+
+    def prompt(self, question: Question, task: str = "") -> Batch:
+        """Returns a question as `answer` takes it; mistakes, as of `generate`, are raised at once."""
+        encoder, _ = self._check([question], task)
+        return self._batch([question], encoder, task)
 
     def _check(self, questions: Sequence[Question], task: str) -> tuple[ConversationEncoder, list[int]]:
         """Refuses what cannot be answered, before a picture is read; returns the length of each prompt too."""

@@ -11,6 +11,20 @@ from moextend_pl.inference.pictures import open_picture
 from moextend_pl.samples.messages import Picture, Question, ask
 
 
+def next_question(said: Question | None, text: str, pictures: Sequence[Picture] = ()) -> Question:
+    """Returns a question with all that was said and shown before; its pictures are opened once, for all turns to come.
+
+    Raises:
+        UserError: If the question is empty or a picture cannot be read.
+    """
+    return ask(text, [open_picture(picture) for picture in pictures], said)
+
+
+def answered(question: Question, answer: str) -> Question:
+    """Returns the conversation that a question and its answer make, for the next one to go on with."""
+    return replace(question, turns=(*question.turns[:-1], replace(question.turns[-1], gpt=answer)))
+
+
 class Chat:
     """A conversation with a model.
 
@@ -43,8 +57,7 @@ class Chat:
         Raises:
             UserError: As `AskMixin.generate`; the conversation stays as it was.
         """
-        # Opened once, for all turns to come.
-        question = ask(text, [open_picture(picture) for picture in pictures], self.said)
+        question = next_question(self.said, text, pictures)
         if self.said is None and self.system:
             question = replace(question, turns=(replace(question.turns[0], system=self.system),))
         heard = []
@@ -55,8 +68,7 @@ class Chat:
             for piece in self.model.stream(question, self.task, self.spec):
                 heard.append(piece)
                 yield piece
-        last = replace(question.turns[-1], gpt="".join(heard))
-        self.said = replace(question, turns=(*question.turns[:-1], last))
+        self.said = answered(question, "".join(heard))
 
     def begin_anew(self) -> None:
         """Forgets what was said and shown."""

@@ -10,6 +10,7 @@ QUESTION = "what color is the shape?"
 NEXT = (
     ("ask it about a picture", ("generate", "--checkpoint", "{run}", "--image", "{picture}", "--prompt", QUESTION)),
     ("talk with it", ("chat", "--checkpoint", "{run}", "--image", "{picture}")),
+    ("talk with it on a web page, and see which experts answer", ("demo", "{run}")),
     ("look at every stage", ("report", "{out}")),
     ("a folder for transformers", ("export", "{run}", "--out", "{out}/exported")),
     ("a small folder to share", ("export", "{run}", "--target", "delta", "--out", "{out}/shared")),

@@ -54,6 +54,22 @@ def asked_over_http(line: str, folder: Path, environment: dict[str, str], out: P
     raise AssertionError("the server never listened")
 
 
+def shown_on_a_page(line: str, folder: Path, environment: dict[str, str]) -> str:
+    """Starts the page, fetches it as soon as it is there, and ends it."""
+    with subprocess.Popen(f"exec {line}", shell=True, cwd=folder, env=environment) as server:
+        try:
+            for _ in range(120):
+                assert server.poll() is None
+                try:
+                    with urlopen("http://127.0.0.1:7860", timeout=60) as page:
+                        return str(page.read().decode())
+                except URLError:
+                    time.sleep(1)
+        finally:
+            server.terminate()
+    raise AssertionError("there was no page")
+
+
 def encoded(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
@@ -70,6 +86,9 @@ def test_every_command_that_the_quickstart_ends_with_runs_as_printed(quickstart:
         if " serve " in line:
             said[purpose] = asked_over_http(line, tmp_path, environment, out)
             continue
+        if " demo " in line:
+            said[purpose] = shown_on_a_page(line, tmp_path, environment)
+            continue
         options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
         done = subprocess.run(line, shell=True, input=f"{QUESTION}\n/quit\n", **options)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
@@ -78,6 +97,7 @@ def test_every_command_that_the_quickstart_ends_with_runs_as_printed(quickstart:
     assert answer
     assert answer in said["talk with it"]
     assert said["let other tools ask it"] == answer
+    assert "3_extend" in said["talk with it on a web page, and see which experts answer"]
     assert all((out / name).exists() for name in ("report.html", "exported/config.json", "shared/delta.safetensors"))
 
 

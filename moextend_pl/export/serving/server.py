@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -21,6 +21,7 @@ from transformers.cli.serving.utils import BaseHandler, GenerationState, Modalit
 
 from moextend_pl.contracts import UserError
 from moextend_pl.export.folder import exported, processor_of
+from moextend_pl.export.serving.small_requests import SmallRequests
 from moextend_pl.inference.device import named_device
 from moextend_pl.models.moextend import MoExtend
 
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 INLINE = "data:"
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-BAD_REQUEST, TOO_LARGE = 400, 413
+BAD_REQUEST = 400
 
 
 def read(run: Path, base: str | None, task: str, device: str) -> tuple[Any, Any]:
@@ -74,7 +75,7 @@ def build(name: str, model: Any, processor: Any, limit: int) -> FastAPI:
         generation_state=state,
     )
     app.add_exception_handler(UserError, _refused)
-    app.add_middleware(SmallRequests, limit=limit)
+    app.add_middleware(SmallRequests, limit=limit, refusal=_too_large)
     return app
 
 
@@ -86,6 +87,10 @@ def run(app: FastAPI, host: str, port: int) -> None:
 async def _refused(_: Request, error: Exception) -> JSONResponse:
     """Answers a mistake in a request with its sentence, as OpenAI does."""
     return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=BAD_REQUEST)
+
+
+def _too_large(sentence: str, status: int) -> JSONResponse:
+    return JSONResponse({"error": {"message": sentence, "type": "invalid_request_error"}}, status)
 
 
 class OneModel(ModelManager):
@@ -167,43 +172,3 @@ class Responses(ResponseHandler, Asked):
     """Responses, OpenAI's newer form of the same."""
 
     get_processor_inputs_from_messages = staticmethod(Asked.get_processor_inputs_from_messages)
-
-
-class SmallRequests:
-    """Refuses requests that are too large, before they are read where they say so, and else as soon as they are.
-
-    Args:
-        app: What is asked.
-        limit: Bytes.
-    """
-
-    def __init__(self, app: Any, limit: int) -> None:
-        self.app, self.limit = app, limit
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Passes a request on."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(told) > self.limit:
-            sentence = f"Expected a request of at most {self.limit} bytes, got {int(told)}. Shrink its pictures."
-            answer = JSONResponse({"error": {"message": sentence, "type": "invalid_request_error"}}, TOO_LARGE)
-            await answer(scope, receive, send)
-            return
-        got = 0
-
-        async def counted() -> Any:
-            nonlocal got
-            message = await receive()
-            got += len(message.get("body", b""))
-            if got > self.limit:
-                raise HTTPException(TOO_LARGE, f"Expected a request of at most {self.limit} bytes, got more.")
-            return message
-
-        async def answer_with_reason(message: Any) -> None:
-            # What reads the body calls every trouble with it a bad request.
-            is_start = message["type"] == "http.response.start"
-            await send({**message, "status": TOO_LARGE} if is_start and got > self.limit else message)
-
-        await self.app(scope, counted, answer_with_reason)

@@ -10,15 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 
 from moextend_pl.contracts import UserError, run_directory
 from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.models.delta import delta_tensors
 from moextend_pl.models.moextend import MoExtend
-from moextend_pl.runs.atomic import read_json, write_atomically, write_json
+from moextend_pl.runs.atomic import read_json, write_atomically, write_json, write_text
 from moextend_pl.runs.fingerprints import fingerprints
 from moextend_pl.runs.sources import DECIDE_ANSWERS, differences, flatten, plain, told
+from moextend_pl.training.losses import sum_over_ranks
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,9 @@ class WritePredictions(Callback):
     Answers are written batch by batch, to `predictions_<set>.jsonl.part` until all sets are done. A predict run that
     finds such a file goes on behind its last batch, if model, data and options are those that it was begun with. A test
     begins anew, since its score is of all answers.
+
+    Several processes write a file each, of which the first one makes one when all are done: in the order of the set,
+    every sample once, as one process writes it.
     """
 
     def __init__(self) -> None:
@@ -95,13 +100,12 @@ class WritePredictions(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Gives the files their names."""
-        _finish(trainer, _names(trainer, "test"), TEST_PART)
+        _finish(trainer, pl_module, _names(trainer, "test"), TEST_PART)
 
     def on_predict_end(self, trainer: Trainer, pl_module: MoExtend) -> None:
         """Gives the files their names."""
         names = _names(trainer, "predict")
-        _finish(trainer, names, PART)
-        trainer.strategy.barrier()
+        _finish(trainer, pl_module, names, PART)
         for name in names if trainer.is_global_zero else ():
             (run_directory(trainer) / f"predictions_{name}{FACTS}").unlink(missing_ok=True)
 
@@ -138,12 +142,41 @@ def _append(trainer: Trainer, name: str, ending: str, rows: Sequence[dict[str, A
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _finish(trainer: Trainer, names: Sequence[str], part_ending: str) -> None:
+def _finish(trainer: Trainer, module: MoExtend, names: Sequence[str], part_ending: str) -> None:
+    """Gives files their names, and joins those of several processes."""
     for name in names:
         path, part = (_path(trainer, name, trainer.global_rank, ending) for ending in ("", part_ending))
+        rows = _rows(part)
         if part.is_file():
             part.replace(path)
-            log.info("%d predictions in %s", _rows(path), path)
+        total = int(sum_over_ranks(torch.tensor(rows, device=module.device)))
+        if trainer.world_size > 1 and trainer.is_global_zero:
+            path = _join(trainer, name, total)
+        if trainer.is_global_zero:
+            log.info("%d predictions in %s", total, path)
+    trainer.strategy.barrier()
+
+
+def _join(trainer: Trainer, name: str, total: int) -> Path:
+    """Makes one file of those of all ranks, each of which answered its share of every batch.
+
+    Returns:
+        The file; where the files of other ranks cannot be seen from here, that of this one, and all stay.
+    """
+    places = [_path(trainer, name, rank) for rank in range(trainer.world_size)]
+    batch = getattr(getattr(trainer, "datamodule", None), "eval_batch_size", 0)
+    found = [path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else [] for path in places]
+    if not batch or sum(map(len, found)) != total:
+        log.warning("%s: the answers of %d processes stay in files of their own", places[0], trainer.world_size)
+        return places[0]
+    share = batch // trainer.world_size
+    starts = range(0, max(map(len, found)), share)
+    text = "".join(line for start in starts for lines in found for line in lines[start : start + share])
+    whole = run_directory(trainer) / f"predictions_{name}.jsonl"
+    write_text(whole, text)
+    for path in places:
+        path.unlink(missing_ok=True)
+    return whole
 
 
 def _facts(module: MoExtend) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -196,8 +196,11 @@ class MoExtendCLI(LightningCLI):
                 config["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
             ours: list[Callback] = [CommonStart(self._checkpoint), EqualSteps(), EndTogether(self._notes)]
             named = config.get("callbacks") or []
-            if not any(isinstance(each, Watchdog) for each in (named if isinstance(named, list) else [named])):
+            named = named if isinstance(named, list) else [named]
+            if not any(isinstance(each, Watchdog) for each in named):
                 ours.append(Watchdog())
+            if config.get("enable_progress_bar") is False:  # an option of this call, where the bar stands in the file
+                config["callbacks"] = [each for each in named if not isinstance(each, ProgressBar)]
             trainer = super()._instantiate_trainer(config, [*callbacks, *ours])
         except (MisconfigurationException, ModuleNotFoundError, RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"the trainer refuses its settings: {error}") from error

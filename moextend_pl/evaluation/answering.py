@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from moextend_pl.contracts import UserError
 from moextend_pl.evaluation.metrics.keyed import Record
 from moextend_pl.evaluation.question import Question, read_lines
+from moextend_pl.evaluation.ranks import Answers, Ranks
 from moextend_pl.runs.atomic import read_json, write_json
 from moextend_pl.runs.fingerprints import file_sha256
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 PREDICTIONS, ASKED = "predictions.jsonl", "asked.json"
 DATA_ADDRESS = "data:"
-Answers = Callable[[Sequence[Question]], list[str]]
 
 
 def check_pictures(questions: Sequence[Question], task: str) -> None:
@@ -116,7 +116,12 @@ def records(rows: Sequence[dict[str, Any]]) -> list[Record]:
 
 
 def ask(
-    questions: Sequence[Question], folder: Path, facts: dict[str, Any], answers: Answers, batch_size: int
+    questions: Sequence[Question],
+    folder: Path,
+    facts: dict[str, Any],
+    answers: Answers,
+    batch_size: int,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """Returns the answers to all questions; those that the folder keeps already are not asked again.
 
@@ -125,11 +130,34 @@ def ask(
         folder: Of the task in the run; `predictions.jsonl` grows batch by batch.
         facts: What decides the answers; a folder with others is refused.
         answers: Asks the model.
-        batch_size: Questions between two writes.
+        batch_size: Questions that one process answers at a time.
+        ranks: The processes that answer together; the first one reads and writes, and only it has what was kept.
 
     Raises:
         UserError: If the folder keeps answers of another model, or to other questions.
     """
+    ranks = ranks or Ranks()
+    kept = _kept(questions, folder, facts) if ranks.rank == 0 else {}
+    done = set(ranks.from_first(list(kept)))
+    left = [question for question in questions if question.key not in done]
+    shared = ranks.together(answers, batch_size)
+    place = folder / PREDICTIONS if ranks.rank == 0 else Path(os.devnull)
+    with (
+        place.open("a", encoding="utf-8") as file,
+        tqdm(total=len(left), desc=folder.name, disable=ranks.rank > 0) as bar,
+    ):
+        for first in range(0, len(left), batch_size * ranks.size):
+            batch = left[first : first + batch_size * ranks.size]
+            for question, text in zip(batch, shared(batch), strict=True):
+                kept[question.key] = _row(question, text)
+                file.write(json.dumps(kept[question.key]) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    return [kept[question.key] for question in questions if question.key in kept]
+
+
+def _kept(questions: Sequence[Question], folder: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the answers that a folder keeps, by key, and makes it ready for more."""
     kept = {row["key"]: row for row in read_predictions(folder)} if (folder / PREDICTIONS).is_file() else {}
     if kept and read_json(folder / ASKED) != facts:
         raise UserError(
@@ -145,16 +173,7 @@ def ask(
     if (folder / PREDICTIONS).is_file():  # a line that was cut off must not be joined by the next
         os.truncate(folder / PREDICTIONS, whole_lines(folder / PREDICTIONS))
     write_json(folder / ASKED, facts)
-    left = [question for question in questions if question.key not in kept]
-    with (folder / PREDICTIONS).open("a", encoding="utf-8") as file, tqdm(total=len(left), desc=folder.name) as bar:
-        for first in range(0, len(left), batch_size):
-            batch = left[first : first + batch_size]
-            for question, text in zip(batch, answers(batch), strict=True):
-                kept[question.key] = _row(question, text)
-                file.write(json.dumps(kept[question.key]) + "\n")
-            file.flush()
-            bar.update(len(batch))
-    return [kept[question.key] for question in questions]
+    return kept
 
 
 def _row(question: Question, prediction: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from moextend_pl.contracts import UserError
 
 if TYPE_CHECKING:
     from moextend_pl.evaluation.question import Question
+    from moextend_pl.evaluation.ranks import Ranks
     from moextend_pl.evaluation.retention_texts import TextSet
     from moextend_pl.models.moextend import MoExtend
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("Expected --data, the folder with a folder for each of --tasks, got none. Name it.")
     # Imported when the arguments are known to be right: it takes seconds.
     from moextend_pl.evaluation.answering import check_pictures
+    from moextend_pl.evaluation.ranks import joined_ranks
     from moextend_pl.evaluation.retention_texts import read_all_texts
     from moextend_pl.evaluation.tasks import TASKS, folder_of, parse_tasks, whole_groups
     from moextend_pl.inference.device import named_device
@@ -79,16 +81,23 @@ def main(argv: Sequence[str]) -> int:
     texts = read_all_texts(options.retention)
     from moextend_pl.models.moextend import MoExtend
 
-    device = named_device(options.device)
-    model = MoExtend.load(options.run).to(device)
-    if asked:
-        _ask(model, tasks, asked, options)
-    if texts:
-        _retain(model, texts, options)
+    with joined_ranks() as ranks:
+        device = named_device(options.device, ranks.local)
+        model = MoExtend.load(options.run).to(device)
+        if asked:
+            _ask(model, tasks, asked, options, ranks)
+        if texts and ranks.rank == 0:
+            _retain(model, texts, options)
     return 0
 
 
-def _ask(model: MoExtend, tasks: dict[str, str], asked: dict[str, list[Question]], options: argparse.Namespace) -> None:
+def _ask(
+    model: MoExtend,
+    tasks: dict[str, str],
+    asked: dict[str, list[Question]],
+    options: argparse.Namespace,
+    ranks: Ranks,
+) -> None:
     from moextend_pl.evaluation.answering import answers_of, ask, model_facts
     from moextend_pl.evaluation.scoring import score, table, write
 
@@ -96,11 +105,14 @@ def _ask(model: MoExtend, tasks: dict[str, str], asked: dict[str, list[Question]
     facts = {"model": model_facts(options.run), "task": options.task}
     scored = []
     for name, questions in asked.items():
-        rows = ask(questions, out / name, facts, answers_of(model, options.task), options.batch_size)
+        rows = ask(questions, out / name, facts, answers_of(model, options.task), options.batch_size, ranks)
+        if ranks.rank > 0:
+            continue
         other = kept_in(options.against) / name if options.against else None
         scored.append(score(name, tasks[name], rows, options.draws, other))
         write(scored[-1], out / name)
-    sys.stdout.write(table(scored))
+    if scored:
+        sys.stdout.write(table(scored))
 
 
 def _retain(model: MoExtend, texts: list[TextSet], options: argparse.Namespace) -> None:

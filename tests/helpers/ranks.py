@@ -44,7 +44,7 @@ def _run_round(number: int, ranks: int, commands: list[list[str]]) -> bool:
     for rank in range(ranks):
         child = os.fork()
         if not child:
-            os.environ["LOCAL_RANK"] = str(rank)
+            os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank))
             log = os.open(f"rank{rank}_of_round{number}.log", os.O_WRONLY | os.O_CREAT)
             os.dup2(log, 1)
             os.dup2(log, 2)

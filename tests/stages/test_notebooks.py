@@ -23,7 +23,9 @@ def test_notebook_runs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit notebooks without outputs"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
-    (answer,) = [cell for cell in notebook.cells if "model.generate(None" in cell.source]
-    assert answer.outputs[0]["data"]["text/plain"] == "'blue'"
+    answers = [cell for cell in notebook.cells if "model.generate(None" in cell.source]
+    assert all(cell.outputs[0]["data"]["text/plain"] == "'blue'" for cell in answers)
     same = [cell for cell in notebook.cells if cell.source.endswith("\nsame")]
-    assert all(cell.outputs[-1]["data"]["text/plain"] == "True" for cell in same)
+    said = [[str(output.get("data")) for output in cell.outputs] for cell in same]
+    assert all("{'text/plain': 'True'}" in texts for texts in said)
+    assert answers or same

@@ -14,6 +14,7 @@ import torch
 import yaml
 from helpers.cli_runs import ALLOW, error_of, fit
 
+from callbacks import StageProgress
 from moextend_pl import cli
 from moextend_pl.cli import commands
 from moextend_pl.cli.stage import MoExtendCLI
@@ -255,3 +256,9 @@ def test_other_loggers_stand_beside_the_table_of_the_run(stage: Path, tmp_path: 
     assert Path(command.trainer.loggers[1].log_dir) == tmp_path / "run"
     assert (tmp_path / "run/checkpoints/last.ckpt").is_file()  # and not with the first logger
     assert fit(stage, "--fresh", "--trainer.logger=false").trainer.loggers == []
+
+
+def test_a_bar_that_is_switched_off_is_left_out(stage: Path) -> None:
+    bar = ["--trainer.callbacks+=callbacks.StageProgress", "--trainer.enable_progress_bar"]
+    assert isinstance(fit(stage, *bar, "true").trainer.progress_bar_callback, StageProgress)
+    assert fit(stage, "--fresh", *bar, "false").trainer.progress_bar_callback is None

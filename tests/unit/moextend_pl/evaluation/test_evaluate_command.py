@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.cli_runs import error_of
+from helpers.ranks import run_rounds
 from helpers.test_sets import write_all
 from helpers.tiny_world import TinyWorld, make_plan
 
@@ -128,3 +129,25 @@ def test_mistakes_come_before_the_model(run: Path, data: Path, capsys: pytest.Ca
     assert "got vqav2 twice" in error_of(capsys, [*nowhere, "--tasks", "vqav2,vqav2:lmms_eval"])
     for device in ("gpu", "cuda:77"):
         assert f"got '{device}'" in error_of(capsys, [*nowhere, "--tasks", "own", "--device", device])
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_answers_of_one(run: Path, data: Path, tmp_path: Path) -> None:
+    command = ["evaluate", str(run), "--tasks", "pope,own", "--data", str(data), "--draws", "20", "--batch-size", "2"]
+    places = [tmp_path / name for name in ("one", "two")]
+    first, second = ([*command, "--out", str(place)] for place in places)
+    run_rounds([(1, [first]), (2, [second])], tmp_path)
+    for task, file in (("pope", "predictions.jsonl"), ("own", "predictions.jsonl"), ("pope", "scores_llava.json")):
+        one, two = ((place / task / file).read_text() for place in places)
+        assert two == one
+    keys = [row["key"] for row in kept(places[1] / "pope")]
+    assert len(set(keys)) == len(keys) > 2
+    assert "pope" in (tmp_path / "rank0_of_round1.log").read_text()
+    assert "pope" not in (tmp_path / "rank1_of_round1.log").read_text()  # one table is enough
+
+
+def test_processes_that_do_not_know_each_other_are_refused(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert "srun torchrun" in error_of(capsys, ["evaluate", str(run), "--tasks", "own", "--data", str(data)])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moextend_pl.moe.dispatch import _project, _spans, _sum_slots
+from moextend_pl.moe.dispatch import _project, _spans, sum_slots
 from moextend_pl.moe.extension.extended_experts import ExtendedExperts
 
 
@@ -67,7 +67,7 @@ class _OneStack(torch.autograd.Function):
             projected.append(h)
         ctx.experts = experts
         ctx.save_for_backward(x_TD, weights_TK, perm_S, slots_TK, offsets_M, *projected)
-        return _sum_slots(out_SD, slots_TK, weights_TK).to(x_TD.dtype)
+        return sum_slots(out_SD, slots_TK, weights_TK).to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable
@@ -91,4 +91,4 @@ class _OneStack(torch.autograd.Function):
                 new_grads[0][0] = dh[:count_N].T @ x_TD[tokens_S[:count_N]]
                 new_grads[1][0] = (dy[:count_N] * scale[:count_N]).to(dy.dtype).T @ a.detach()[:count_N]
         dweights_TK = dweights_S.view_as(weights_TK)
-        return _sum_slots(dx_SD, slots_TK, None).to(dy_TD.dtype), dweights_TK, None, *new_grads, None
+        return sum_slots(dx_SD, slots_TK, None).to(dy_TD.dtype), dweights_TK, None, *new_grads, None

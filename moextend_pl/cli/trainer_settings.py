@@ -12,12 +12,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from moextend_pl.contracts import UserError
-from moextend_pl.training.sharding.strategy import A_NODE, ShardedStrategy
+from moextend_pl.training.sharding.strategy import A_NODE, EXPERTS, LAYERS, ShardedStrategy
 
 ABOVE_ZERO = ("accumulate_grad_batches", "val_check_interval", "log_every_n_steps")
 SEEDS = 2**32  # numpy takes no others
 HALF_BY_AUTOCAST = ("16-mixed", "16", 16)
-SHARDED: dict[str, dict[str, Any]] = {"fsdp2": {}, "hsdp": {"copies": A_NODE}}
+SHARDED: dict[str, dict[str, Any]] = {"fsdp2": {}, "hsdp": {"copies": A_NODE}, "expert_parallel": {"share": EXPERTS}}
 """Short names of ShardedStrategy -> its arguments."""
 SHARING = (*SHARDED, "ModelParallelStrategy", "ShardedStrategy")
 
@@ -85,19 +85,24 @@ def check_settings(config: dict[str, Any]) -> None:
         )
 
 
-def copies_of(trainer: dict[str, Any]) -> int | None:
-    """Returns how many copies of the weights a trainer's settings ask for; None where each process has one.
+def sharing_of(trainer: dict[str, Any]) -> tuple[str, int] | None:
+    """Returns what processes share by a trainer's settings, `layers` or `experts`, and in how many copies.
 
     Args:
         trainer: Of a config, as plain data.
+
+    Returns:
+        None where each process holds everything.
     """
     given: Any = trainer.get("strategy")
     given = given if isinstance(given, dict) else {"class_path": str(given)}
     name = given["class_path"].rpartition(".")[2]
     if name not in SHARING:
         return None
-    copies = {**SHARDED.get(name, {}), **(given.get("init_args") or {})}.get("copies", 1)
-    return int(trainer.get("num_nodes") or 1) if copies == A_NODE else int(copies)
+    options = {"copies": 1, "share": LAYERS, **SHARDED.get(name, {}), **(given.get("init_args") or {})}
+    return options["share"], int(trainer.get("num_nodes") or 1) if options["copies"] == A_NODE else int(
+        options["copies"]
+    )
 
 
 def our_strategy(given: Any) -> Any:

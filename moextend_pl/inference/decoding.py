@@ -27,6 +27,7 @@ from transformers import (
 from moextend_pl.contracts import Batch, UserError
 from moextend_pl.inference.spec import DEFAULT_NEW_TOKENS, GenerationSpec
 from moextend_pl.inference.streaming import Pieces, cut
+from moextend_pl.runs.sharded import any_sharded
 
 BYTES_OF_CHARACTER = 4
 """At most, in UTF-8; a token may be a single byte."""
@@ -129,6 +130,8 @@ def answers(
         top_p=1.0,
         num_return_sequences=1,
         return_dict_in_generate=False,
+        # Ranks that compute layers together go on until the longest answer of them all.
+        synced_gpus=any_sharded(model.parameters()) or None,
     )
     # A short prompt in the company of a long one must not be cut short by it, nor the long one go on beyond its end.
     kept = [row[:room] for row, room in zip(tokens, rooms, strict=True)]

@@ -30,6 +30,11 @@ FROZEN_EXPERTS = "moextend"
 KERNEL_EXPERTS = "moextend_triton"
 """The same, with kernels in 32 bits too, and on a CPU where `TRITON_INTERPRET=1` is set."""
 
+PARALLEL_EXPERTS = "moextend_parallel"
+"""Name of the same where each rank holds a part of the experts; set by what cuts them, not by a user."""
+
+OURS = (FROZEN_EXPERTS, KERNEL_EXPERTS, PARALLEL_EXPERTS)
+
 # Slots computed at a time on a CPU: what one chunk makes is still in the cache when it is read. Among 256 to 8192,
 # 512 was fastest or level for 8 wide experts (`benchmarks/block.py`).
 CHUNK_SLOTS = 512
@@ -94,7 +99,7 @@ def meant_for_kernels(experts: Any, device: torch.device) -> bool:
     In 32 bits the products of libraries are faster.
     """
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    if implementation not in (FROZEN_EXPERTS, KERNEL_EXPERTS) or not fits(experts):
+    if implementation not in OURS or not fits(experts):
         return False
     by_default = device.type == "cuda" and experts.down_proj.dtype.itemsize == 2
     by_name = implementation == KERNEL_EXPERTS and (device.type == "cuda" or ON_ANY_DEVICE)
@@ -122,7 +127,7 @@ def takes(experts: Any) -> bool:
     """Returns whether the backward pass of an experts module is that of this file: set so, frozen, without biases."""
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     has_norm = getattr(experts, "has_post_expert_norm", False)  # unknown to transformers 5.17
-    if implementation not in (FROZEN_EXPERTS, KERNEL_EXPERTS) or experts.has_bias or has_norm:
+    if implementation not in OURS or experts.has_bias or has_norm:
         return False
     return not any(parameter.requires_grad for parameter in experts.parameters())
 
@@ -181,7 +186,7 @@ class _FrozenExperts(torch.autograd.Function):
             projected.append(h)
         ctx.experts = experts
         ctx.save_for_backward(weights_TK, perm_R, slots_TK, offsets_E, *projected)
-        return _sum_slots(out_RD, slots_TK, weights_TK).to(x_TD.dtype)
+        return sum_slots(out_RD, slots_TK, weights_TK).to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable
@@ -206,7 +211,7 @@ class _FrozenExperts(torch.autograd.Function):
             (dh,) = torch.autograd.grad(a, h, d)
             dx_RD[slots] = _project(dh, first_EHD[members], offsets, experts.is_transposed)
         dweights_TK = dweights_S.view_as(weights_TK).masked_fill(slots_TK == rows, 0.0) if needs_weights else None
-        return _sum_slots(dx_RD, slots_TK, None).to(dy_TD.dtype), dweights_TK, None, None
+        return sum_slots(dx_RD, slots_TK, None).to(dy_TD.dtype), dweights_TK, None, None
 
 
 def _project(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
@@ -214,7 +219,7 @@ def _project(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Te
     return F.grouped_mm(x.to(weight.dtype), weight.transpose(-2, -1) if transposed else weight, offs=offsets)
 
 
-def _sum_slots(rows_RD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+def sum_slots(rows_RD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """Adds up the rows of each token's slots, weighted or not; on a CPU a few tokens at a time."""
     step = max(CHUNK_SLOTS // slots_TK.shape[-1], 1) if rows_RD.device.type == "cpu" else max(len(slots_TK), 1)
     dtype = rows_RD.dtype if weights_TK is None else torch.promote_types(rows_RD.dtype, weights_TK.dtype)

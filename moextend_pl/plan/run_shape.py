@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moextend_pl.cli.trainer_settings import copies_of
+from moextend_pl.cli.trainer_settings import sharing_of
 from moextend_pl.contracts import UserError
 from moextend_pl.models.feature_cache import ENCODE_TOGETHER
 from moextend_pl.plan.cost import RunShape
 from moextend_pl.plan.facts import ModelShape
 from moextend_pl.plan.operations import operations
+from moextend_pl.training.sharding.strategy import LAYERS
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
 
 def _sharing(trainer: dict[str, Any], gpus: int) -> int:
     """Returns how many GPUs share a copy of the weights; 1 where each holds everything."""
-    copies = copies_of(trainer)
+    share, copies = sharing_of(trainer) or (LAYERS, None)
+    if share != LAYERS:
+        raise UserError("`plan` does not count `expert_parallel`. Plan with `fsdp2` or `ddp`.")
     if copies is not None and (copies < 1 or gpus % copies or (copies > 1 and copies == gpus)):
         raise UserError(f"Expected GPUs that divide into {copies} copies of several each, got {gpus}. Change `copies`.")
     return 1 if copies is None else gpus // copies

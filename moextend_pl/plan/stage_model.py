@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from moextend_pl.cli.config_files import StageArguments, prepare_arguments
 from moextend_pl.cli.stage import MoExtendCLI
 from moextend_pl.cli.stage_parser import plain_config, replace_plan
-from moextend_pl.cli.trainer_settings import copies_of
+from moextend_pl.cli.trainer_settings import sharing_of
 from moextend_pl.contracts import PLAN_FILE, UserError
 from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.encoder import TIMM
@@ -165,10 +165,10 @@ def read_stage(argv: Sequence[str]) -> StageModel:
     stage = StageModel(module, reader.plain, PRECISIONS.get(precision, precision), tuple(reader.notes))
     if stage.precision.partition("-")[0] not in DTYPES:
         raise UserError(f"`plan` does not know `trainer.precision` {stage.precision}; choose for example bf16-true.")
-    if copies_of(trainer) is not None:
-        check_parts(module)
     for callback in reader.declaring:
         callback.setup(None, module, COMMAND)  # type: ignore[arg-type]
+    if sharing := sharing_of(trainer):
+        check_parts(module, sharing[0])
     with torch.device("meta"):
         module.configure_model()
     module.to(torch.float32 if stage.is_mixed else stage.compute_dtype)

@@ -38,7 +38,7 @@ from moextend_pl.training.optim import (
 )
 from moextend_pl.training.sharding.gradients import clip_gradients
 from moextend_pl.training.sharding.strategy import check_sharding, sharded
-from moextend_pl.training.sharding.units import language_of, shard
+from moextend_pl.training.sharding.units import language_of
 
 log = logging.getLogger(__name__)
 ADVICE = "Restore that, or start another run in another `trainer.default_root_dir`."
@@ -137,7 +137,7 @@ class StageModule(LightningModule):
         check_finite(dict(self.named_parameters()), "the weights that were read", "Restore the files they came from.")
         strategy, language = sharded(self), language_of(self)
         if strategy is not None and language is not None:
-            shard(language, strategy.shard_mesh)
+            strategy.divide(language)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer over what learns; the number of steps is `trainer.max_steps`."""

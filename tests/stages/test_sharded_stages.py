@@ -1,4 +1,4 @@
-"""Every stage under FSDP2 and HSDP takes the steps of one process, and goes on under any other strategy."""
+"""Stages under FSDP2, HSDP and expert parallelism take the steps of one process, and go on under other strategies."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ STEPS = 20
 OPTIONS = ("--model.optim.lr=1e-4", "--model.optim.schedule=constant", "--model.optim.warmup_fraction=0")
 ONE, FSDP2 = ("--trainer.devices=1",), ("--trainer.strategy=fsdp2",)
 HSDP = ("--trainer.strategy={class_path: moextend_pl.ShardedStrategy, init_args: {copies: 2}}",)
+EXPERTS = ("--trainer.strategy=expert_parallel",)
+EXPERTS_COPIED = (
+    "--trainer.strategy={class_path: moextend_pl.ShardedStrategy, init_args: {copies: 2, share: experts}}",
+)
 # stage -> options of its own
 STAGES: dict[str, tuple[str, ...]] = {
     "align": ("--trainer.gradient_clip_val=0.05",),
@@ -32,6 +36,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "second": ("--model.language.compute.activation_checkpointing=true",),
     "instruction": ("--model.optim.weight_decay=0.1",),
 }
+FROZEN_BASE = tuple(stage for stage in STAGES if stage != "instruction")
 HALF = "extend_half"
 # The norm that is clipped to is rounded to the type of the gradients by torch, and is not by us.
 IN_HALF = ("--trainer.precision=bf16-true", "--trainer.gradient_clip_val=0")
@@ -105,7 +110,8 @@ def runs(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Run
     for stage in STAGES:
         cli.run(found.command(stage, "one", *ONE))
     cli.run(found.test_command("extend", "one", *ONE))
-    cli.run(found.command("extend", "one then two", *ONE, steps=STEPS // 2))
+    for way in ("one then two", "one then experts"):
+        cli.run(found.command("extend", way, *ONE, steps=STEPS // 2))
     two = ["--trainer.devices=2"]
     rounds: list[Round] = [
         (
@@ -116,13 +122,27 @@ def runs(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Run
                 found.command(HALF, "two", *IN_HALF, *two, *FSDP2),
                 found.command(HALF, "ddp", *IN_HALF, *two, "--trainer.strategy=ddp"),
                 found.command("extend", "two then one", *two, *FSDP2, steps=STEPS // 2),
+                *(found.command(stage, "experts", *two, *EXPERTS) for stage in FROZEN_BASE),
+                found.test_command("extend", "experts", *two, *EXPERTS),
             ],
         ),
-        (4, [found.command("extend", "four", "--trainer.devices=4", *HSDP)]),
+        (
+            4,
+            [
+                found.command("extend", "four", "--trainer.devices=4", *HSDP),
+                found.command("extend", "experts of four", "--trainer.devices=4", *EXPERTS),
+                found.command("extend", "experts then two", "--trainer.devices=4", *EXPERTS_COPIED, steps=STEPS // 2),
+            ],
+        ),
     ]
     run_rounds(rounds, found.root)
     cli.run(found.command("extend", "two then one", *ONE))
-    run_rounds([(2, [found.command("extend", "one then two", *two, *FSDP2)])], found.root)
+    more = [
+        found.command("extend", "one then two", *two, *FSDP2),
+        found.command("extend", "experts then two", *two, *FSDP2),
+        found.command("extend", "one then experts", *two, *EXPERTS),
+    ]
+    run_rounds([(2, more)], found.root)
     return found
 
 
@@ -146,41 +166,51 @@ def test_losses_of_two_processes_that_share_weights_are_those_of_one(runs: Runs,
     assert_same(runs, stage, "two")
 
 
-def test_losses_of_two_copies_that_two_processes_share_are_those_of_one(runs: Runs) -> None:
-    assert_same(runs, "extend", "four")
+@pytest.mark.parametrize("stage", FROZEN_BASE)
+def test_losses_of_two_processes_that_share_experts_are_those_of_one(runs: Runs, stage: str) -> None:
+    assert_same(runs, stage, "experts")
 
 
-@pytest.mark.parametrize("way", ["one then two", "two then one"])
+@pytest.mark.parametrize("way", ["four", "experts of four"])
+def test_losses_of_four_processes_are_those_of_one(runs: Runs, way: str) -> None:
+    assert_same(runs, "extend", way)
+
+
+@pytest.mark.parametrize("way", ["one then two", "two then one", "experts then two", "one then experts"])
 def test_run_goes_on_under_another_strategy_as_if_it_had_not_changed(runs: Runs, way: str) -> None:
     assert_same(runs, "extend", way)
 
 
-@pytest.mark.parametrize("stage", ["align", "extend", "second", "instruction"])
-def test_what_is_left_behind_is_that_of_one_process(runs: Runs, stage: str) -> None:
-    deltas = [load_file(runs.run(stage, way) / "delta.safetensors") for way in ("one", "two")]
+LEFT = [("two", stage) for stage in STAGES] + [("experts", stage) for stage in FROZEN_BASE]
+
+
+@pytest.mark.parametrize(("way", "stage"), [each for each in LEFT if each[1] != "probe"])
+def test_what_is_left_behind_is_that_of_one_process(runs: Runs, way: str, stage: str) -> None:
+    deltas = [load_file(runs.run(stage, each) / "delta.safetensors") for each in ("one", way)]
     assert deltas[0].keys() == deltas[1].keys()
     for name, value in deltas[0].items():
         assert (deltas[1][name] - value).float().square().mean().sqrt() < 1e-5, name
-    one, two = (json.loads((runs.run(stage, way) / "manifest.json").read_text()) for way in ("one", "two"))
+    one, two = (json.loads((runs.run(stage, each) / "manifest.json").read_text()) for each in ("one", way))
     assert {key for key in one if one[key] != two[key]} == {"delta_sha256"}
-    receipts = [json.loads((runs.run(stage, way) / "frozen.json").read_text()) for way in ("one", "two")]
+    receipts = [json.loads((runs.run(stage, each) / "frozen.json").read_text()) for each in ("one", way)]
     assert receipts[0] == receipts[1]
     assert receipts[0]["unchanged"]
 
 
-def test_probe_chooses_the_layers_of_one_process_and_puts_its_routers_back(runs: Runs) -> None:
-    plans = [ExtensionPlan.load(runs.run("probe", way) / "extension_plan.yaml") for way in ("one", "two")]
+@pytest.mark.parametrize("way", ["two", "experts"])
+def test_probe_chooses_the_layers_of_one_process_and_puts_its_routers_back(runs: Runs, way: str) -> None:
+    plans = [ExtensionPlan.load(runs.run("probe", each) / "extension_plan.yaml") for each in ("one", way)]
     assert plans[0].layers == plans[1].layers
     assert plans[0].report["scores"] == pytest.approx(plans[1].report["scores"], abs=1e-6)
-    saved, base = runs.saved("probe", "two"), load_file(runs.world.base / "model.safetensors")
+    saved, base = runs.saved("probe", way), load_file(runs.world.base / "model.safetensors")
     routers = [value for name, value in saved["state_dict"].items() if "gate" in name]
     assert len(routers) == 3
     assert all(any(r.shape == t.shape and torch.equal(r, t) for t in base.values()) for r in routers)
 
 
-@pytest.mark.parametrize("stage", [*STAGES, HALF])
-def test_checkpoint_is_the_file_of_one_process(runs: Runs, stage: str) -> None:
-    one, two = runs.saved(stage, "ddp" if stage == HALF else "one"), runs.saved(stage, "two")
+@pytest.mark.parametrize(("way", "stage"), [*LEFT, ("two", HALF)])
+def test_checkpoint_is_the_file_of_one_process(runs: Runs, way: str, stage: str) -> None:
+    one, two = runs.saved(stage, "ddp" if stage == HALF else "one"), runs.saved(stage, way)
     shapes = [{name: (t.shape, t.dtype) for name, t in saved["state_dict"].items()} for saved in (one, two)]
     assert shapes[0] == shapes[1]
     learned, whole = sum(t.numel() for t in one["state_dict"].values()), runs.parameters(stage)
@@ -195,8 +225,9 @@ def test_checkpoint_is_the_file_of_one_process(runs: Runs, stage: str) -> None:
             assert (other - value).abs().max() <= 1e-4 * value.abs().max(), name
 
 
-def test_answers_are_those_of_one_process(runs: Runs) -> None:
-    answers = [runs.answers("extend", way) for way in ("one", "two")]
+@pytest.mark.parametrize("way", ["two", "experts"])
+def test_answers_are_those_of_one_process(runs: Runs, way: str) -> None:
+    answers = [runs.answers("extend", each) for each in ("one", way)]
     assert len(answers[0]) > 10
     assert len({row["prediction"] for row in answers[0]}) > 1
     assert answers[0] == answers[1]

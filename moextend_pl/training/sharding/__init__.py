@@ -1,1 +1,1 @@
-"""FSDP2: the decoder layers of a language model in parts on several ranks, all the rest whole on each of them."""
+"""The decoder layers of a language model (FSDP2), or its experts, in parts on several ranks; all else is whole."""

@@ -1,4 +1,4 @@
-"""FSDP2 as a strategy of Lightning, whose checkpoints are those of any other."""
+"""FSDP2 and expert parallelism as a strategy of Lightning, whose checkpoints are those of any other."""
 
 from __future__ import annotations
 
@@ -13,21 +13,29 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from moextend_pl.contracts import UserError
+from moextend_pl.contracts import TrainPlan, UserError
+from moextend_pl.moe.dispatch import FROZEN_EXPERTS, KERNEL_EXPERTS
 from moextend_pl.runs.sharded import for_a_file, sharded_as
 from moextend_pl.training.sharding.gradients import share_gradients
+from moextend_pl.training.sharding.units import shard, share_experts
 
 A_NODE = "node"
+LAYERS, EXPERTS = "layers", "experts"
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2, or HSDP where there are several copies: ranks share the weights of the language model, and all gradients.
+    """FSDP2, or expert parallelism: ranks share the weights of the language model, and all gradients.
+
+    Layers are gathered where they compute; experts stay where they are, and tokens travel to them. HSDP is FSDP2 with
+    several copies.
 
     A checkpoint is one file with whole tensors of what learns, as that of one process or DDP, and continues there.
 
     Args:
         copies: Copies of the weights, each shared by as many ranks; `node` for one on each node.
+        share: `layers`, every decoder layer in parts, or `experts`, those of the frozen base, all else whole.
         process_group_backend: As in Lightning; by the device where it is None.
         timeout: How long ranks wait for each other.
     """
@@ -35,11 +43,12 @@ class ShardedStrategy(ModelParallelStrategy):
     def __init__(
         self,
         copies: int | Literal["node"] = 1,
+        share: Literal["layers", "experts"] = "layers",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-        self.copies = copies
+        self.copies, self.share = copies, share
 
     def setup_environment(self) -> None:
         """Lets the processes meet, and lays them out as copies times ranks that share one.
@@ -62,6 +71,17 @@ class ShardedStrategy(ModelParallelStrategy):
     def shard_mesh(self) -> DeviceMesh:
         """Ranks that share weights: copies x ranks of one, or ranks alone where there is one copy."""
         return self.device_mesh if self._data_parallel_size != 1 else self.device_mesh["tensor_parallel"]
+
+    def divide(self, model: PreTrainedModel) -> None:
+        """Leaves this rank its part of a language model, in place.
+
+        Args:
+            model: Grown and frozen as it will be trained.
+
+        Raises:
+            UserError: If it cannot be divided.
+        """
+        (share_experts if self.share == EXPERTS else shard)(model, self.shard_mesh)
 
     def in_turn(self, make: Callable[[], None]) -> None:
         """Lets the processes of a node make their models one after another: the host has room for a whole one once.
@@ -191,25 +211,28 @@ def check_sharding(module: LightningModule) -> None:
     Raises:
         UserError: If the strategy would not share gradients, or the module cannot be sharded.
     """
-    if isinstance(module.trainer.strategy, ModelParallelStrategy) and sharded(module) is None:
+    strategy = sharded(module)
+    if isinstance(module.trainer.strategy, ModelParallelStrategy) and strategy is None:
         raise UserError(
             f"`trainer.strategy` {type(module.trainer.strategy).__name__} does not share gradients here. Use "
             "`moextend_pl.ShardedStrategy`, which shards what this model can be sharded by, or a class made from it."
         )
-    if sharded(module) is not None:
-        check_parts(module)
+    if strategy is not None:
+        check_parts(module, strategy.share)
 
 
-def check_parts(module: LightningModule) -> None:
+def check_parts(module: LightningModule, share: str) -> None:
     """Refuses a module that cannot be sharded.
 
     Args:
         module: Built or not.
+        share: As in `ShardedStrategy`.
 
     Raises:
         UserError: If it has no language model, or that is to be held in 4 bits or compiled.
     """
-    computes: list[Any] = [part.compute for part in module.modules() if hasattr(part, "compute")]
+    languages: list[Any] = [part for part in module.modules() if hasattr(part, "compute")]
+    computes = [part.compute for part in languages]
     if not computes:
         raise UserError(
             f"{type(module).__name__} has no language model, whose layers are what is sharded. Use "
@@ -224,4 +247,26 @@ def check_parts(module: LightningModule) -> None:
         raise UserError(
             "Layers that are sharded are not compiled: gathering their weights would break the graph. Remove "
             "`language.compute.compile`, or use `trainer.strategy: ddp`."
+        )
+    if share == EXPERTS:
+        for language in languages:
+            _check_experts(language, getattr(module, "train_plan", None))
+
+
+def _check_experts(language: Any, plan: TrainPlan | None) -> None:
+    """Refuses a language model whose experts cannot be shared, from what is known before it is built."""
+    if language.dense or language.upcycle_spec is not None:
+        raise UserError(
+            "`expert_parallel` shares the experts of a frozen base, got a language model that is dense or upcycled. "
+            "Use `trainer.strategy: fsdp2`, which also shares weights that learn."
+        )
+    if plan is None or "language" in plan.parts:
+        raise UserError(
+            "`expert_parallel` shares the experts of a frozen base, and here they learn. Use `trainer.strategy: "
+            "fsdp2`, or leave `language` out of `TrainOnly.parts`."
+        )
+    if language.compute.experts_implementation not in (FROZEN_EXPERTS, KERNEL_EXPERTS):
+        raise UserError(
+            f"`expert_parallel` computes experts as `moextend` does, got `experts_implementation: "
+            f"{language.compute.experts_implementation}`. Leave it out, or use `trainer.strategy: fsdp2`."
         )

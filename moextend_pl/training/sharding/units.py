@@ -1,4 +1,4 @@
-"""What is sharded together: one decoder layer at a time, whose experts all ranks compute together."""
+"""What is sharded together: one decoder layer at a time, whose experts all ranks compute together; or experts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moextend_pl.contracts import UserError
+from moextend_pl.moe.blocks import find_blocks
+from moextend_pl.moe.parallel import exchange
+from moextend_pl.moe.parallel.cut import check_cut, cut
 from moextend_pl.training.half_precision import exact_places
 
 
@@ -90,3 +93,21 @@ def _dimension(ranks: int, parameter: nn.Parameter) -> Shard | None:
     """Returns the first dimension that ranks share evenly: one new expert would else lie on one rank as a whole."""
     even = [number for number, size in enumerate(parameter.shape) if size % ranks == 0]
     return Shard(even[0]) if even else None
+
+
+def share_experts(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Leaves each rank its part of the base's experts, in place, and lets tokens travel to them.
+
+    Args:
+        model: Grown and frozen as it will be trained.
+        mesh: One dimension, or two: copies, and ranks that share one.
+
+    Raises:
+        UserError: If its experts learn, do not divide among ranks, or are called in a way of their own.
+    """
+    stacks = [getattr(block.experts, "root", block.experts) for block in find_blocks(model)]
+    for experts in stacks:
+        check_cut(experts, mesh.size(-1), type(model).__name__)
+    for experts in stacks:
+        cut(experts, mesh)
+    exchange.use(model)

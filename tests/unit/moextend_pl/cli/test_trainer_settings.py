@@ -20,7 +20,7 @@ LIGHTNINGS = "lightning.pytorch.strategies.ModelParallelStrategy"
 NOT_BUILT = {"Strategy", "ParallelStrategy", "SingleDeviceXLAStrategy"}  # here the parser itself refuses to name them
 LAUNCHED_BY_A_SHELL = ("ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 GIVEN = {"ModelParallelStrategy": lightning_strategies.ModelParallelStrategy(), "ShardedStrategy": ShardedStrategy()}
-SHARE_WEIGHTS = ("fsdp2", "hsdp", "ModelParallelStrategy", "ShardedStrategy")
+SHARE_WEIGHTS = ("fsdp2", "hsdp", "expert_parallel", "ModelParallelStrategy", "ShardedStrategy")
 
 
 class Localised(DDPStrategy):
@@ -67,21 +67,23 @@ def test_strategy_that_works_is_built(stage: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("given", "copies"),
+    ("given", "copies", "share"),
     [
-        ("fsdp2", 1),
-        ("hsdp", "node"),
-        ("{class_path: lightning.pytorch.strategies.ModelParallelStrategy}", 1),
-        ("{class_path: moextend_pl.ShardedStrategy, init_args: {copies: 2}}", 2),
+        ("fsdp2", 1, "layers"),
+        ("hsdp", "node", "layers"),
+        ("expert_parallel", 1, "experts"),
+        ("{class_path: lightning.pytorch.strategies.ModelParallelStrategy}", 1, "layers"),
+        ("{class_path: moextend_pl.ShardedStrategy, init_args: {copies: 2}}", 2, "layers"),
+        ("{class_path: moextend_pl.ShardedStrategy, init_args: {copies: 2, share: experts}}", 2, "experts"),
     ],
 )
 def test_weights_are_shared_by_our_own_strategy(
-    stage: Path, monkeypatch: pytest.MonkeyPatch, given: str, copies: int | str
+    stage: Path, monkeypatch: pytest.MonkeyPatch, given: str, copies: int | str, share: str
 ) -> None:
     monkeypatch.setattr(MoExtendCLI, "_run_subcommand", lambda *_: None)
     strategy = fit(stage, f"--trainer.strategy={given}", "--trainer.devices=4").trainer.strategy
     assert isinstance(strategy, ShardedStrategy)
-    assert strategy.copies == copies
+    assert (strategy.copies, strategy.share) == (copies, share)
 
 
 @pytest.mark.parametrize(

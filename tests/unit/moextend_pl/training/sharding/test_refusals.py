@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from callbacks.outputs import SavePretrained
-from moextend_pl.contracts import UserError
+from moextend_pl.contracts import TrainPlan, UserError
 from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
@@ -28,6 +28,25 @@ def test_base_that_cannot_be_cut_is_refused(tiny_world: TinyWorld, compute: dict
     module = MoELanguageModel(base=str(tiny_world.base), compute=ComputeSpec(**compute))
     with pytest.raises(UserError, match=words):
         attached(module, ShardedStrategy()).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts", "words"),
+    [
+        ({"dense": True}, ("projector",), "a language model that is dense or upcycled. Use `trainer.strategy: fsdp2`"),
+        ({}, ("language",), "and here they learn. Use `trainer.strategy: fsdp2`"),
+        ({}, None, "and here they learn"),
+        ({"compute": ComputeSpec(experts_implementation="eager")}, ("routers",), "got `experts_implementation: eager`"),
+        ({"compute": ComputeSpec(quantize="nf4")}, ("routers",), "A base in 4 bits"),
+    ],
+)
+def test_base_whose_experts_cannot_be_shared_is_refused(
+    tiny_world: TinyWorld, options: dict, parts: tuple[str, ...] | None, words: str
+) -> None:
+    module = attached(MoELanguageModel(base=str(tiny_world.base), **options), ShardedStrategy(share="experts"))
+    module.train_plan = parts and TrainPlan(parts)
+    with pytest.raises(UserError, match=words):
+        module.setup("fit")
 
 
 def test_tower_alone_has_nothing_to_shard(tiny_world: TinyWorld) -> None:

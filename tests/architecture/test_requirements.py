@@ -33,7 +33,8 @@ def third_party(folder: str) -> dict[str, set[str]]:
     """Returns, by imported library, the files of a folder that import it."""
     # Tests and benchmarks import their neighbours, files and folders, by bare name.
     neighbours = [path for beside in BESIDE_THE_PACKAGES for path in (ROOT / beside).rglob("*.py")]
-    own = {*ROOMS, *(name for path in neighbours for name in (path.stem, path.parent.name))}
+    beside = [path.parent.name for path in (ROOT / "integrations").glob("*/*/__init__.py")]
+    own = {*ROOMS, *beside, *(name for path in neighbours for name in (path.stem, path.parent.name))}
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / folder).rglob("*.py")):
         file = str(path.relative_to(ROOT))

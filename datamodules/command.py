@@ -19,6 +19,7 @@ from datamodules.easy_vqa import build_easy_vqa
 from datamodules.index import ARRAYS_FILE, INDEX_FILE, Shard
 from datamodules.llava import BuildOptions, Built, Progress, build_shards
 from datamodules.own_data import FORMS, hold_out, read_data
+from datamodules.questions import write_questions
 from datamodules.scan import build_index, index_shard
 from datamodules.scenes import IMAGES, build_scenes
 from datamodules.sets import SPLITS, TOKENIZER
@@ -76,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     _tokenizer_options(show, "folder of a tokenizer with a chat template")
     show.set_defaults(run=_show)
+
+    questions = commands.add_parser("questions", help="write what the samples ask as a test set, to be evaluated on")
+    questions.add_argument("folder", help=FOLDER)
+    questions.add_argument("--out", type=Path, required=True, help="folder to write; `evaluate` reads it as own/")
+    questions.add_argument("--limit", type=int, default=1000, help="most questions (default 1000)")
+    questions.set_defaults(run=_questions)
     return parser
 
 
@@ -258,4 +265,14 @@ def _show(options: argparse.Namespace) -> int:
     if options.png:
         lines.append(save_picture(raw, options.png))
     _say("\n".join(lines))
+    return 0
+
+
+def _questions(options: argparse.Namespace) -> int:
+    if options.limit < 1:
+        raise UserError(f"Expected `--limit` of at least 1, got {options.limit}. Leave it out for 1000.")
+    count, left = write_questions(options.folder, options.out, options.limit)
+    _say(f"{options.out}: {count} questions")
+    for what, number in sorted(left.items()):
+        _say(f"left out: {number} {what}")
     return 0

@@ -34,7 +34,7 @@ from moextend_pl.training.optim import OptimSpec
 from moextend_pl.training.stage import StageModule, shapes_only
 
 CONFIG_FILE, WEIGHTS_FILE = "encoder.json", "encoder.safetensors"
-TIMM = "timm/"
+TIMM, STATISTICS = "timm/", ("image_mean", "image_std")
 
 
 class VisionEncoder(StageModule):
@@ -212,12 +212,13 @@ class VisionEncoder(StageModule):
 
     @property
     def image_statistics(self) -> dict[str, tuple[float, float, float]]:
-        """`image_mean` and `image_std` that pixels are normalised with: those that a transformers tower learned with.
+        """`image_mean` and `image_std` that pixels are normalised with: those that a published tower learned with.
 
         Raises:
             UserError: If a transformers tower does not say.
         """
-        return {} if self.is_timm else towers.image_statistics(self.folder, str(self.config["name"]))
+        told = {name: tuple(self.config[name]) for name in STATISTICS if name in self.config}
+        return told if self.is_timm else towers.image_statistics(self.folder, str(self.config["name"]))
 
     @cached_property
     def tokens_per_image(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 EXAMPLE = "example.png"
 QUESTION = "what color is the shape?"
 NEXT = (
-    ("ask it about a picture", ("generate", "--checkpoint", "{run}", "--image", "{picture}", "--prompt", QUESTION)),
+    ("ask it about a picture", ("generate", "--checkpoint", "{run}", "--image", "{picture}", "--prompt", "{question}")),
     ("talk with it", ("chat", "--checkpoint", "{run}", "--image", "{picture}")),
     ("talk with it on a web page, and see which experts answer", ("demo", "{run}")),
     ("look at every stage", ("report", "{out}")),
@@ -18,13 +18,16 @@ NEXT = (
 )
 
 
-def next_commands(out: Path) -> list[tuple[str, str]]:
+def next_commands(out: Path, picture: Path | None = None, question: str = QUESTION) -> list[tuple[str, str]]:
     """Returns purposes and command lines, ready for a shell.
 
     Args:
-        out: Folder of a finished quickstart.
+        out: Folder of a finished quickstart, or of stages of the same names.
+        picture: To ask about; the quickstart's by default.
+        question: What is asked about it.
     """
-    places = {"run": str(out / "3_extend"), "out": str(out), "picture": str(out / EXAMPLE)}
+    places = {"run": str(out / "3_extend"), "out": str(out), "picture": str(picture or out / EXAMPLE)}
+    places["question"] = question
     return [
         (purpose, shlex.join(["python", "-m", "moextend_pl", *(word.format(**places) for word in words)]))
         for purpose, words in NEXT

@@ -26,6 +26,8 @@ DELTA_FILE = "delta.safetensors"
 NEW_DELTA_FILE = "delta.new.safetensors"
 """A delta until its manifest is there; the manifest's SHA-256 says which of the two files belongs to it."""
 MANIFEST_FILE, MANIFEST_SCHEMA = "manifest.json", 2
+ROAD_FILE = "road.json"
+"""In a stage's folder while one command runs several: the stage's name, optimizer steps before and after it."""
 PACKAGES = ("torch", "lightning", "transformers", "timm", "safetensors")
 # Arguments of the model's parts that are folders; a manifest names them relative to its own.
 FOLDERS = {"encoder": ("path", "name"), "language": ("base",)}

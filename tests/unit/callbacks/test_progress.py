@@ -12,6 +12,8 @@ from lightning.pytorch import Callback, Trainer
 
 from callbacks import StageCheckpoint, StageProgress, TrainOnly
 from moextend_pl.models.moextend import MoExtend
+from moextend_pl.runs.atomic import write_json
+from moextend_pl.runs.manifest import ROAD_FILE
 
 
 class Stop(Callback):
@@ -45,3 +47,19 @@ def test_bar_of_a_continued_stage_has_its_total_and_starts_where_the_stage_stopp
         weights_only=True,
     )  # fmt: skip
     assert seen[0] == (2, 6)
+
+
+def test_bar_of_one_of_several_stages_goes_on_where_the_one_before_ended(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir(exist_ok=True)
+    write_json(tmp_path / "run" / ROAD_FILE, {"stage": "stage 3 of 4", "before": 10, "after": 5})
+    bar = StageProgress(refresh_rate=1)
+    seen: list[tuple[int, int, str]] = []
+    bar.on_train_batch_start = lambda *_: seen.append(  # type: ignore[method-assign]
+        (bar.train_progress_bar.n, bar.train_progress_bar.total, bar.train_progress_bar.desc)
+    )
+    trainer = make_trainer(TrainOnly(["projector"]), bar, steps=2, enable_progress_bar=True)
+    trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule())
+    assert seen == [(10, 17, "stage 3 of 4: "), (11, 17, "stage 3 of 4: ")]
+    assert bar.train_progress_bar.n == 12

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.loopback_hub import COMMIT, loopback_hub
+from helpers.timm_towers import published
 from helpers.tiny_world import SAMPLES, TinyWorld, colour_of, picture
 
 import moextend_pl
 from moextend_pl import cli
 from moextend_pl.cli.config_files import prepare_arguments
 from moextend_pl.contracts import UserError
-from moextend_pl.extend.command import state_of, write_stages
+from moextend_pl.extend.command import options_parser
+from moextend_pl.extend.next_steps import next_steps
+from moextend_pl.extend.own_data import count_samples, make_shards, state_of
 from moextend_pl.extend.stage_files import STAGES, Wish, stage_files
+from moextend_pl.extend.stages import steps_of, write_stages
 from moextend_pl.runs.named import name_of
 
 SHORT = ["--trainer.max_steps=4", "--trainer.val_check_interval=4"]
@@ -79,6 +83,7 @@ def test_pictures_become_an_extended_model_and_an_edited_stage_starts_anew(
     assert model.plans[0].layers
     assert isinstance(model.generate(tmp_path / "pictures" / "red" / "0.png", "what is the color ?"), str)
     assert (run / "report.html").is_file()
+    assert next_steps(run)[2][1].endswith(f"evaluate {run}/3_extend --tasks own --data {run}/data")
     held = json.loads((run / "data/val/index.json").read_text())["shards"][0]["samples"]
     assert 0 < held < SAMPLES / 2
     receipts = {name: (run / name / "stage.json").stat().st_mtime_ns for name in STAGES}
@@ -113,15 +118,47 @@ def test_data_that_were_added_to_are_other_data(pictures: Path) -> None:
     assert state_of(pictures) != before
 
 
+def test_a_file_of_other_pictures_is_measured_on(
+    asked: list[str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"{colour_of(number)}/{number}.png,what?,{colour_of(number)}" for number in range(3)]
+    (tmp_path / "held.csv").write_text("\n".join(["image,question,answer", *rows, ",how?,well"]))
+    options = options_parser().parse_args([*asked[1:], "--val", str(tmp_path / "held.csv"), "--images", str(pictures)])
+    train, val = make_shards(options)
+    assert (count_samples(train), count_samples(val)) == (SAMPLES, 4)
+    run = tmp_path / "run"
+    purposes = dict(next_steps(run))
+    assert purposes["ask it about a picture"].endswith(f"--image {run}/data/own/images/000000.png --prompt 'what?'")
+    monkeypatch.setattr("moextend_pl.extend.own_data.run", lambda *_: pytest.fail("made again"))
+    assert make_shards(options) == (train, val)
+    shards = options_parser().parse_args([*asked[1:], "--data", str(train), "--out", str(tmp_path / "other")])
+    monkeypatch.setattr("moextend_pl.extend.own_data.run", lambda words: said.append(words[:3]))
+    said: list[list[str]] = []
+    assert make_shards(shards) == (train, train)
+    assert said == [["shards", "questions", str(train)]]
+
+
+def test_steps_are_those_of_the_file_or_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "stage.yaml").write_text("trainer: {max_steps: 70}")
+    assert steps_of(tmp_path / "stage.yaml", ["--trainer.x=1"]) == 70
+    assert steps_of(tmp_path / "stage.yaml", ["--trainer.max_steps=5"]) == 5
+    (tmp_path / "stage.yaml").write_text("base: model.yaml")
+    assert steps_of(tmp_path / "stage.yaml", []) == 0
+
+
 @pytest.mark.slow
 def test_a_dry_run_writes_and_plans_and_trains_nothing(
     asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    published(tmp_path / "some.tower")
+    asked[asked.index("--tower") + 1] = str(tmp_path / "some.tower")
     assert cli.main([*asked, "--dry-run", "--gpu", "h100"]) == 0
     out = capsys.readouterr().out
     assert [out.count(f"\n{name}: ") for name in STAGES] == [1, 1, 1]
     assert out.count("hours") + out.count("minutes") > 0
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["configs", "data"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["configs", "data", "tower"]
+    model = yaml.safe_load((tmp_path / "run/configs/model.yaml").read_text())["model"]["init_args"]
+    assert model["encoder"] == {"path": str(tmp_path / "run/tower/some.tower")}
 
 
 @pytest.mark.slow
@@ -152,7 +189,7 @@ def test_models_of_a_hub_are_fetched_once_and_pinned(
         (["--tower", "."], "for `--tower`, got '.'"),
         (["--batch-size", "0"], "above 0, got 0 and 1"),
         (["--epochs", "inf"], "above 0, got 4 and inf"),
-        (["--val", "."], "Expected shards with index.json at . for `--val`, found none"),
+        (["--val", "nowhere"], r"Expected a .json, .* at nowhere, found nothing"),
         (["--trainer.max_steps", "3"], "does not accept '--trainer.max_steps'"),
         (["--data", "nowhere"], r"Expected a .json, .* at nowhere, found nothing"),
     ],

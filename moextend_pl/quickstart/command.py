@@ -50,7 +50,7 @@ class Step:
 
 STEPS = (
     Step("data", "shards from easy-VQA: captions, questions about pictures, questions about text", 0.02),
-    Step("0_vision", "a tiny vision tower learns to match pictures and captions", 0.08),
+    Step("0_vision", "a tiny vision tower learns to match pictures and captions", 0.11),
     Step("0_language", "a tiny mixture-of-experts model learns to answer questions about text", 0.17),
     Step("1_align", "the projector learns to put pictures into the model's words", 0.08),
     Step("2_probe", "the routers learn for a moment; the layers that shift most are chosen", 0.04),

@@ -20,6 +20,7 @@ GENERATION: dict[str, tuple[type, str]] = {
     "top_p": (float, "draw among the most probable tokens that have this probability together"),
     "beams": (int, "how many beginnings of an answer are followed at a time"),
     "seed": (int, "of what is drawn"),
+    "reduce": (str, "aim: answer from fewer picture tokens; or aim:L1,L2[,ROUNDS], aim_merge[:ROUNDS]"),
 }
 
 

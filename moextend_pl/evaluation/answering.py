@@ -68,18 +68,18 @@ def model_facts(run: Path) -> dict[str, str]:
     return {name: file_sha256(run / name) for name in ("manifest.json", "delta.safetensors") if (run / name).is_file()}
 
 
-def answers_of(model: MoExtend, task: str = "") -> Answers:
+def answers_of(model: MoExtend, task: str = "", reduce: str | None = None) -> Answers:
     """Returns a function that asks a model.
 
     Args:
         model: Ready to be asked.
         task: Name of the model's task, where it was extended for several.
+        reduce: How picture tokens become fewer, see `Reduction.parse`.
     """
 
     def answers(questions: Sequence[Question]) -> list[str]:
-        found = model.generate(
-            [picture_of(q) for q in questions], [q.prompt for q in questions], task, batch_size=len(questions)
-        )
+        pictures, prompts = [picture_of(q) for q in questions], [q.prompt for q in questions]
+        found = model.generate(pictures, prompts, task, batch_size=len(questions), reduce=reduce)
         assert isinstance(found, list)
         return found
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moextend_pl.contracts import UserError
+from moextend_pl.inference.reduction import Reduction
 
 if TYPE_CHECKING:
     from moextend_pl.evaluation.question import Question
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="ask only so many questions of each task")
     parser.add_argument("--task", default="", help="task of the model, where it was extended for several")
     parser.add_argument("--batch-size", type=int, default=16, help="questions answered together (default: 16)")
+    parser.add_argument("--reduce", help="aim: answer from fewer picture tokens, as `generate --reduce`")
     parser.add_argument("--device", default="auto", help="for example cpu or cuda:0; auto takes a GPU if there is one")
     add_scoring(parser)
     return parser
@@ -64,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("Expected --tasks, --retention or both, got neither. Say what is to be measured.")
     if options.tasks and options.data is None:
         raise UserError("Expected --data, the folder with a folder for each of --tasks, got none. Name it.")
+    Reduction.parse(options.reduce)
     # Imported when the arguments are known to be right: it takes seconds.
     from moextend_pl.evaluation.answering import check_pictures
     from moextend_pl.evaluation.ranks import joined_ranks
@@ -103,9 +106,12 @@ def _ask(
 
     out = options.out or options.run / FOLDER
     facts = {"model": model_facts(options.run), "task": options.task}
+    if options.reduce:
+        facts["reduce"] = options.reduce
     scored = []
     for name, questions in asked.items():
-        rows = ask(questions, out / name, facts, answers_of(model, options.task), options.batch_size, ranks)
+        answers = answers_of(model, options.task, options.reduce)
+        rows = ask(questions, out / name, facts, answers, options.batch_size, ranks)
         if ranks.rank > 0:
             continue
         other = kept_in(options.against) / name if options.against else None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, UserError
 from moextend_pl.inference.decoding import check_context
 from moextend_pl.inference.pictures import open_picture
+from moextend_pl.inference.reduction import Reduction
 from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.inference.streaming import stream
+from moextend_pl.inference.token_merging import merged_count
 from moextend_pl.moe.extension.reach import check_task
 from moextend_pl.samples.collate import collate_generation
 from moextend_pl.samples.conversation import ConversationEncoder
@@ -99,14 +102,15 @@ class AskMixin(AnswerMixin):
         """Returns the answer to each question; arguments and mistakes as of `generate`."""
         if batch_size < 1:
             raise UserError(f"Expected `batch_size` of at least 1, got {batch_size}.")
-        encoder, lengths = self._check(questions, task)
+        chosen = self.generation if spec is None else spec
+        encoder, lengths = self._check(questions, task, chosen)
         # Questions of like length stand together, so that little is padded.
         order = sorted(range(len(questions)), key=lambda place: lengths[place])
         found = [""] * len(questions)
         for first in range(0, len(order), batch_size):
             places = order[first : first + batch_size]
             batch = self._batch([questions[place] for place in places], encoder, task)
-            for place, text in zip(places, self.answer(batch, spec), strict=True):
+            for place, text in zip(places, self.answer(batch, chosen), strict=True):
                 found[place] = text
         return found
 
@@ -115,19 +119,22 @@ class AskMixin(AnswerMixin):
         chosen = self.generation if spec is None else spec
         if chosen.beams > 1:
             raise UserError("A stream has one beginning of an answer, got several `beams`. Leave out one of the two.")
-        batch = self.prompt(question, task)
+        batch = self.prompt(question, task, chosen)
         return stream(lambda tell: self.answer(batch, chosen, tell))
 
-    def prompt(self, question: Question, task: str = "") -> Batch:
+    def prompt(self, question: Question, task: str = "", spec: GenerationSpec | None = None) -> Batch:
         """Returns a question as `answer` takes it; mistakes, as of `generate`, are raised at once."""
-        encoder, _ = self._check([question], task)
+        encoder, _ = self._check([question], task, self.generation if spec is None else spec)
         return self._batch([question], encoder, task)
 
-    def _check(self, questions: Sequence[Question], task: str) -> tuple[ConversationEncoder, list[int]]:
+    def _check(
+        self, questions: Sequence[Question], task: str, how: GenerationSpec
+    ) -> tuple[ConversationEncoder, list[int]]:
         """Refuses what cannot be answered, before a picture is read; returns the length of each prompt too."""
         for question in questions:
             check_task(self.plans, task, bool(question.pictures))
         spec = self.sample_spec()
+        spec = replace(spec, tokens_per_image=merged_count(spec.tokens_per_image, Reduction.parse(how.reduce).rounds))
         encoder = ConversationEncoder(spec)
         lengths = [encoder.prompt_length(question.turns) for question in questions]
         check_context(lengths, [f"The question {q.turns[-1].human[-60:]!r}" for q in questions], spec.context)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from moextend_pl.contracts import UserError
+from moextend_pl.inference.reduction import Reduction
 
 DEFAULT_NEW_TOKENS = 256
 """Longest answer where neither the user nor the base's generation_config.json says one."""
@@ -26,6 +27,7 @@ class GenerationSpec:
         stop: Texts at which an answer ends, before them.
         seed: Of what is drawn. An answer then depends on the seed and its own prompt alone, whatever else is asked
             in the same batch; None draws one for each question out of torch's generator, also for equal questions.
+        reduce: How picture tokens become fewer, see `Reduction.parse`; None keeps all of them.
     """
 
     max_new_tokens: int | None = None
@@ -35,6 +37,7 @@ class GenerationSpec:
     beams: int = 1
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    reduce: str | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -43,6 +46,7 @@ class GenerationSpec:
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
                 raise UserError(f"Expected `{name}` of at least {least}, got {value}.")
+        Reduction.parse(self.reduce)
         if not 0 < self.top_p <= 1:
             raise UserError(f"Expected `top_p` above 0 and at most 1, got {self.top_p}.")
         if not all(isinstance(text, str) and text for text in stop):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from moextend_pl.contracts import Batch, ExtensionPlan, HostFacts, SampleSpec, UpcycleSpec, UserError
 from moextend_pl.inference import decoding
 from moextend_pl.inference.spec import GenerationSpec
+from moextend_pl.inference.token_pruning import dropping
 from moextend_pl.models import base_model
 from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.model_folder import read_config
@@ -284,8 +285,10 @@ class MoELanguageModel(AnswerMixin, StageModule):
         """Generates one text for each prompt of a batch, see `decoding.answers`; ids are embedded by default."""
         self.set_reach(batch)
         embed, spec = embed or (lambda prompts: self.embed(prompts["input_ids"])), spec or self.generation
+        is_image_BS = batch["input_ids"] == self.image_token_id
         try:
-            return decoding.answers(self.model, self.tokenizer, batch, embed, spec, heard)
+            with dropping(self.model, spec.reduce, is_image_BS, batch["attention_mask"]):
+                return decoding.answers(self.model, self.tokenizer, batch, embed, spec, heard)
         finally:
             self.close_reach()
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec, UserError
 from moextend_pl.inference.asking import AskMixin
+from moextend_pl.inference.reduction import Reduction, check_asked_only
 from moextend_pl.inference.spec import GenerationSpec
+from moextend_pl.inference.token_merging import merge_tokens
 from moextend_pl.models.base_model import compile_layers
 from moextend_pl.models.delta import DeltaModule, check_start, encoder_arguments, language_arguments, load_delta
 from moextend_pl.models.encoder import VisionEncoder
@@ -63,6 +66,7 @@ class MoExtend(AskMixin, DeltaModule):
         optim: OptimSpec | None = None,
     ) -> None:
         super().__init__(optim)
+        check_asked_only(language.generation.reduce)
         self.encoder, self.projector, self.language = encoder, projector, language
         self.init_from = Path(init_from) if init_from else None
         self.cache_features, self.activation_checkpointing = cache_features, activation_checkpointing
@@ -218,8 +222,12 @@ class MoExtend(AskMixin, DeltaModule):
         self.encoder.train(mode and any(parameter.requires_grad for parameter in self.encoder.parameters()))
         return self
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch, merges: int = 0) -> Tensor:
         """Embeds a batch with its image features in place.
+
+        Args:
+            batch: With as many placeholders of each image as are left of its tokens.
+            merges: Rounds of merging, see `merge_tokens`.
 
         Returns:
             (B, S, D); projector and tower take part with a zero where the batch has no image, so that no
@@ -236,7 +244,7 @@ class MoExtend(AskMixin, DeltaModule):
             return embeddings_BSD
         features_IPC = self.encode(batch["pixel_values"], batch["image_keys"])
         places_T = self.with_host_facts(batch)["known"].images
-        return scatter_features(embeddings_BSD, self.projector(features_IPC), places_T)
+        return scatter_features(embeddings_BSD, merge_tokens(self.projector(features_IPC), merges), places_T)
 
     def forward(self, batch: Batch) -> LanguageOutput:
         """Computes the losses of a batch, those of the routers of tower and projector included."""
@@ -287,4 +295,5 @@ class MoExtend(AskMixin, DeltaModule):
         self, batch: Batch, spec: GenerationSpec | None = None, heard: Callable[[str], None] | None = None
     ) -> list[str]:
         """Generates one text for each prompt of the batch, see `MoELanguageModel.answer`."""
-        return self.language.answer(batch, self.embed, spec, heard)
+        merges = Reduction.parse((spec or self.generation).reduce).rounds
+        return self.language.answer(batch, partial(self.embed, merges=merges), spec, heard)

@@ -87,6 +87,16 @@ class Reach:
     def __init__(self) -> None:
         self._mask: Tensor | None = None
         self._by_token: dict[int, Tensor] = {}
+        self._places: Tensor | None = None
+
+    def only(self, places_BN: Tensor | None) -> None:
+        """Declares which tokens of a prompt the layers that come next still compute.
+
+        Args:
+            places_BN: Their places, for each row of a pass; None for all.
+        """
+        if places_BN is not self._places:
+            self._places, self._by_token = places_BN, {}
 
     def set(self, mask: Tensor | None, somewhere: bool | None = None) -> None:
         """Declares the next forward passes.
@@ -124,6 +134,9 @@ class Reach:
 
     def _expand(self, num_tokens: int) -> Tensor:
         assert self._mask is not None
+        if self._places is not None and self._mask.dim() == 2:
+            rows = self._mask.repeat_interleave(len(self._places) // len(self._mask), dim=0)
+            return rows.gather(1, self._places).flatten()
         each, rest = divmod(num_tokens, self._mask.numel())
         if self._mask.dim() == 1:
             assert rest == 0, f"{num_tokens} tokens do not divide into the {len(self._mask)} sequences of the mask"

@@ -83,7 +83,7 @@ def _sharded(shape: ModelShape, batches: list[RunShape], gpu: Gpu) -> Remedy | N
     ranks = max(batches[0].gpus, 2) if batches[0].shared_by == 1 else 2 * batches[0].gpus
     while ranks <= MOST_RANKS:
         for batch, need in alone:
-            run = replace(batch, gpus=max(batch.gpus, ranks), shared_by=ranks)
+            run = replace(batch, gpus=max(batch.gpus, ranks), shared_by=ranks, shares_experts=False)
             size = shared(need, shape, run).total
             if size <= USABLE * gpu.memory:
                 return Remedy(f"`trainer.strategy: fsdp2` on {ranks} GPUs with {_batch(run)}", size, run)

@@ -44,7 +44,8 @@ class RunShape:
         recompute: Whether decoder layers keep their input only and are computed again in the backward pass.
         recompute_images: Whether blocks of a tower, and a projector, that learn do so too.
         compiled: Whether decoder layers are compiled, so that norms keep what they read as it is, not in fp32.
-        shared_by: Ranks that share one copy of the weights (FSDP2); 1 where each holds everything (DDP).
+        shared_by: Ranks that share one copy of the weights; 1 where each holds everything (DDP).
+        shares_experts: Whether they share the base's experts, to which tokens travel, and not every layer (FSDP2).
     """
 
     gpus: int
@@ -65,6 +66,7 @@ class RunShape:
     recompute_images: bool = False
     compiled: bool = False
     shared_by: int = 1
+    shares_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,10 @@ def saved_by_stack(stack: Stack, layer: Layer, run: RunShape, state: int) -> flo
         rows = computed_rows(stack, layer, run) if stack.new or run.on_cpu else layer.top_k
         return rows * (2 * stack.inner * stack.bytes + INT64) + layer.top_k * (INT64 + FP32)
     rows = computed_rows(stack, layer, run) if stack.new else layer.top_k
-    indices = 3 * INT64 + FP32
     learns = stack.learns
     inner = 3 * stack.inner if state == WHOLE or learns else 0
     output = stack.width if state == WHOLE or learns or layer.router_learns else 0
-    return rows * ((inner + output + learns * (stack.width + stack.inner)) * stack.bytes + indices)
+    return rows * ((inner + output + learns * (stack.width + stack.inner)) * stack.bytes + 3 * INT64 + FP32)
 
 
 def saved_by_layer(layer: Layer, run: RunShape, state: int) -> float:
@@ -232,8 +233,7 @@ def activation_bytes(shape: ModelShape, run: RunShape) -> float:
         token = size * float(sum(layer.width for layer, state in zip(shape.layers, states, strict=True) if state))
     if shape.final_norm is not None:
         token += saved_by_norms([shape.final_norm], replace(run, compiled=False))
-    token += shape.embeddings_learn * INT64
-    sequence = token * run.length
+    sequence = (token + shape.embeddings_learn * INT64) * run.length
     if shape.head is not None:
         vocabulary = shape.head.weights // max(shape.head.inputs, 1)
         head = FP32 * vocabulary + shape.head.learns * shape.head.inputs * run.compute_bytes + INT64

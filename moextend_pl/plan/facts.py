@@ -25,6 +25,7 @@ class Part:
         quantisable: How many of them `quantize: nf4` can store in 4 bits: frozen matrices inside the decoder layers.
         cut: Bytes of those that FSDP2 shares among ranks.
         cut_learning: Bytes of those that it shares and that learn.
+        experts: Bytes of the base's experts, which expert parallelism shares among ranks.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Part:
     quantisable: int
     cut: int = 0
     cut_learning: int = 0
+    experts: int = 0
 
 
 @dataclass(frozen=True)

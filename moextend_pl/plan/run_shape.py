@@ -11,7 +11,7 @@ from moextend_pl.models.feature_cache import ENCODE_TOGETHER
 from moextend_pl.plan.cost import RunShape
 from moextend_pl.plan.facts import ModelShape
 from moextend_pl.plan.operations import operations
-from moextend_pl.training.sharding.strategy import LAYERS
+from moextend_pl.training.sharding.strategy import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -92,25 +92,25 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
     micro_batch = next(size for size in range(batch // ranks, 0, -1) if share % size == 0)
     return RunShape(
         gpus=gpus,
-        shared_by=_sharing(trainer, gpus),
         micro_batch=micro_batch,
         accumulate=share // micro_batch,
         steps=steps,
         length=length,
         mean_length=mean_length,
         images=1.0 if shape.tower is not None else 0.0,
-        **{"encoded_together": ENCODE_TOGETHER, **more},
+        **{"encoded_together": ENCODE_TOGETHER, **_sharing(trainer, gpus), **more},
     )
 
 
-def _sharing(trainer: dict[str, Any], gpus: int) -> int:
-    """Returns how many GPUs share a copy of the weights; 1 where each holds everything."""
-    share, copies = sharing_of(trainer) or (LAYERS, None)
-    if share != LAYERS:
-        raise UserError("`plan` does not count `expert_parallel`. Plan with `fsdp2` or `ddp`.")
-    if copies is not None and (copies < 1 or gpus % copies or (copies > 1 and copies == gpus)):
+def _sharing(trainer: dict[str, Any], gpus: int) -> dict[str, Any]:
+    """Returns the fields of `RunShape` that say what GPUs share; none where each holds everything."""
+    sharing = sharing_of(trainer)
+    if sharing is None:
+        return {}
+    share, copies = sharing
+    if copies < 1 or gpus % copies or (copies > 1 and copies == gpus):
         raise UserError(f"Expected GPUs that divide into {copies} copies of several each, got {gpus}. Change `copies`.")
-    return 1 if copies is None else gpus // copies
+    return {"shared_by": gpus // copies, "shares_experts": share == EXPERTS}
 
 
 def run_time(shape: ModelShape, run: RunShape, flops: float, price: float | None) -> Time:

@@ -73,6 +73,8 @@ def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
     found = {id(p) for p in _quantisable(model)} if model is not None and not is_packed else set()
     units = parameters_by_unit(model) if isinstance(model, PreTrainedModel) else []
     parts, cut = [], {parameter for unit in units for parameter in unit}
+    stacks = [getattr(block.experts, "root", block.experts) for block in (list_blocks(model) if model else ())]
+    experts = {p for stack in stacks for p in stack.parameters(recurse=False)}
     for name, parameters in module.parts().items():
         matrices = found if name == "language" else set()
         learning = [p for p in parameters if p.requires_grad]
@@ -88,6 +90,7 @@ def _parts(module: StageModule, model: nn.Module | None) -> tuple[Part, ...]:
             * (name == "language"),
             cut=sum(_bytes(p) for p in parameters if p in cut),
             cut_learning=sum(_bytes(p) for p in learning if p in cut),
+            experts=sum(_bytes(p) for p in parameters if p in experts),
         )
         parts += [part] if parameters else []
     return tuple(parts)

@@ -111,3 +111,8 @@ def test_small_sizes_are_not_written(benchmark: Any, option: list[str]) -> None:
 def test_a_benchmark_without_a_table_has_nothing_to_write(benchmark: Any) -> None:
     with pytest.raises(SystemExit):
         benchmark("harness").parse("", ["--write"])
+
+
+@pytest.mark.slow
+def test_page_of_many_gpus_is_what_its_command_writes(benchmark: Any, pages: Any) -> None:
+    assert pages.part(pages.DOCS / "scale.md", "scale.py") == benchmark("scale").table()

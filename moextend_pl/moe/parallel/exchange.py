@@ -77,10 +77,10 @@ def parallel_experts_forward(
     with torch.no_grad():
         (indices_RK,) = _sent((indices_PK.to(torch.int32),), journey.leaving, journey.arriving, journey.group)
     x_RD, weights_RK = _Travel.apply(journey, False, x_PD, weights_PK)
-    # No token may have come, from which some products would not be taken.
-    y_RD = x_RD * weights_RK.sum(1, keepdim=True).to(x_RD.dtype)
     if len(x_RD):
         y_RD = frozen_experts_forward(mine, x_RD, indices_RK.long(), weights_RK)
+    else:  # from no token some products would not be taken
+        y_RD = x_RD * weights_RK.sum(1, keepdim=True).to(x_RD.dtype)
     (y_PD,) = _Travel.apply(journey, True, y_RD)
     output: Tensor = _Collect.apply(y_PD, journey.tokens_P, journey.pairs_TN)
     return output.to(hidden_states.dtype)

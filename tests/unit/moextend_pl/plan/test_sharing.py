@@ -19,7 +19,7 @@ from moextend_pl.plan import cost
 from moextend_pl.plan.sharing import memory, received_bytes
 from moextend_pl.runs.sharded import local
 from moextend_pl.training.optim import OptimSpec, build_optimizer
-from moextend_pl.training.sharding.units import decoder_layers, shard
+from moextend_pl.training.sharding.units import decoder_layers, shard, share_experts
 
 RANKS = 4
 PARTS = {
@@ -63,6 +63,23 @@ def test_predicted_memory_is_that_of_a_sharded_model(world: TinyWorld, parts: li
     assert predicted.activations == cost.memory(step.shape, step.run).activations
 
 
+def test_predicted_memory_is_that_of_a_model_whose_experts_are_shared(world: TinyWorld) -> None:
+    step = make_step(world, PARTS["extension"], torch.float32)
+    whole = size(list(step.model.parameters()))
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    try:
+        share_experts(step.model.language.model, init_device_mesh("cpu", (RANKS,)))
+    finally:
+        dist.destroy_process_group()
+    run = replace(step.run, gpus=RANKS, shared_by=RANKS, shares_experts=True)
+    predicted, alone = memory(step.shape, run), cost.memory(step.shape, step.run)
+    held = [local(tensor) for tensor in (*step.model.parameters(), *step.model.buffers())]
+    assert predicted.weights == size(held) < whole
+    assert (predicted.gradients, predicted.optimizer) == (alone.gradients, alone.optimizer)
+    assert predicted.activations > alone.activations
+    assert predicted.temporaries > alone.temporaries
+
+
 def test_each_layer_is_received_for_each_pass(world: TinyWorld) -> None:
     step = make_step(world, ["projector"], torch.float32)
     layers = size([p for layer in decoder_layers(step.model.language.model) for p in layer.parameters()])
@@ -85,6 +102,8 @@ def test_plan_counts_what_a_rank_of_a_sharded_run_holds(
     two = "{class_path: moextend_pl.ShardedStrategy, init_args: {copies: 2}}"
     assert cli.main([*command, f"--trainer.strategy={two}"]) == 0
     assert "weights are shared by 2 GPUs" in capsys.readouterr().out
+    assert cli.main([*command, "--trainer.strategy=expert_parallel"]) == 0
+    assert "experts of the base are shared by 4 GPUs: each receives " in capsys.readouterr().out
     assert cli.main([*command, "--trainer.strategy=ddp"]) == 0
     assert "shared" not in capsys.readouterr().out
     assert cli.main([*command, "--trainer.strategy=fsdp2", "--model.language.compute.quantize=nf4"]) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 def main(folder: str, questions: str, answers: str) -> None:
     """Writes ids of prompts and answers of all questions, which are asked at once, and how a lone mark is refused."""
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     asked = json.loads(Path(questions).read_text(encoding="utf-8"))
     # Passes shorter than some prompts: the beginning of a question is computed before its picture.
@@ -18,7 +19,7 @@ def main(folder: str, questions: str, answers: str) -> None:
     try:
         engine.generate("<image> what", SamplingParams(max_tokens=1))
         refused = ""
-    except ValueError as error:
+    except VLLMValidationError as error:
         refused = str(error)
     told = {
         "prompts": [list(output.prompt_token_ids or []) for output in outputs],

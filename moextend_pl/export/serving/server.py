@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -22,13 +22,13 @@ from transformers.cli.serving.utils import BaseHandler, GenerationState, Modalit
 from moextend_pl.contracts import UserError
 from moextend_pl.export.folder import exported, processor_of
 from moextend_pl.export.serving.small_requests import SmallRequests
+from moextend_pl.export.serving.wishes import LENGTHS, check_wishes
 from moextend_pl.inference.device import named_device
 from moextend_pl.models.moextend import MoExtend
 
 log = logging.getLogger(__name__)
 
 INLINE = "data:"
-LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 BAD_REQUEST = 400
 
 
@@ -75,7 +75,8 @@ def build(name: str, model: Any, processor: Any, limit: int) -> FastAPI:
         generation_state=state,
     )
     app.add_exception_handler(UserError, _refused)
-    app.add_middleware(SmallRequests, limit=limit, refusal=_too_large)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_middleware(SmallRequests, limit=limit, refusal=_sentence)
     return app
 
 
@@ -86,10 +87,12 @@ def run(app: FastAPI, host: str, port: int) -> None:
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
     """Answers a mistake in a request with its sentence, as OpenAI does."""
-    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=BAD_REQUEST)
+    if isinstance(error, HTTPException):
+        return _sentence(str(error.detail), error.status_code)
+    return _sentence(str(error), BAD_REQUEST)
 
 
-def _too_large(sentence: str, status: int) -> JSONResponse:
+def _sentence(sentence: str, status: int) -> JSONResponse:
     return JSONResponse({"error": {"message": sentence, "type": "invalid_request_error"}}, status)
 
 
@@ -126,6 +129,10 @@ class OneModel(ModelManager):
 class Asked(BaseHandler):
     """What requests may ask for: pictures that they hold themselves, and draws where they give a temperature."""
 
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        super()._validate_request(body)
+        check_wishes(body)
+
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Modality) -> list[dict[str, Any]]:
         """Returns messages as the processor takes them.
@@ -146,9 +153,6 @@ class Asked(BaseHandler):
         return inputs
 
     def _build_generation_config(self, body: dict[str, Any], *arguments: Any, **options: Any) -> Any:
-        if body.get("stop"):
-            # transformers would take the vocabulary apart for minutes, and leave the words in the answer.
-            raise UserError("Expected a request without `stop`, got one: answers end at the model's own end tokens.")
         config = super()._build_generation_config(body, *arguments, **options)
         own = arguments[0] if arguments else options["model_generation_config"]
         if body.get("generation_config") is None:
@@ -161,6 +165,11 @@ class Asked(BaseHandler):
 class Chat(ChatCompletionHandler, Asked):
     """Chat completions."""
 
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        super()._validate_request(body)
+        if "messages" not in body:
+            raise UserError("Expected `messages` in the request, got none.")
+
     get_processor_inputs_from_messages = staticmethod(Asked.get_processor_inputs_from_messages)
 
 
@@ -170,5 +179,9 @@ class Completions(CompletionHandler, Asked):
 
 class Responses(ResponseHandler, Asked):
     """Responses, OpenAI's newer form of the same."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Answers at once where a request says nothing of a stream, as OpenAI does."""
+        return await super().handle_request({"stream": False, **body}, request_id)
 
     get_processor_inputs_from_messages = staticmethod(Asked.get_processor_inputs_from_messages)

@@ -97,6 +97,8 @@ def test_served_answers_are_those_of_generate(served: tuple[Any, MoExtend]) -> N
     assert answered(client, asked[1], max_tokens=12) == longer
     pieces = client.chat.completions.create(model="tiny", messages=asked[1], max_tokens=12, stream=True)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces).strip() == longer
+    response = client.responses.create(model="tiny", input=QUESTION)
+    assert response.output_text.strip() == expected[0]
     with ThreadPoolExecutor(2) as clients:
         assert list(clients.map(lambda messages: answered(client, messages), asked * 2)) == expected * 2
     drawn = {answered(client, asked[0], temperature=5.0, seed=seed) for seed in range(4)}
@@ -127,6 +129,12 @@ def test_mistakes_in_requests_are_answered_and_the_server_goes_on(served: tuple[
     assert large.value.status_code == 413
     with pytest.raises(openai.BadRequestError, match="without `stop`"):
         answered(client, question(), stop=["red"])
+    with pytest.raises(openai.BadRequestError, match="`max_tokens` of at least 1, got 0"):
+        answered(client, question(), max_tokens=0)
+    with pytest.raises(openai.BadRequestError, match="pinned to 'tiny'"):
+        client.chat.completions.create(model="another", messages=question())
+    with pytest.raises(openai.BadRequestError, match="Expected `messages`"):
+        client.post("/chat/completions", body={"model": "tiny"}, cast_to=object)
     assert answered(client, question(1)) == model.generate(question(1))
 
 

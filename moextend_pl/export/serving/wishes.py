@@ -1,0 +1,52 @@
+"""What a request may wish for: a wish that nobody would fulfil is refused, and not passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moextend_pl.contracts import UserError
+
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+IDLE: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "functions": ([],),
+}
+"""Fields that transformers' server passes over, and the values at which nothing is lost by that."""
+
+
+def check_wishes(body: Mapping[str, Any]) -> None:
+    """Refuses a request whose answer would not be the one that is asked for.
+
+    Args:
+        body: A request.
+
+    Raises:
+        UserError: If it asks for what nobody does, or for a length or a draw that is none.
+    """
+    if body.get("stop"):
+        # transformers would take the vocabulary apart for minutes, and leave the words in the answer.
+        raise UserError("Expected a request without `stop`, got one: answers end at the model's own end tokens.")
+    for name, idle in IDLE.items():
+        if body.get(name) is not None and body[name] not in idle:
+            raise UserError(
+                f"Expected a request without `{name}`, got {str(body[name])[:80]!r}: nothing here reads it."
+            )
+    for name in LENGTHS:
+        length = body.get(name)
+        if length is not None and (type(length) is not int or length < 1):
+            raise UserError(f"Expected `{name}` of at least 1, got {length!r}. Correct it or leave it out.")
+    for name, fits, form in (
+        ("temperature", lambda value: value >= 0, "0 or above"),
+        ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    ):
+        value = body.get(name)
+        if value is not None and not (type(value) in (int, float) and fits(value)):
+            raise UserError(f"Expected `{name}` {form}, got {value!r}. Correct it or leave it out.")

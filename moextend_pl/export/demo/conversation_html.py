@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +17,7 @@ from moextend_pl.export.demo.page_style import SHADES
 
 THUMBNAIL = 320  # pixels of the longer side
 
-NUMBERED = 12  # experts of a layer whose shares are written into the map
+NUMBERED = (16, 12)  # layers and experts of each, up to which shares are written into the map
 TOLD_CELLS = 1500  # of a map; above it the single cell is not told on hover, which would be most of the page
 KIND_NAMES = {"image": "Picture", "text": "Text"}
 ANSWERING = "is answering"
@@ -109,7 +110,7 @@ def _maps(chosen: ExpertMap | None) -> str:
     maps = "".join(_map(chosen, kind, largest) for kind in shown)
     legend = (
         '<p class="mx-note">Rows are layers, columns experts: <b class="mx-old">the base\'s own</b>, then '
-        f'<b class="mx-new">new ones</b>. Share of a layer\'s choices; darkest {largest:.0%}. '
+        f'<b class="mx-new">new ones</b>. Share of a layer\'s choices, the darkest {largest:.0%}. '
         "Text tokens include the answer.</p>"
     )
     return f'<div class="mx-maps">{maps}{legend}</div>'
@@ -118,17 +119,18 @@ def _maps(chosen: ExpertMap | None) -> str:
 def _map(chosen: ExpertMap, kind: str, largest: float) -> str:
     old = max(chosen.old.values())
     new = max(len(counts) - chosen.old[layer] for layer, counts in chosen.counts[kind].items())
-    details = len(chosen.old) * (old + new) <= TOLD_CELLS
-    rows = "".join(_row(chosen, kind, layer, (old, new, largest, details)) for layer in chosen.old)
+    layers = len(chosen.old)
+    detail = (layers * (old + new) <= TOLD_CELLS) + (layers <= NUMBERED[0] and old + new <= NUMBERED[1])
+    rows = "".join(_row(chosen, kind, layer, (old, new, largest, detail)) for layer in chosen.old)
     count = chosen.tokens[kind]
     head = f"<figcaption>{KIND_NAMES[kind]} tokens <span>{count:,} read</span></figcaption>"
-    style = f"--old:{old};--new:{new};--rows:{len(chosen.old)}"
+    style = f"--old:{old};--new:{new};--rows:{layers}"
     return f'<figure class="mx-map" data-kind="{kind}" style="{style}">{head}{rows}</figure>'
 
 
-def _row(chosen: ExpertMap, kind: str, layer: int, shape: tuple[int, int, float, bool]) -> str:
+def _row(chosen: ExpertMap, kind: str, layer: int, shape: tuple[int, int, float, int]) -> str:
     """Returns one layer: a cell for each expert of the widest layer, with nothing where this one has none."""
-    old, new, largest, details = shape
+    old, new, largest, detail = shape
     shares, own = chosen.shares(kind, layer), chosen.old[layer]
     padded = [*shares[:own], *[None] * (old - own), *shares[own:], *[None] * (new - (len(shares) - own))]
     cells = []
@@ -137,11 +139,11 @@ def _row(chosen: ExpertMap, kind: str, layer: int, shape: tuple[int, int, float,
         if share is None:
             cells.append("<i></i>")
             continue
-        shade = round(SHADES * share / largest)
-        number = f"{100 * share:.0f}" if old + new <= NUMBERED else ""
+        shade = round(SHADES * math.sqrt(share / largest))  # small shares of many experts are seen as well
+        number = f"{100 * share:.0f}" if detail > 1 else ""
         expert = place - old + own if is_new else place
         name = f"layer {layer}, {'new ' if is_new else ''}expert {expert}: {share:.1%}"
-        hover = f' title="{name}"' if details else ""
+        hover = f' title="{name}"' if detail else ""
         cells.append(f'<i class="{"n" if is_new else "o"}{shade}"{hover}>{number}</i>')
     gap = "<u></u>" if new else ""
     share_of_new = f"{chosen.new_share(kind, layer):.0%}" if len(shares) > own else ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import gradio as gr
@@ -28,6 +30,9 @@ WAITING = 16
 CLEANING, KEPT = 600, 3600
 """Seconds between two looks for uploads that nobody needs, and how old those are."""
 
+PATIENCE = 1
+"""Seconds that open pages are waited for at the end."""
+
 KINDS = [".png", ".jpg", ".jpeg", ".webp"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 POLICY = (
@@ -47,7 +52,7 @@ def build(demonstration: Demonstration, title: str, samples: Sequence[tuple[Data
     """
 
     def ask(asked: dict[str, Any], visit: Visit) -> Iterator[tuple[Any, ...]]:
-        yield gr.skip(), conversation_html(visit.turns), "", {"text": "", "files": []}
+        yield gr.skip(), conversation_html(visit.settled), "", {"text": "", "files": []}
         for now in next_turn(demonstration, visit, asked):
             yield now, gr.skip(), conversation_html(now.turns[-1:]), gr.skip()
 
@@ -96,7 +101,18 @@ def serve(page: gr.Blocks, host: str, port: int, limit: int) -> None:
         limit: Largest request, in bytes.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that uploads are deleted
-    uvicorn.run(application(page, host, limit), host=host, port=port, log_level="warning")
+    app = application(page, host, limit)
+    # An open page holds a connection that never ends.
+    how: dict[str, Any] = {"host": host, "port": port, "log_level": "warning", "timeout_graceful_shutdown": PATIENCE}
+    _Server(uvicorn.Config(app, **how)).run()
+
+
+class _Server(uvicorn.Server):
+    """Ends without telling of every open page that it no longer waits for."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        super().handle_exit(sig, frame)
 
 
 def application(page: gr.Blocks, host: str, limit: int) -> FastAPI:

@@ -65,10 +65,10 @@ footer {{ display: none !important; }}
 .mx-row {{
   display: grid;
   grid-template-columns: 22px repeat(var(--old), minmax(0, 1fr)) 8px repeat(var(--new), minmax(0, 1fr)) 42px;
-  gap: 1px;
-  height: clamp(9px, calc(220px / var(--rows, 8)), 26px);
+  gap: clamp(0px, calc(60px / (var(--old) + var(--new)) - 1px), 1px);
+  height: clamp(11px, calc(400px / var(--rows)), 26px);
   margin-bottom: 1px;
-  font-size: 12px;
+  font-size: clamp(8px, calc(300px / var(--rows)), 12px);
   line-height: 1;
 }}
 .mx-row > * {{ display: flex; align-items: center; justify-content: center; overflow: hidden; font-style: normal; }}

@@ -26,6 +26,11 @@ class Visit:
     said: Question | None = None
     turns: tuple[ShownTurn, ...] = ()
 
+    @property
+    def settled(self) -> tuple[ShownTurn, ...]:
+        """The turns without one whose answer was stopped, which is no part of what was said."""
+        return tuple(turn for turn in self.turns if turn.problem or turn.told.said)
+
 
 def next_turn(demonstration: Demonstration, visit: Visit, asked: Mapping[str, Any]) -> Iterator[Visit]:
     """Yields a visit as its next answer comes.
@@ -38,13 +43,13 @@ def next_turn(demonstration: Demonstration, visit: Visit, asked: Mapping[str, An
     Yields:
         The visit with one more turn; a mistake stands in it as that turn's problem, and what was said stays.
     """
-    text = str(asked.get("text") or "")
+    turns, text = visit.settled, str(asked.get("text") or "")
     turn = ShownTurn(text, has_new=bool(demonstration.model.plans))
     try:
         pictures = [decode_image(Path(path).read_bytes(), Path(path).name) for path in asked.get("files") or ()]
         turn = replace(turn, pictures=tuple(map(thumbnail, pictures)))
         for told in demonstration.ask(visit.said, text, pictures):
             turn = replace(turn, told=told)
-            yield Visit(told.said or visit.said, (*visit.turns, turn))
+            yield Visit(told.said or visit.said, (*turns, turn))
     except UserError as error:
-        yield Visit(visit.said, (*visit.turns, replace(turn, problem=str(error))))
+        yield Visit(visit.said, (*turns, replace(turn, problem=str(error))))

@@ -149,6 +149,17 @@ def test_who_goes_away_keeps_nobody_waiting(model: MoExtend) -> None:
     assert all(reach.nowhere for _, reach in model.language.extensions)
 
 
+def test_an_answer_that_was_stopped_is_no_part_of_the_conversation(model: MoExtend) -> None:
+    demonstration = Demonstration(model, max_new_tokens=6)
+    *_, first = next_turn(demonstration, Visit(), {"text": QUESTION})
+    stopped = next(next_turn(demonstration, first, {"text": SECOND}))
+    assert (len(stopped.turns), stopped.said) == (2, first.said)
+    *_, again = next_turn(demonstration, stopped, {"text": SECOND})
+    assert [turn.question for turn in again.turns] == [QUESTION, SECOND]
+    assert again.said is not None
+    assert len(again.said.turns) == 2
+
+
 def test_mistakes_stand_in_their_turn_and_the_conversation_goes_on(tiny_world: TinyWorld, tmp_path: Path) -> None:
     demonstration = Demonstration(tiny_world.model(make_plan()), max_new_tokens=2)
     bad, many, good = (tmp_path / name for name in ("bad.png", "many.png", "good.png"))

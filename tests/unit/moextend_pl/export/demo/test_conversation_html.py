@@ -60,7 +60,7 @@ def test_every_cell_is_the_share_of_its_expert() -> None:
     assert [cell[2] for cell in found["image", 0]] == ["50", "50", ""]
     assert [cell[2] for cell in found["image", 2]] == ["12", "38", "50"]
     assert [cell[2] for cell in found["text", 0]] == ["100", "0", ""]
-    assert found["image", 2][2] == ("layer 2, new expert 2: 50.0%", "n5", "50")
+    assert found["image", 2][2] == ("layer 2, new expert 2: 50.0%", "n7", "50")
     assert found["image", 0][2] == ("", "", "")
     assert found["text", 0][0][:2] == ("layer 0, expert 0: 100.0%", "o10")
 

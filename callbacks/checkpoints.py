@@ -23,8 +23,9 @@ class StageCheckpoint(ModelCheckpoint):
     checkpoint of the last step would tell Lightning that nothing is left to do. `StageReceipt` saves
     the final state when all results are there.
 
-    Lightning logs a step's metrics when all callbacks have seen its end. A new checkpoint therefore takes its place
-    only when that is done: a run that is killed in between takes the step again and loses no row.
+    Lightning logs a step's metrics when all callbacks have seen its end, and those of a validation that follows it
+    later still. A new checkpoint therefore takes its place only when both are done: a run that is killed in between
+    takes the steps since the checkpoint before again, validates again and loses no row.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
@@ -68,10 +69,6 @@ class StageCheckpoint(ModelCheckpoint):
             take_place(newest)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Puts the checkpoint of the step before in its place."""
-        self._take_place(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the checkpoint of the step before in its place."""
         self._take_place(trainer)
 

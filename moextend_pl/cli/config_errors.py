@@ -28,6 +28,7 @@ _DENIED = re.compile(r"Importing '([^']+)' is not allowed")
 _REQUIRED = "the following arguments are required: "
 _SHOWN_LENGTH = 120
 _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$")
+_FUNCTION = re.compile(r"(?:Expected a dot import path string: |Type typing\.Callable.* Got value: )(?P<value>.*)")
 _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value type:", "Expected a path but", "tip:")
 
 
@@ -69,6 +70,10 @@ def explain(message: str, parser: ArgumentParser, arguments: StageArguments) -> 
     report = _read(message)
     leaf = report.leaves[0] if report.leaves else " ".join(message.split())
     key = readable_key(".".join(report.keys))
+    if function := _FUNCTION.match(leaf):
+        return (
+            f"`{key}`: expected the dotted name of a function, as `package.module.function`, got '{function['value']}'."
+        )
     if _EXPECTED.match(leaf) and (deeper := _NOT_ACCEPTED.search(message)):
         report.owner, leaf = deeper.groups()  # one member of a union says more than "expected str"
     if unknown := _UNKNOWN.match(leaf):

@@ -31,7 +31,12 @@ SHOWN_KEYS = 8
 
 def largest(tensors: Iterable[Tensor]) -> Tensor:
     """Returns the largest size of a number in each of P tensors, (P,) in fp32, NaN where one is; asks for no value."""
-    return torch.stack([size.float() for size in torch._foreach_norm(list(tensors), math.inf)])
+    given = list(tensors)
+    if any(tensor.is_cuda for tensor in given):
+        sizes = [*torch._foreach_norm(given, math.inf)]  # all in a few kernels
+    else:
+        sizes = [torch.stack([*torch.aminmax(tensor)]).abs().amax() for tensor in given]  # a tenth of the norm's time
+    return torch.stack([size.float() for size in sizes])
 
 
 @dataclass

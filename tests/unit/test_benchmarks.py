@@ -96,6 +96,13 @@ def test_all_steps_start_from_the_same_loss_and_extension_executes_less(run: Any
 
 
 @pytest.mark.slow
+def test_guards_are_timed_on_one_process_and_on_two(run: Any) -> None:
+    (rows,) = run("guards")["sections"].values()
+    assert [row["processes"] for row in rows] == [1, 2]
+    assert all(0 < row["callbacks ms"] < row["with callbacks ms"] for row in rows)
+
+
+@pytest.mark.slow
 def test_scaling_has_a_section_for_every_quantity(run: Any) -> None:
     titles = " ".join(run("scaling")["sections"])
     assert all(

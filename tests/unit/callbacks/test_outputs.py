@@ -108,6 +108,35 @@ def test_checkpoint_takes_its_place_only_when_the_metrics_of_its_step_are_writte
         assert {row["step"] for row in csv.DictReader(file) if row["train/loss"]} == {str(n) for n in range(8)}
 
 
+class EndsInValidation(Callback):
+    """Ends the process in the validation after a step that is saved, as a kill would."""
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_checkpoint_takes_its_place_only_when_the_validation_after_its_step_is_written(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+    def fit(*more: Callback, checkpoint: Path | None = None) -> None:
+        options = {"steps": 6, "enable_checkpointing": True, "val_check_interval": 2}
+        logger = RunLogger(str(tmp_path / "run"))
+        trainer = make_trainer(TrainOnly(["projector"]), StageCheckpoint(2), *more, logger=logger, **options)
+        data = tiny_world.datamodule(val=tiny_world.data("vqa", "test"))
+        trainer.fit(tiny_world.unbuilt(), data, ckpt_path=checkpoint, weights_only=True)
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(EndsInValidation())
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    fit(checkpoint=last)
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["val/loss"]] == ["1", "3", "5"]
+
+
 def test_an_unfinished_stage_that_is_past_its_steps_does_not_end_without_a_result(
     tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
 ) -> None:

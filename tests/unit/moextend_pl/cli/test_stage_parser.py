@@ -127,6 +127,16 @@ def test_allowed_package_does_not_lend_its_imports(capsys: pytest.CaptureFixture
     assert "'posix.system' is outside of the packages" in message
 
 
+@pytest.mark.parametrize("value", ["hello", "3", "torch.nothing.f", "torch.float32"])
+def test_what_is_no_function_is_refused_where_one_is_asked_for(
+    capsys: pytest.CaptureFixture[str], stage: Path, value: str
+) -> None:
+    callback = f"{{class_path: {MONITOR}, init_args: {{batch_size_fn: {value}}}}}"
+    message = error_of(capsys, ["fit", "--config", str(stage), *ALLOW, f"--trainer.callbacks+={callback}"])
+    asked = "expected the dotted name of a function, as `package.module.function`"
+    assert message == f"`trainer.callbacks.batch_size_fn`: {asked}, got '{value}'."
+
+
 def test_folder_that_looks_like_a_class_is_a_folder(capsys: pytest.CaptureFixture[str], stage: Path) -> None:
     argv = ["fit", "--config", str(stage), *ALLOW, "--data=datamodules.ImageTextShards", "--data.train=llava.V2"]
     assert cli.main([*argv, "--print_config"]) == 0

@@ -80,6 +80,21 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+def test_row_7_a_checkpoint_put_together_from_two_is_refused(tmp_path: Path, share: float) -> None:
+    plugin, whole = AtomicCheckpointIO(), []
+    for name, value in (("old.ckpt", 1.0), ("new.ckpt", 2.0)):
+        weights = {f"weight{n}": torch.full((1000,), value) for n in range(4)}
+        plugin.save_checkpoint({"state_dict": weights}, tmp_path / name)
+        whole.append((tmp_path / name).read_bytes())
+    old, new = whole
+    assert len(old) == len(new)
+    place = int(share * len(old))
+    (tmp_path / "new.ckpt").write_bytes(new[:place] + old[place:])
+    with pytest.raises(UserError, match="damaged or another file"):
+        plugin.load_checkpoint(tmp_path / "new.ckpt")
+
+
 def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(1)}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match="without `state_dict`"):

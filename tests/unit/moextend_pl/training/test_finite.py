@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.selection import ShiftRule
 from moextend_pl.runs.numbers import non_finite
-from moextend_pl.training.finite import NumbersGuard, Outputs
+from moextend_pl.training.finite import NumbersGuard, Outputs, largest
 from moextend_pl.training.optim import OptimSpec
 
 NEW = ["projector", "new_experts", "new_routers", "calibration"]
@@ -284,3 +285,11 @@ def hooks(model: nn.Module) -> int:
 def test_the_number_in_a_row_is_above_zero() -> None:
     with pytest.raises(UserError, match="`in_a_row` of NumbersGuard of at least 1, got 0"):
         NumbersGuard(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_size_of_a_number_is_that_of_the_norm(dtype: torch.dtype) -> None:
+    rows = [[-3.0, 2.0], [0.0, -0.0], [1.0, math.inf], [-math.inf, 1.0], [math.nan, 1.0], [math.inf, math.nan]]
+    tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+    expected = torch.stack([tensor.float().norm(math.inf) for tensor in tensors])
+    assert torch.equal(largest(tensors).nan_to_num(-1, -2), expected.nan_to_num(-1, -2))

@@ -8,7 +8,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -22,7 +22,7 @@ from transformers.cli.serving.utils import BaseHandler, GenerationState, Modalit
 from moextend_pl.contracts import UserError
 from moextend_pl.export.folder import exported, processor_of
 from moextend_pl.export.serving.small_requests import SmallRequests
-from moextend_pl.export.serving.wishes import LENGTHS, check_wishes
+from moextend_pl.export.serving.wishes import LENGTHS, check_wishes, ended, stop_words
 from moextend_pl.inference.device import named_device
 from moextend_pl.models.moextend import MoExtend
 
@@ -152,6 +152,22 @@ class Asked(BaseHandler):
             )
         return inputs
 
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> StreamingResponse | JSONResponse:
+        """Answers a request, and ends its answer where the first of its `stop` words begins.
+
+        transformers would take the vocabulary apart for minutes to find them, and leave them in the answer.
+
+        Raises:
+            UserError: If a stream is to be ended so, whose words are gone when the rest of them comes, or a response,
+                whose interface knows no such words.
+        """
+        stops = stop_words(body)
+        if stops and (body.get("stream") or isinstance(self, ResponseHandler)):
+            raise UserError("Expected `stop` with completions that are not streamed. Leave it or `stream` out.")
+        asked = {name: value for name, value in body.items() if name != "stop"}
+        response: StreamingResponse | JSONResponse = await super().handle_request(asked, request_id)  # type: ignore[misc]
+        return ended(response, stops) if stops and isinstance(response, JSONResponse) else response
+
     def _build_generation_config(self, body: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         config = super()._build_generation_config(body, *arguments, **options)
         own = arguments[0] if arguments else options["model_generation_config"]
@@ -162,7 +178,7 @@ class Asked(BaseHandler):
         return config
 
 
-class Chat(ChatCompletionHandler, Asked):
+class Chat(Asked, ChatCompletionHandler):
     """Chat completions."""
 
     def _validate_request(self, body: dict[str, Any]) -> None:
@@ -173,11 +189,11 @@ class Chat(ChatCompletionHandler, Asked):
     get_processor_inputs_from_messages = staticmethod(Asked.get_processor_inputs_from_messages)
 
 
-class Completions(CompletionHandler, Asked):
+class Completions(Asked, CompletionHandler):
     """Completions of a text."""
 
 
-class Responses(ResponseHandler, Asked):
+class Responses(Asked, ResponseHandler):
     """Responses, OpenAI's newer form of the same."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
+
+from fastapi.responses import JSONResponse
 
 from moextend_pl.contracts import UserError
 
@@ -31,9 +34,6 @@ def check_wishes(body: Mapping[str, Any]) -> None:
     Raises:
         UserError: If it asks for what nobody does, or for a length or a draw that is none.
     """
-    if body.get("stop"):
-        # transformers would take the vocabulary apart for minutes, and leave the words in the answer.
-        raise UserError("Expected a request without `stop`, got one: answers end at the model's own end tokens.")
     for name, idle in IDLE.items():
         if body.get(name) is not None and body[name] not in idle:
             raise UserError(
@@ -50,3 +50,28 @@ def check_wishes(body: Mapping[str, Any]) -> None:
         value = body.get(name)
         if value is not None and not (type(value) in (int, float) and fits(value)):
             raise UserError(f"Expected `{name}` {form}, got {value!r}. Correct it or leave it out.")
+
+
+def stop_words(body: dict[str, Any]) -> list[str]:
+    """Returns the words at which an answer ends.
+
+    Raises:
+        UserError: If they are no texts.
+    """
+    given = body.get("stop")
+    stops = [given] if isinstance(given, str) else given or []
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise UserError(f"Expected `stop` as a text or a list of texts, got {str(given)[:40]!r}.")
+    return [stop for stop in stops if stop]
+
+
+def ended(response: JSONResponse, stops: list[str]) -> JSONResponse:
+    """Returns a response whose texts end before the first stop word in them."""
+    content = json.loads(bytes(response.body))
+    for choice in content.get("choices", ()):
+        holder, name = (choice["message"], "content") if "message" in choice else (choice, "text")
+        text = holder.get(name) or ""
+        end = min((place for place in map(text.find, stops) if place >= 0), default=None)
+        if end is not None:
+            holder[name], choice["finish_reason"] = text[:end], "stop"
+    return JSONResponse(content, response.status_code)

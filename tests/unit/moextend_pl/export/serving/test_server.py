@@ -101,6 +101,12 @@ def test_served_answers_are_those_of_generate(served: tuple[Any, MoExtend]) -> N
     assert response.output_text.strip() == expected[0]
     with ThreadPoolExecutor(2) as clients:
         assert list(clients.map(lambda messages: answered(client, messages), asked * 2)) == expected * 2
+    stop = longer.split()[1]
+    assert answered(client, asked[1], max_tokens=12, stop=["nowhere", stop]) == longer[: longer.index(stop)].strip()
+    assert answered(client, asked[1], max_tokens=12, stop="nowhere") == longer
+    text = client.completions.create(model="tiny", prompt="red", max_tokens=8).choices[0].text
+    cut = client.completions.create(model="tiny", prompt="red", max_tokens=8, stop=text.split()[-1]).choices[0]
+    assert (cut.text, cut.finish_reason) == (text[: text.index(text.split()[-1])], "stop")
     drawn = {answered(client, asked[0], temperature=5.0, seed=seed) for seed in range(4)}
     assert len(drawn) > 1
 
@@ -127,8 +133,11 @@ def test_mistakes_in_requests_are_answered_and_the_server_goes_on(served: tuple[
     with pytest.raises(openai.APIStatusError, match="at most 60000 bytes") as large:
         answered(client, question(None, "r" * LIMIT))
     assert large.value.status_code == 413
-    with pytest.raises(openai.BadRequestError, match="without `stop`"):
-        answered(client, question(), stop=["red"])
+    for options in ({"stop": ["red"], "stream": True}, {"stop": [3]}):
+        with pytest.raises(openai.BadRequestError, match="Expected `stop`"):
+            client.chat.completions.create(model="tiny", messages=question(), **options)
+    with pytest.raises(openai.BadRequestError, match="Expected `stop`"):
+        client.responses.create(model="tiny", input="red", extra_body={"stop": "red"})
     with pytest.raises(openai.BadRequestError, match="`max_tokens` of at least 1, got 0"):
         answered(client, question(), max_tokens=0)
     with pytest.raises(openai.BadRequestError, match="pinned to 'tiny'"):

@@ -27,7 +27,6 @@ def test_what_changes_nothing_is_taken(body: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ({"stop": ["a"]}, "without `stop`"),
         ({"n": 2}, "without `n`, got '2'"),
         ({"echo": True}, "without `echo`"),
         ({"logprobs": 5}, "without `logprobs`"),

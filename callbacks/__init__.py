@@ -6,7 +6,7 @@ from callbacks.frozen_guard import FrozenGuard
 from callbacks.ledger import SampleLedger
 from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt
 from callbacks.predictions import WritePredictions
-from callbacks.progress import StageProgress
+from callbacks.progress import StageProgress, StageSpeed
 from callbacks.retention_gate import RetentionGate
 from callbacks.train_only import TrainOnly
 from callbacks.usage_log import UsageLog
@@ -22,6 +22,7 @@ __all__ = [
     "StageCheckpoint",
     "StageProgress",
     "StageReceipt",
+    "StageSpeed",
     "TrainOnly",
     "UsageLog",
     "UsageReport",

@@ -1,15 +1,16 @@
-"""Progress of a stage with the time that is left."""
+"""Progress of a stage: the time that is left, and how fast it learns."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ThroughputMonitor, TQDMProgressBar
 
-from moextend_pl.contracts import run_directory
+from moextend_pl.contracts import Batch, UserError, run_directory
 from moextend_pl.runs.atomic import read_json
 from moextend_pl.runs.manifest import ROAD_FILE
+from moextend_pl.samples.host_facts import samples_in, tokens_in
 
 
 class StageProgress(TQDMProgressBar):
@@ -49,3 +50,47 @@ class StageProgress(TQDMProgressBar):
     ) -> None:
         """Counts from the first stage on."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, self._before + batch_idx)
+
+
+class StageSpeed(ThroughputMonitor):
+    """Samples and tokens a second, the share of tokens that are learned, and of the card's speed that is used (MFU).
+
+    Lightning's monitor, which logs `train/device/items_per_sec` and others; `train/supervised_share` is that of the
+    batch of the first process. MFU needs two numbers, since the operations of a token follow from the model and from
+    what learns: `python -m moextend_pl plan` prints them, and `device/mfu` is their product with tokens a second over
+    the card's speed.
+
+    Args:
+        window_size: Steps over which rates are taken.
+        gflops_per_token: Operations of a token in a step, 10^9, as `plan` says; None for no MFU.
+        peak_tflops: Dense operations a second of the card, 10^12; None for what Lightning knows of the card.
+    """
+
+    def __init__(
+        self, window_size: int = 20, gflops_per_token: float | None = None, peak_tflops: float | None = None
+    ) -> None:
+        for name, value in (("gflops_per_token", gflops_per_token), ("peak_tflops", peak_tflops)):
+            if value is not None and not value > 0:
+                raise UserError(f"Expected `{name}` of StageSpeed above 0, got {value:g}. Correct it or leave it out.")
+        super().__init__(samples_in, tokens_in, window_size=window_size)
+        self.gflops_per_token = gflops_per_token
+        self.peak_tflops = peak_tflops
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the speed of the card that is given, where Lightning would look it up."""
+        super().setup(trainer, pl_module, stage)
+        if self.peak_tflops is not None:
+            for throughput in self._throughputs.values():
+                throughput.available_flops = self.peak_tflops * 1e12
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Measures a batch."""
+        tokens = tokens_in(batch)
+        if self.gflops_per_token is not None:
+            # where Lightning's monitor looks for it
+            pl_module.flops_per_batch = self.gflops_per_token * 1e9 * tokens  # type: ignore[assignment]
+        if "known" in batch:
+            pl_module.log("train/supervised_share", len(batch["known"].learned) / max(tokens, 1))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch)

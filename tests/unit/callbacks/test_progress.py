@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 from helpers.tiny_world import TinyWorld
 from lightning.pytorch import Callback, Trainer
 
-from callbacks import StageCheckpoint, StageProgress, TrainOnly
+from callbacks import StageCheckpoint, StageProgress, StageSpeed, TrainOnly
+from moextend_pl.contracts import UserError
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.runs.atomic import write_json
 from moextend_pl.runs.manifest import ROAD_FILE
+from moextend_pl.runs.metrics_log import RunLogger
 
 
 class Stop(Callback):
@@ -63,3 +66,36 @@ def test_bar_of_one_of_several_stages_goes_on_where_the_one_before_ended(
     trainer.fit(tiny_world.unbuilt(), tiny_world.datamodule())
     assert seen == [(10, 17, "stage 3 of 4: "), (11, 17, "stage 3 of 4: ")]
     assert bar.train_progress_bar.n == 12
+
+
+class Batches(Callback):
+    def __init__(self) -> None:
+        self.shares: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: MoExtend, outputs: Any, batch: Any, *_: Any) -> None:
+        shifted = batch["labels"][:, 1:] != -100
+        self.shares.append(int(shifted.sum()) / int(batch["attention_mask"].sum()))
+
+
+def test_speed_is_told_with_the_share_of_learned_tokens_and_of_the_card(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    batches, logger = Batches(), RunLogger(str(tmp_path / "run"))
+    speed = StageSpeed(window_size=2, gflops_per_token=2.0, peak_tflops=4.0)
+    make_trainer(TrainOnly(["projector"]), batches, speed, steps=4, logger=logger, log_every_n_steps=1).fit(
+        tiny_world.unbuilt(), tiny_world.datamodule()
+    )
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shares = [float(row["train/supervised_share"]) for row in rows if row.get("train/supervised_share")]
+    assert shares == pytest.approx(batches.shares)
+    rates = [row for row in rows if row.get("train/device/mfu")]
+    assert rates
+    for row in rates:
+        tokens = float(row["train/device/items_per_sec"])
+        assert float(row["train/device/mfu"]) == pytest.approx(tokens * 2e9 / 4e12)
+
+
+def test_speed_without_numbers_is_refused() -> None:
+    with pytest.raises(UserError, match="`peak_tflops` of StageSpeed above 0, got 0"):
+        StageSpeed(peak_tflops=0)

@@ -31,7 +31,7 @@ from moextend_pl.moe.kernels.order import ROWS
 
 ITEM = 2
 """Bytes of a number in bf16."""
-SLOT = 200
+SLOT = 64
 """More bytes than the order of the slots and their routing weights take for each slot, in both passes together."""
 
 
@@ -97,7 +97,7 @@ def kernels(block: Block) -> dict[str, Traffic]:
     weighted = Traffic(added.read + once * S, added.written, added.asked + once * S)
     new = sum(block.slots_M[-block.new :])
     pair = _product(block, T, D, 2 * I, 3 * S * I, 2 * PAIR["COLUMNS"])  # one tile of rows serves gate and up
-    gradient = Traffic(once * S * (3 * I + 1), once * (2 * S + new) * I, once * (S * (5 * I + 1) + new * I))
+    gradient = Traffic(once * S * (3 * I + 1), once * (S * (2 * I + 1) + new * I), once * (S * (5 * I + 2) + new * I))
     return {
         "gate_up": pair,
         "product": _product(block, S, I, D, S * D, SINGLE["COLUMNS"]),

@@ -37,7 +37,17 @@ def by_kernels(experts: Any, x_TD: Tensor) -> bool:
     return False
 
 
+def routed_by_kernels(*_: Any) -> bool:
+    """Returns that no kernel selects experts."""
+    return False
+
+
 def kernel_experts(*_: Any) -> Tensor:
+    """Is never called."""
+    raise NotImplementedError
+
+
+def kernel_routing(*_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """Is never called."""
     raise NotImplementedError
 ''',

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from moextend_pl.moe.kernels.calibrated_routing import calibrated_routing, suits
 from moextend_pl.moe.kernels.gated_experts import HAS_TRITON, ON_ANY_DEVICE, fits, gated_experts
+from moextend_pl.moe.routing import Scoring
 
 FROZEN_EXPERTS = "moextend"
 """Name under which transformers knows `frozen_experts_forward` once it was registered."""
@@ -121,6 +123,16 @@ def kernel_experts(
     old = (frozen.gate_up_proj, frozen.down_proj)
     nobody = (old[0][:0], old[1][:0])
     return gated_experts(x_TD, indices_TK, weights_TK, old, nobody if new is None else new)
+
+
+def routed_by_kernels(experts: Any, scoring: Scoring, total: int, device: torch.device) -> bool:
+    """Returns whether a kernel also selects among `total` experts, old and new: where kernels compute them, plainly."""
+    return suits(scoring, total) and by_kernels(experts, device)
+
+
+def kernel_routing(*arguments: Any, **how: Any) -> tuple[Tensor, Tensor]:
+    """Selects and weighs experts by a kernel, see `calibrated_routing`."""
+    return calibrated_routing(*arguments, **how)
 
 
 def takes(experts: Any) -> bool:

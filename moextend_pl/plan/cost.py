@@ -200,15 +200,15 @@ def saved_by_layer(layer: Layer, run: RunShape, state: int) -> float:
     size = run.compute_bytes
     if state == NO_GRAPH:
         return 0.0
-    if by_kernels(layer, run):
-        kept = saved_by_kernels(layer)
-    else:
-        kept = sum(saved_by_stack(stack, layer, run, state) for stack in layer.stacks)
-    kept += saved_inputs(layer.mlp) * size
+    together, apart = saved_by_kernels, lambda layer: sum(saved_by_stack(s, layer, run, state) for s in layer.stacks)
+    kept = (together if by_kernels(layer, run) else apart)(layer) + saved_inputs(layer.mlp) * size
     if layer.stacks:
         # Probabilities for the choice and for the balance loss, the choice, its weights and their sum.
         kept += 2 * FP32 * layer.routed + (INT64 + FP32) * layer.top_k + FP32
-    if any(stack.new for stack in layer.stacks):
+    extensions = sum(stack.new for stack in layer.stacks)
+    if extensions == 1 and by_kernels(layer, run):  # a kernel selects, and keeps logits and choice
+        kept += size * layer.routed + INT64 * layer.top_k + 1
+    elif extensions:
         # The same once more for all experts together, and the calibration before and after its GELU.
         kept += 2 * FP32 * layer.routed + 2 * FP32 * layer.correction + (INT64 + FP32) * layer.top_k + 3 * FP32
     if state == EXPERTS_ONLY:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moextend_pl.moe.dispatch import kernel_routing, routed_by_kernels
 from moextend_pl.moe.extension.calibration import Calibration
 from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.moe.families import ARGUMENT, RouterFacts, tensor_named
@@ -35,6 +36,7 @@ class ExtendedRouter(nn.Module):
         reach: Mask of the tokens that may reach new experts.
         init: `copy` or `preserving`, see `contracts.ExtensionPlan`.
         calibration: Correction of the scores, or None.
+        experts: Experts module of the base; where kernels compute it, one selects too.
     """
 
     base: Any
@@ -50,8 +52,10 @@ class ExtendedRouter(nn.Module):
         *,
         init: str,
         calibration: Calibration | None,
+        experts: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self._experts = (experts,)  # none of this module's children
         self.base, self.facts, self.reach, self.init, self.calibration = base, facts, reach, init, calibration
         rows = list(sources)
         self.base_experts = len(self._base_rows(facts.weight))
@@ -145,6 +149,8 @@ class ExtendedRouter(nn.Module):
             zero = touch(self.new_parts())
             return self._ordered(logits_TE, weights_TK if zero is None else weights_TK + zero, indices_TK)
         logits_TM = self.logits(hidden_states)
+        if self._by_kernels(logits_TM.device):
+            return self._ordered(logits_TM, *self._select_by_kernels(logits_TM, weights_TK, indices_TK))
         chosen = self.select(logits_TM, weights_TK.shape[-1], extra)
         new_weights_TK = weigh(chosen.gates_TM.gather(1, chosen.indices_TK), self.facts.scoring)
         if isinstance(self.base, ExtendedRouter):
@@ -153,6 +159,21 @@ class ExtendedRouter(nn.Module):
         open_T1 = self.reach.tokens(len(logits_TM)).unsqueeze(-1)
         weights_TK = torch.where(open_T1, new_weights_TK.to(weights_TK.dtype), weights_TK)
         return self._ordered(logits_TM, weights_TK, torch.where(open_T1, chosen.indices_TK, indices_TK))
+
+    def _by_kernels(self, device: torch.device) -> bool:
+        (experts,), facts = self._experts, self.facts
+        if experts is None or isinstance(self.base, ExtendedRouter) or facts.selection_bias:
+            return False
+        return routed_by_kernels(experts, facts.scoring, self.num_experts, device)
+
+    def _select_by_kernels(self, logits_TM: Tensor, weights_TK: Tensor, indices_TK: Tensor) -> tuple[Tensor, Tensor]:
+        calibration, scoring = self.calibration, self.facts.scoring
+        matrices = None if calibration is None else (calibration.in_proj, calibration.out_proj)
+        form = "none" if calibration is None else calibration.form
+        return kernel_routing(
+            logits_TM, self.reach.tokens(len(logits_TM)), (weights_TK, indices_TK), self.sources_N, matrices,
+            form=form, families=self.init == "preserving", normalised=scoring.normalised, scale=scoring.scale,
+        )  # fmt: skip
 
     def _ordered(self, *output: Tensor) -> tuple[Tensor, ...]:
         """Returns logits, weights and indices in the order of the family."""

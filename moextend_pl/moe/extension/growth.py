@@ -88,8 +88,10 @@ def _grow_block(block: MoEBlock, growth: LayerGrowth, plan: ExtensionPlan, reach
         calibration = Calibration(block.num_experts, len(growth.sources), form=plan.calibration, seed=seed)
         calibration.to(next(block.router.parameters()).device)
     facts = _facts(block)
-    router = ExtendedRouter(block.router, facts, growth.sources, reach, init=plan.init, calibration=calibration)
     experts = ExtendedExperts(block.experts, growth.sources, reach)
+    router = ExtendedRouter(
+        block.router, facts, growth.sources, reach, init=plan.init, calibration=calibration, experts=experts.root
+    )
     setattr(block.module, block.router_name, router)
     setattr(block.module, EXPERTS, experts)
 

@@ -93,14 +93,14 @@ def _backward(
     from moextend_pl.moe.kernels import launch
 
     sorted_, E = Order(*order), len(frozen[0])
-    slots_S = sorted_.slots_TK.flatten().long()
-    weight_S = torch.empty_like(weights_TK.view(-1)).scatter_(0, slots_S, weights_TK.view(-1))
     d_SI = launch.product(dy_TD, frozen[1], new[1], sorted_, transposed=False, gather=True)
     # A token selects an expert once at most.
     room = 0 if x_TD is None else len(x_TD) * min(len(new[0]), weights_TK.shape[1])
-    dprojected_SH, dweight_S, activated_UI = launch.activation_gradient(d_SI, projected_SH, weight_S, sorted_, E, room)
+    dprojected_SH, dweights_TK, activated_UI = launch.activation_gradient(
+        d_SI, projected_SH, weights_TK, sorted_, E, room
+    )
     del d_SI
-    gradients = [dweight_S[slots_S].view_as(weights_TK).to(weights_TK.dtype)]
+    gradients = [dweights_TK]
     if onwards:
         dx_SD = launch.product(dprojected_SH, frozen[0], new[0], sorted_, transposed=False)
         gradients.append(launch.sum_slots(dx_SD, None, sorted_))

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moextend_pl.moe.kernels import products
+from moextend_pl.moe.kernels import choice, products
 from moextend_pl.moe.kernels.order import ROWS, Order
 
 # Of the tiles tried on an H100 in bf16, see docs/speed.md.
@@ -38,13 +38,13 @@ def _grid(order: Order, columns: int, tile: int) -> tuple[int]:
 
 def gate_up(x_TD: Tensor, frozen: Tensor, new: Tensor, order: Order) -> tuple[Tensor, Tensor]:
     """Returns gate and up of each slot (S, H), and the activation (S, I)."""
-    S, D, I = len(order.token_S), x_TD.shape[1], frozen.shape[1] // 2  # noqa: E741
+    S, D, I = len(order.slot_S), x_TD.shape[1], frozen.shape[1] // 2  # noqa: E741
     projected_SH, activated_SI = x_TD.new_empty(S, 2 * I), x_TD.new_empty(S, I)
     shape = _tiles(x_TD.dtype, PAIR)
     products.gate_up[_grid(order, I, shape["COLUMNS"])](
-        x_TD, frozen, new, order.expert_R, order.row_R, order.end_M, order.token_S, projected_SH, activated_SI,
+        x_TD, frozen, new, order.expert_R, order.row_R, order.end_M, order.slot_S, projected_SH, activated_SI,
         len(order.expert_R), D, I, len(frozen), len(order.end_M),
-        ROWS=ROWS, BAND=BAND, EVEN=_even(D, I, shape), **shape,
+        TOP_K=order.slots_TK.shape[1], ROWS=ROWS, BAND=BAND, EVEN=_even(D, I, shape), **shape,
     )  # fmt: skip
     return projected_SH, activated_SI
 
@@ -53,29 +53,29 @@ def product(a: Tensor, frozen: Tensor, new: Tensor, order: Order, *, transposed:
     """Returns each slot's row, or where `gather` its token's, times its expert's matrix, or the matrix transposed."""
     N, K = (frozen.shape[1], frozen.shape[2]) if transposed else (frozen.shape[2], frozen.shape[1])
     stride_k, stride_n = (1, K) if transposed else (N, 1)
-    out_SN = a.new_empty(len(order.token_S), N)
+    out_SN = a.new_empty(len(order.slot_S), N)
     shape = _tiles(a.dtype, SINGLE)
     products.product[_grid(order, N, shape["COLUMNS"])](
-        a, frozen, new, order.expert_R, order.row_R, order.end_M, order.token_S, out_SN,
+        a, frozen, new, order.expert_R, order.row_R, order.end_M, order.slot_S, out_SN,
         len(order.expert_R), K, N, len(frozen), len(order.end_M), stride_k, stride_n,
-        GATHER=gather,
+        GATHER=gather, TOP_K=order.slots_TK.shape[1],
         ROWS=ROWS, BAND=BAND, EVEN=_even(K, N, shape), **shape,
     )  # fmt: skip
     return out_SN
 
 
 def activation_gradient(
-    d_SI: Tensor, projected_SH: Tensor, weight_S: Tensor, order: Order, E: int, room: int
+    d_SI: Tensor, projected_SH: Tensor, weights_TK: Tensor, order: Order, E: int, room: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of projection (S, H) and weights (S,), and the activations of new experts (room, I)."""
+    """Returns the gradients of projection (S, H) and weights (T, K), and the activations of new experts (room, I)."""
     S, I = d_SI.shape  # noqa: E741
     dprojected_SH, new_activated_UI = torch.empty_like(projected_SH), d_SI.new_empty(room, I)
-    dweight_S = torch.empty(S, dtype=torch.float32, device=d_SI.device)
+    dweights_TK = torch.empty_like(weights_TK)
     products.activation_gradient[(S,)](
-        d_SI, projected_SH, weight_S, order.end_M, dprojected_SH, dweight_S, new_activated_UI,
+        d_SI, projected_SH, weights_TK, order.slot_S, order.end_M, dprojected_SH, dweights_TK, new_activated_UI,
         I, E, len(order.end_M), KEEP=room > 0, COLUMNS=min(triton.next_power_of_2(I), 2048), num_warps=4,
     )  # fmt: skip
-    return dprojected_SH, dweight_S, new_activated_UI
+    return dprojected_SH, dweights_TK, new_activated_UI
 
 
 def weight_gradient(left: Tensor, right: Tensor, order: Order, like: Tensor, E: int, *, gathered: str) -> Tensor:
@@ -94,8 +94,8 @@ def weight_gradient(left: Tensor, right: Tensor, order: Order, like: Tensor, E: 
     shape = _tiles(left.dtype, GRADIENT)
     grid = (triton.cdiv(A, shape["ROWS"]) * triton.cdiv(B, shape["COLUMNS"]), len(like))
     products.weight_gradient[grid](
-        left, right, order.token_S, order.end_M, out_NAB, A, B, E,
-        LEFT=gathered == "left", **shape,
+        left, right, order.slot_S, order.end_M, out_NAB, A, B, E,
+        LEFT=gathered == "left", TOP_K=order.slots_TK.shape[1], **shape,
     )  # fmt: skip
     return out_NAB
 
@@ -110,3 +110,43 @@ def sum_slots(rows_SD: Tensor, weights_TK: Tensor | None, order: Order) -> Tenso
         T, D, len(order.end_M), K=K, WEIGHTED=weights_TK is not None, ROWS=rows, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
     return out_TD
+
+
+def _routing_shape(experts: int) -> dict[str, Any]:
+    # Of one shape for each number of experts, small enough for the memory of any card.
+    width = max(triton.next_power_of_2(experts), 16)
+    return {"ROWS": 32 if width <= 64 else 16, "EXPERTS": width, "UNITS": 16, "num_warps": 8, "num_stages": 1}
+
+
+def choose(
+    logits_TM: Tensor, open_T: Tensor, base: tuple[Tensor, Tensor], sources_N: Tensor,
+    calibration: list[Tensor], out: tuple[Tensor, Tensor], how: tuple[Any, ...],
+) -> None:  # fmt: skip
+    """Fills weights and indices of `calibrated_routing`."""
+    (T, M), K, (form, families, normalised, scale) = logits_TM.shape, out[0].shape[1], how
+    shape = _routing_shape(M)
+    choice.choose[(triton.cdiv(T, shape["ROWS"]),)](
+        logits_TM, open_T, *base, sources_N, *calibration, *out, T, M, M - len(sources_N), len(calibration[0]), scale,
+        K=K, SELECTED=triton.next_power_of_2(K), NEW=len(sources_N), FAMILIES=bool(families), FORM=form,
+        NORMALISED=bool(normalised), **shape,
+    )  # fmt: skip
+
+
+def choose_gradient(
+    dweights_TK: Tensor, logits_TM: Tensor, open_T: Tensor, indices_TK: Tensor, sources_N: Tensor,
+    calibration: list[Tensor], how: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns the gradients of logits and of both matrices of the calibration, sums over programs in their order."""
+    (T, M), C, (form, families, normalised, scale) = logits_TM.shape, len(calibration[0]), how
+    shape = _routing_shape(M)
+    programs = triton.cdiv(T, shape["ROWS"])
+    dlogits_TM = torch.empty_like(logits_TM)
+    shares = [torch.empty(programs, *one.shape, dtype=torch.float32, device=one.device) for one in calibration]
+    choice.choose_gradient[(programs,)](
+        dweights_TK, logits_TM, open_T, indices_TK, sources_N, *calibration, dlogits_TM, *shares,
+        T, M, M - len(sources_N), C, scale,
+        K=indices_TK.shape[1], NEW=len(sources_N), FAMILIES=bool(families), FORM=form,
+        NORMALISED=bool(normalised), **shape,
+    )  # fmt: skip
+    first, second = (share.sum(0).to(one.dtype) for share, one in zip(shares, calibration, strict=True))
+    return dlogits_TM, first, second

@@ -19,14 +19,14 @@ class Order(NamedTuple):
 
     Attributes:
         slots_TK: Sorted place of each slot.
-        token_S: Token of each sorted slot.
+        slot_S: Slot at each sorted place; its token is this through K.
         end_M: Where each expert's slots end.
         expert_R: Expert of each tile.
         row_R: First sorted slot of each tile.
     """
 
     slots_TK: Tensor
-    token_S: Tensor
+    slot_S: Tensor
     end_M: Tensor
     expert_R: Tensor
     row_R: Tensor
@@ -39,23 +39,27 @@ def order_slots(indices_TK: Tensor, experts: int) -> Order:
         indices_TK: Selected experts; M and above are nobody's.
         experts: M.
     """
-    device, slots = indices_TK.device, indices_TK.numel()
-    # 16 bits sort in half of the passes; whatever names nobody has to fit them.
-    sorted_S, slot_S = torch.sort(indices_TK.reshape(-1).clamp(max=experts).to(torch.int16), stable=True)
-    place_S = torch.arange(slots, device=device, dtype=torch.int32)
-    slots_TK = torch.empty_like(place_S).scatter_(0, slot_S, place_S).view_as(indices_TK)
-    numbers_M = torch.arange(experts, device=device, dtype=torch.int16)
-    end_M = torch.searchsorted(sorted_S, numbers_M, right=True, out_int32=True)
-    start_M = torch.searchsorted(sorted_S, numbers_M, out_int32=True)
-    tiles_M = (end_M - start_M + (ROWS - 1)) // ROWS
-    until_M = tiles_M.cumsum(0, dtype=torch.int32)
-    tile_R = torch.arange(tile_count(slots, experts), device=device, dtype=torch.int32)
-    expert_R = torch.searchsorted(until_M, tile_R, right=True, out_int32=True)
-    known_R = expert_R.clamp(max=experts - 1)
-    first_M = torch.add(start_M, until_M - tiles_M, alpha=-ROWS)
-    row_R = torch.add(first_M[known_R], tile_R, alpha=ROWS)
-    token_S = torch.div(slot_S, indices_TK.shape[1], rounding_mode="floor").to(torch.int32)
-    return Order(slots_TK, token_S, end_M, expert_R, row_R)
+    return Order(*_order(indices_TK.contiguous(), experts))
+
+
+@torch.library.custom_op("moextend::order_slots", mutates_args=())
+def _order(indices_TK: Tensor, experts: int) -> list[Tensor]:
+    from moextend_pl.moe.kernels.counting import sort_slots
+
+    order = _empty(indices_TK, experts)
+    sort_slots(indices_TK, order, ROWS)
+    return list(order)
+
+
+@_order.register_fake
+def _(indices_TK: Tensor, experts: int) -> list[Tensor]:
+    return list(_empty(indices_TK, experts))
+
+
+def _empty(indices_TK: Tensor, experts: int) -> Order:
+    slots, tiles = indices_TK.numel(), tile_count(indices_TK.numel(), experts)
+    new = lambda *shape: indices_TK.new_empty(shape, dtype=torch.int32)  # noqa: E731
+    return Order(new(*indices_TK.shape), new(slots), new(experts), new(tiles), new(tiles))
 
 
 def tile_count(slots: int, experts: int) -> int:

@@ -41,8 +41,9 @@ def _load(at, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def gate_up(
-    x_TD, frozen, new, tile_expert, tile_row, expert_end, slot_token, projected_SH, activated_SI,
+    x_TD, frozen, new, tile_expert, tile_row, expert_end, slot_S, projected_SH, activated_SI,
     tiles, D, I, E, M,
+    TOP_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Writes gate and up of each slot side by side, and `silu(gate) * up`."""
@@ -52,7 +53,7 @@ def gate_up(
         return
     row = tl.load(tile_row + tile) + tl.arange(0, ROWS)
     live = row < tl.load(expert_end + expert)
-    token = tl.load(slot_token + row, mask=live, other=0).to(tl.int64)
+    token = (tl.load(slot_S + row, mask=live, other=0) // TOP_K).to(tl.int64)
     c = column * COLUMNS + tl.arange(0, COLUMNS)
     inside = c < I
     k = tl.arange(0, DEPTH)
@@ -84,9 +85,9 @@ def gate_up(
 
 @triton.jit
 def product(
-    a, frozen, new, tile_expert, tile_row, expert_end, slot_token, out_SN,
+    a, frozen, new, tile_expert, tile_row, expert_end, slot_S, out_SN,
     tiles, K, N, E, M, stride_k, stride_n,
-    GATHER: tl.constexpr,
+    GATHER: tl.constexpr, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Multiplies each slot's row, or where GATHER its token's, by its expert's matrix (K, N) of any strides."""
@@ -96,7 +97,7 @@ def product(
         return
     row = tl.load(tile_row + tile) + tl.arange(0, ROWS)
     live = row < tl.load(expert_end + expert)
-    read = (tl.load(slot_token + row, mask=live, other=0) if GATHER else tl.where(live, row, 0)).to(tl.int64)
+    read = (tl.load(slot_S + row, mask=live, other=0) // TOP_K if GATHER else tl.where(live, row, 0)).to(tl.int64)
     c = column * COLUMNS + tl.arange(0, COLUMNS)
     inside = c < N
     k = tl.arange(0, DEPTH)
@@ -117,7 +118,7 @@ def product(
 
 @triton.jit
 def activation_gradient(
-    d_SI, projected_SH, slot_weight, expert_end, dprojected_SH, dweight_S, new_activated_UI, I, E, M,
+    d_SI, projected_SH, weights_TK, slot_S, expert_end, dprojected_SH, dweights_TK, new_activated_UI, I, E, M,
     KEEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Takes a slot's gradient of the activation back through `silu(gate) * up`, one slot a program.
@@ -126,10 +127,11 @@ def activation_gradient(
     the weighted activation that the gradient of their `down` needs.
     """
     slot = tl.program_id(0).to(tl.int64)
+    own = tl.load(slot_S + slot)
     if slot >= tl.load(expert_end + M - 1):
-        tl.store(dweight_S + slot, 0.0)
+        tl.store(dweights_TK + own, 0.0)
         return
-    weight = tl.load(slot_weight + slot).to(tl.float32)
+    weight = tl.load(weights_TK + own).to(tl.float32)
     first_new = tl.load(expert_end + E - 1)
     kind = dprojected_SH.dtype.element_ty
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -148,13 +150,13 @@ def activation_gradient(
         tl.store(dprojected_SH + at + I, (d * silu).to(kind), mask=inside)
         if KEEP and slot >= first_new:
             tl.store(new_activated_UI + (slot - first_new) * I + c, (silu * up * weight).to(kind), mask=inside)
-    tl.store(dweight_S + slot, tl.sum(total, axis=0))
+    tl.store(dweights_TK + own, tl.sum(total, axis=0).to(dweights_TK.dtype.element_ty))
 
 
 @triton.jit
 def weight_gradient(
-    left, right, slot_token, expert_end, out_NAB, A, B, E,
-    LEFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    left, right, slot_S, expert_end, out_NAB, A, B, E,
+    LEFT: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Adds up `left^T right` (A, B) over the slots of each new expert, in the order of the slots.
 
@@ -171,7 +173,7 @@ def weight_gradient(
     for start in range(begin, end, DEPTH):
         slot = start + tl.arange(0, DEPTH)
         live = slot < end
-        token = tl.load(slot_token + slot, mask=live, other=0).to(tl.int64)
+        token = (tl.load(slot_S + slot, mask=live, other=0) // TOP_K).to(tl.int64)
         if LEFT:
             at_left, at_right = token, (slot - origin).to(tl.int64)
         else:

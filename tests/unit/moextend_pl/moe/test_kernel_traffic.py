@@ -27,9 +27,10 @@ class Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, and looks into those that start kernels."""
         if func.namespace == "moextend":
-            from moextend_pl.moe.kernels import gated_experts
+            from moextend_pl.moe.kernels import gated_experts, order
 
-            whole = gated_experts._backward if "backward" in str(func) else gated_experts._forward
+            wholes = (order._order, gated_experts._forward, gated_experts._backward)
+            (whole,) = (one for one in wholes if one._opoverload is func)
             with self:
                 return whole._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
@@ -70,7 +71,7 @@ def counts() -> dict[str, Any]:
         from traffic import SLOT, kernels
 
         formulas = [[name.split()[0], one.read, one.written, one.asked] for name, one in kernels(block).items()]
-        measured = [[one.kernel, one.read, one.written, one.asked] for one in launches]
+        measured = [[one.kernel, one.read, one.written, one.asked] for one in launches if one.read]
         found[name] = {"formulas": formulas, "measured": measured, "rest": rest / block.slots, "granted": SLOT}
     return found
 

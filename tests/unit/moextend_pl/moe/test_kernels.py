@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,8 +66,19 @@ def worst_errors() -> list[list[float]]:
     return [[float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pair] for pair in pairs]
 
 
-def test_output_and_gradients_are_those_of_a_plain_loop(tmp_path: Path) -> None:
-    for case, errors in zip(CASES, interpreted(__file__, "worst_errors", tmp_path), strict=True):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the interpreted functions return, all from one process."""
+    return interpreted(__file__, "everything", tmp_path_factory.mktemp("kernels"))
+
+
+def everything() -> dict[str, Any]:
+    """Returns what each function below returns, by its name."""
+    return {one.__name__: one() for one in (worst_errors, corners, alone_and_extended, twice_extended_model)}
+
+
+def test_output_and_gradients_are_those_of_a_plain_loop(found: Any) -> None:
+    for case, errors in zip(CASES, found["worst_errors"], strict=True):
         assert max(errors) < 1e-5, (case, errors)
 
 
@@ -112,20 +122,10 @@ def corners() -> dict[str, bool]:
     }
 
 
-class Silent(torch.autograd.Function):
-    """Hands values on, and no gradient back."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y * 2
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> None:
-        return None
-
-
 def nothing_comes_back() -> bool:
     """Returns whether gradients are zeros where what comes after hands none back, as other ranks wait for them."""
+    from helpers.silent import Silent
+
     from moextend_pl.moe.kernels.gated_experts import gated_experts
 
     stacks = [torch.randn(1, *shape) for shape in ((8, 16), (16, 4))]
@@ -160,8 +160,8 @@ def tokens_matter_only_where_something_learns() -> bool:
     return all(right)
 
 
-def test_no_token_and_an_index_of_nobody_are_taken(tmp_path: Path) -> None:
-    assert interpreted(__file__, "corners", tmp_path) == {
+def test_no_token_and_an_index_of_nobody_are_taken(found: Any) -> None:
+    assert found["corners"] == {
         "no token": True, "nobody": True, "tokens": True, "no gradient": True
     }  # fmt: skip
 
@@ -179,9 +179,8 @@ def test_a_view_in_another_order_is_left_to_others() -> None:
     assert not fits(experts)
 
 
-def test_a_token_has_the_same_bits_beside_others_and_beside_new_experts(tmp_path: Path) -> None:
-    found = interpreted(__file__, "alone_and_extended", tmp_path)
-    assert found == {"beside others": True, "extended": True, "changes": True}
+def test_a_token_has_the_same_bits_beside_others_and_beside_new_experts(found: Any) -> None:
+    assert found["alone_and_extended"] == {"beside others": True, "extended": True, "changes": True}
 
 
 def twice_extended_model() -> dict[str, float]:
@@ -209,8 +208,8 @@ def twice_extended_model() -> dict[str, float]:
     return {"compared": len(pairs), "error": max(float((a - b).abs().max()) for a, b in pairs)}
 
 
-def test_a_twice_extended_model_learns_as_by_the_products_of_transformers(tmp_path: Path) -> None:
-    result = interpreted(__file__, "twice_extended_model", tmp_path)
+def test_a_twice_extended_model_learns_as_by_the_products_of_transformers(found: Any) -> None:
+    result = found["twice_extended_model"]
     assert result["compared"] > 6
     assert result["error"] < 1e-5
 

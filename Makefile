@@ -76,7 +76,7 @@ gpu-check:
 	$(GPU_ENV) $(PYTHON) benchmarks/gpu.py --case compiled --case extended --case full --out runs/gpu
 
 # What such a machine lacks, in one folder to copy there: unpack the sources in it and run `make gpu-check`.
-GPU_LACKS := webdataset braceexpand jsonargparse docstring_parser typeshed_client importlib_resources easy-vqa bitsandbytes
+GPU_LACKS := webdataset braceexpand jsonargparse docstring_parser typeshed_client importlib_resources easy-vqa bitsandbytes liger-kernel
 gpu-bundle: $(STAMP)
 	@mkdir -p runs/gpu-bundle
 	git archive --format=tar.gz --output runs/gpu-bundle/source.tar.gz HEAD

@@ -26,6 +26,7 @@ from moextend_pl.contracts import HostFacts, UserError
 from moextend_pl.models.model_folder import is_quantised, read_config, read_model
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.extension.extended_experts import ExtendedExperts
+from moextend_pl.moe.kernels.norms import check_liger
 from moextend_pl.moe.quantize import KINDS, NF4Config, check_packed
 from moextend_pl.runs.fingerprints import check_weights
 
@@ -52,6 +53,7 @@ class ComputeSpec:
         attn_implementation: How attention is computed, as transformers names it; None for its default, `sdpa`. Flash
             attention needs its package and takes no packed rows; `flex_attention` learns on a GPU alone.
         compile: Whether decoder layers are compiled, each as one graph; worth its minutes on a GPU.
+        liger: Whether RMSNorm is a kernel of liger-kernel on a GPU (extra `gpu`); for layers that are not compiled.
     """
 
     experts_implementation: str = dispatch.FROZEN_EXPERTS
@@ -59,6 +61,7 @@ class ComputeSpec:
     activation_checkpointing: bool = False
     compile: bool = False
     attn_implementation: str | None = None
+    liger: bool = False
 
 
 def check_options(base: str | dict[str, Any], tokenizer: str | None, compute: ComputeSpec, upcycled: bool) -> None:
@@ -83,6 +86,7 @@ def check_options(base: str | dict[str, Any], tokenizer: str | None, compute: Co
     check_base(None if isinstance(base, dict) else base, compute.quantize, upcycled)
     check_implementation(compute.experts_implementation)
     check_attention(compute.attn_implementation)
+    check_liger(compute.liger, compute.compile)
 
 
 def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -> None:

@@ -25,6 +25,7 @@ from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks, list_blocks
 from moextend_pl.moe.extension.growth import grow, new_parameters, router_parameters
 from moextend_pl.moe.extension.reach import Reach, is_reachable, reachable
+from moextend_pl.moe.kernels.norms import use_liger_norms
 from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
 from moextend_pl.samples.host_facts import with_host_facts
@@ -145,6 +146,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
                 f"Expected a dense base for `language.dense` or `language.upcycle`, got {type(self.model).__name__}, "
                 "which has experts. Remove the two, or name another base."
             )
+        use_liger_norms(self.model, self.compute.liger)
         if self.compute.activation_checkpointing:
             checkpoint_activations(self.model)
         self.model.train()

@@ -1,4 +1,4 @@
-"""The kernels that sort slots and route with new experts, on a real CUDA device."""
+"""The kernels that sort slots and route with new experts, and norms of liger-kernel, on a real CUDA device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from helpers.plain_routing import plain_routing
 
 from moextend_pl.moe.kernels.calibrated_routing import calibrated_routing
+from moextend_pl.moe.kernels.norms import LigerNorm, plain_norm
 from moextend_pl.moe.kernels.order import order_slots
 
 
@@ -36,3 +37,15 @@ def test_slots_are_sorted_as_by_torch() -> None:
     flat = indices.flatten().clamp(max=65)
     assert torch.equal(order.slot_S.long(), flat.sort(stable=True).indices)
     assert torch.equal(order.end_M.long(), torch.bincount(flat, minlength=66)[:65].cumsum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_the_package_are_those_of_transformers(dtype: torch.dtype) -> None:
+    pytest.importorskip("liger_kernel")
+    x, weight, dy = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((3, 50, 96), (96,), (3, 50, 96)))
+    norm, x = LigerNorm(torch.nn.Parameter(weight), 1e-5), x.requires_grad_()
+    got = norm(x)
+    expected = plain_norm(x, norm.weight, 1e-5)
+    torch.testing.assert_close(got, expected)
+    for one, other in zip(*(torch.autograd.grad(y, (x, norm.weight), dy) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)

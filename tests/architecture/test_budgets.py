@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 import pytest
-from source import ROOMS, Function, functions, line_count, own_arguments, trees
+from source import ROOMS, ROOT, Function, functions, line_count, own_arguments, trees
 
 FILE_LINES, FILE_LINES_HARD = 300, 400
 FUNCTION_LINES, FUNCTION_LINES_HARD = 40, 60
@@ -97,6 +97,12 @@ def test_no_prints_and_no_star_imports() -> None:
 
 def test_no_file_is_named_for_nothing_in_particular() -> None:
     assert [file for file in trees() if file.rsplit("/", 1)[-1] in FORBIDDEN_NAMES] == []
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports them by name, and takes the second for the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
 def test_every_torch_load_is_weights_only() -> None:

@@ -77,6 +77,7 @@ def everything() -> dict[str, Any]:
     return {one.__name__: one() for one in (worst_errors, corners, alone_and_extended, twice_extended_model)}
 
 
+@pytest.mark.slow
 def test_output_and_gradients_are_those_of_a_plain_loop(found: Any) -> None:
     for case, errors in zip(CASES, found["worst_errors"], strict=True):
         assert max(errors) < 1e-5, (case, errors)
@@ -160,6 +161,7 @@ def tokens_matter_only_where_something_learns() -> bool:
     return all(right)
 
 
+@pytest.mark.slow
 def test_no_token_and_an_index_of_nobody_are_taken(found: Any) -> None:
     assert found["corners"] == {
         "no token": True, "nobody": True, "tokens": True, "no gradient": True
@@ -179,6 +181,7 @@ def test_a_view_in_another_order_is_left_to_others() -> None:
     assert not fits(experts)
 
 
+@pytest.mark.slow
 def test_a_token_has_the_same_bits_beside_others_and_beside_new_experts(found: Any) -> None:
     assert found["alone_and_extended"] == {"beside others": True, "extended": True, "changes": True}
 
@@ -208,6 +211,7 @@ def twice_extended_model() -> dict[str, float]:
     return {"compared": len(pairs), "error": max(float((a - b).abs().max()) for a, b in pairs)}
 
 
+@pytest.mark.slow
 def test_a_twice_extended_model_learns_as_by_the_products_of_transformers(found: Any) -> None:
     result = found["twice_extended_model"]
     assert result["compared"] > 6

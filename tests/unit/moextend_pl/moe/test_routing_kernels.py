@@ -137,6 +137,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return interpreted(__file__, "everything", tmp_path_factory.mktemp("routing"))
 
 
+@pytest.mark.slow
 def test_choice_weights_and_gradients_are_those_of_a_plain_loop(found: Any) -> None:
     for case, result in zip(CASES, found["routed"], strict=True):
         assert result["indices"], case
@@ -144,10 +145,12 @@ def test_choice_weights_and_gradients_are_those_of_a_plain_loop(found: Any) -> N
         assert result["error"] < 1e-5, case
 
 
+@pytest.mark.slow
 def test_gates_that_cancel_and_tokens_that_are_not_finite_are_guarded(found: Any) -> None:
     assert found["guarded"] == {"cancelling": True, "not finite": True, "closed": True, "unused": True}
 
 
+@pytest.mark.slow
 def test_an_extended_model_learns_as_by_the_operations_of_torch(found: Any) -> None:
     result = found["once_extended_model"]
     assert result["started"] == [0, 2]
@@ -155,6 +158,7 @@ def test_an_extended_model_learns_as_by_the_operations_of_torch(found: Any) -> N
     assert result["error"] < 1e-5
 
 
+@pytest.mark.slow
 def test_slots_are_sorted_as_by_torch(found: Any) -> None:
     assert len(found["ordered"]) == 16
     assert all(found["ordered"])

@@ -92,6 +92,7 @@ def test_options_of_fit_change_the_plan(tmp_path: Path) -> None:
     assert mixed["memory"]["weights"] == thirtytwo["memory"]["weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("short", "long"), [("bf16", "bf16-mixed"), ("16", "16-mixed"), ("32", "32-true")])
 def test_short_names_of_precisions_are_lightning_s(short: str, long: str, tmp_path: Path) -> None:
     brief, full = (plan(tmp_path, "--trainer.precision", name) for name in (short, long))
@@ -216,6 +217,7 @@ def test_activation_checkpointing_trades_activations_for_operations(
     assert sum(recomputing["operations"].values()) > 1.2 * sum(plain["operations"].values())
 
 
+@pytest.mark.slow
 def test_a_stage_of_cumo_is_planned_with_the_parameters_of_the_paper(tmp_path: Path) -> None:
     data = plan(tmp_path, "--gpus", "32", config="configs/cumo_mistral_7b/3_visual_instruction_tuning.yaml")
     sizes = {part["name"]: part["parameters"] for part in data["shape"]["parts"]}

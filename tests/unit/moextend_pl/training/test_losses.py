@@ -136,6 +136,7 @@ def values_of_two_processes(folder: Path) -> dict[str, Tensor]:
     return torch.load(out, weights_only=True)
 
 
+@pytest.mark.slow
 def test_two_processes_have_loss_and_gradients_of_one_on_the_joined_batch(tmp_path: Path) -> None:
     one, two = shared_losses.values_of(rank=0, world=1), values_of_two_processes(tmp_path)
     assert one.keys() == two.keys()

@@ -6,7 +6,6 @@ Shapes: B batch, S sequence, I images, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import torch
@@ -18,24 +17,8 @@ from moextend_pl.export.configuration import MoExtendConfig
 from moextend_pl.export.seeing import ImageEncoder, ImageProjector, keep_buffers
 from moextend_pl.models.fusion import scatter_features
 from moextend_pl.moe.extension.growth import extensions, grow
-from moextend_pl.moe.extension.reach import Reach, check_task, reachable
+from moextend_pl.moe.extension.reach import OneAtATime, Reach, check_task, reachable
 from moextend_pl.moe.upcycle import upcycle
-
-
-class OneAtATime:
-    """A lock of one model; a copy of the model has its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[OneAtATime], tuple[()]]:
-        return OneAtATime, ()
 
 
 class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):

@@ -24,7 +24,7 @@ from moextend_pl.models.model_folder import read_config
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks, list_blocks
 from moextend_pl.moe.extension.growth import grow, new_parameters, router_parameters
-from moextend_pl.moe.extension.reach import Reach, is_reachable, reachable
+from moextend_pl.moe.extension.reach import OneAtATime, Reach, is_reachable, reachable
 from moextend_pl.moe.kernels.norms import use_liger_norms
 from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
@@ -80,7 +80,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.tokenizer_path, self.chat_template, self.dense = tokenizer or str(base), chat_template, dense
         self.upcycle_spec = upcycle
         self.extensions: list[tuple[ExtensionPlan, Reach]] = []
-        self.watch = RouterWatch()
+        self.watch, self.turn = RouterWatch(), OneAtATime()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._opened_to_text = False
         self._exact: list[Place] = []
@@ -284,15 +284,15 @@ class MoELanguageModel(AnswerMixin, StageModule):
         spec: GenerationSpec | None = None,
         heard: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """Generates one text for each prompt of a batch, see `decoding.answers`; ids are embedded by default."""
-        self.set_reach(batch)
+        """Generates texts for a batch, see `decoding.answers`, one call at a time; ids are embedded by default."""
         embed, spec = embed or (lambda prompts: self.embed(prompts["input_ids"])), spec or self.generation
         is_image_BS = batch["input_ids"] == self.image_token_id
-        try:
-            with dropping(self.model, spec.reduce, is_image_BS, batch["attention_mask"]):
+        with self.turn, dropping(self.model, spec.reduce, is_image_BS, batch["attention_mask"]):
+            self.set_reach(batch)
+            try:
                 return decoding.answers(self.model, self.tokenizer, batch, embed, spec, heard)
-        finally:
-            self.close_reach()
+            finally:
+                self.close_reach()
 
     def save_pretrained(self, path: Path) -> None:
         """Writes model and tokenizer in the transformers layout."""

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, T tokens, N samples (B, but in packed rows).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -74,6 +75,22 @@ def check_task(plans: Sequence[ExtensionPlan], task: str, has_image: bool) -> No
     needed = has_image and bool(plans) and all(plan.task and plan.routing != "open" for plan in plans)
     if (known and task not in known) if task else needed:
         raise UserError(f"Expected `task` to be one of {known}, for which the model was extended, got {task!r}.")
+
+
+class OneAtATime:
+    """A lock of one model, whose reach is kept in it while it answers; a copy of the model has its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OneAtATime], tuple[()]]:
+        return OneAtATime, ()
 
 
 class Reach:

@@ -63,3 +63,15 @@ def test_the_work_ends_when_nobody_listens_any_more_and_leaves_no_mask_behind(ti
     answer.close()
     assert count["all"] < 90
     assert all(reach.nowhere for _, reach in model.language.extensions)
+
+
+def test_questions_asked_beside_a_stream_wait_for_it(tiny_world: TinyWorld) -> None:
+    model = endless(tiny_world)
+    options: tuple[dict[str, str], ...] = ({}, {"reduce": "aim:0,2,0"})
+    alone = [model.generate(shown(1), QUESTION, **how) for how in options], model.generate(None, QUESTION)
+    for how, expected in zip(options, alone[0], strict=True):
+        pieces, beside = "", set()
+        for piece in model.generate(shown(1), QUESTION, stream=True, **how):
+            pieces += piece
+            beside.add(model.generate(None, QUESTION))
+        assert (pieces, beside) == (expected, {alone[1]})

@@ -105,11 +105,17 @@ def closed_logits(language: MoELanguageModel) -> Logits:
     return logits
 
 
+def keeps_base(model: MoExtend) -> bool:
+    """Tells whether a model is its base again where no token reaches a new expert: no weight of the base learned."""
+    own = model.base_names()
+    changed = any(name in own for name in model.inherited if name.startswith("language."))
+    return model.language.upcycle_spec is None and not changed
+
+
 def base_logits(model: MoExtend) -> Logits:
     """Returns the base of a trained model: the model itself with closed experts, or a fresh one where it learned."""
     language = model.language
-    own = model.base_names()
-    if language.upcycle_spec is None and not any(n in own for n in model.inherited if n.startswith("language.")):
+    if keeps_base(model):
         return closed_logits(language)
     base = MoELanguageModel(
         base=str(language.base),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from moextend_pl.contracts import Batch
+from moextend_pl.contracts import Batch, UserError
+from moextend_pl.evaluation.retention import keeps_base
 from moextend_pl.export.demo.expert_map import ExpertMap, base_experts, expert_map
 from moextend_pl.inference import decoding
 from moextend_pl.inference.chat import answered, next_question
@@ -29,8 +29,8 @@ class Told:
         said: The conversation with the whole answer in it, for the next question to go on with.
         chosen: Which experts it took.
         base: What the base says with the same pictures, seen by the run's own tower and projector, and no new expert
-            within reach; stays None where the model has none.
-        blind: What the base says to the words alone; stays None where no picture was shown.
+            within reach; stays None where the model has none, or its base learned.
+        blind: What the base says to the words alone; stays None there too, and where no picture was shown.
     """
 
     answer: str
@@ -56,8 +56,9 @@ def base_answer(model: MoExtend, batch: Batch, spec: GenerationSpec) -> str:
         spec: How the answer is generated.
     """
     language = model.language
-    language.close_reach()
-    (answer,) = decoding.answers(language.model, language.tokenizer, batch, model.embed, spec)
+    with language.turn:
+        language.close_reach()
+        (answer,) = decoding.answers(language.model, language.tokenizer, batch, model.embed, spec)
     return answer
 
 
@@ -67,7 +68,7 @@ class Demonstration:
     Args:
         model: Who answers.
         task: Name of the task, where the model was extended for several.
-        options: How answers are generated, see `GenerationSpec`.
+        options: How answers are generated, see `GenerationSpec`; from all tokens of the pictures.
 
     Raises:
         UserError: If an option cannot be used.
@@ -76,8 +77,13 @@ class Demonstration:
     def __init__(self, model: MoExtend, task: str = "", **options: Any) -> None:
         self.model, self.task = model, task
         self.spec = model.generation.with_options({"beams": 1, **options})
+        if self.spec.reduce is not None:
+            raise UserError(
+                f"Expected no `reduce` beside a map of experts, which counts all tokens, got {self.spec.reduce!r}. "
+                "Remove it."
+            )
         self.old = base_experts(model.language.model)
-        self._one_at_a_time = threading.Lock()
+        self.keeps_base = keeps_base(model)
 
     def ask(self, said: Question | None, text: str, pictures: Sequence[Picture] = ()) -> Iterator[Told]:
         """Yields an answer as it comes, then the experts that it took, then the base's answers.
@@ -99,20 +105,17 @@ class Demonstration:
             yield told
         told = replace(told, said=answered(question, told.answer), chosen=found[0])
         yield told
-        if not self.model.plans:
+        if not self.model.plans or not self.keeps_base:
             return
-        told = replace(told, base=self._base(batch))
+        told = replace(told, base=base_answer(self.model, batch, self.spec))
         yield told
         if question.pictures:
-            yield replace(told, blind=self._base(self.model.prompt(without_pictures(question), self.task)))
+            words = self.model.prompt(without_pictures(question), self.task)
+            yield replace(told, blind=base_answer(self.model, words, self.spec))
 
     def _answer(self, batch: Batch, tell: Callable[[str], None]) -> ExpertMap:
         language = self.model.language
         # The lock is taken and given back in the thread that generates: who goes away cannot keep it.
-        with self._one_at_a_time, language.watch.recording() as records:
+        with language.turn, language.watch.recording() as records:
             self.model.answer(batch, self.spec, tell)
         return expert_map(records, batch["input_ids"][0] == language.image_token_id, self.old)
-
-    def _base(self, batch: Batch) -> str:
-        with self._one_at_a_time:
-            return base_answer(self.model, batch, self.spec)

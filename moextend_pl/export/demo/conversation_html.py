@@ -30,7 +30,7 @@ BASE_OF_TEXT = ("The base alone", "Same words; only the base's own experts answe
 BLIND = ("The base alone, words only", "Same words without any picture: what the language model says as it came.")
 HISTORY = "Earlier turns stand as they are on this page."
 NO_NEW = "This run has no new experts: what answers is the base with the run's tower and projector."
-
+LEARNED = "The base's own weights learned in this run, so that it cannot be asked beside it."
 
 NOTHING = Told("")
 
@@ -44,6 +44,7 @@ class ShownTurn:
         pictures: Addresses of what was shown with it, see `thumbnail`.
         told: How far its answer is.
         has_new: Whether the model has experts that the base has not.
+        keeps_base: Whether the base's own weights are as they came.
         problem: Why it cannot be answered.
     """
 
@@ -51,6 +52,7 @@ class ShownTurn:
     pictures: tuple[str, ...] = ()
     told: Told = NOTHING
     has_new: bool = True
+    keeps_base: bool = True
     problem: str = ""
 
 
@@ -86,8 +88,8 @@ def _base(turn: ShownTurn) -> str:
     told = turn.told
     if told.said is None:
         return ""
-    if not turn.has_new:
-        return f'<p class="mx-note">{NO_NEW}</p>'
+    if not turn.has_new or not turn.keeps_base:
+        return f'<p class="mx-note">{NO_NEW if turn.keeps_base else LEARNED}</p>'
     with_picture = bool(told.said.pictures)
     rows = [("mx-base", BASE if with_picture else BASE_OF_TEXT, told.base)]
     if with_picture:

@@ -44,7 +44,7 @@ def next_turn(demonstration: Demonstration, visit: Visit, asked: Mapping[str, An
         The visit with one more turn; a mistake stands in it as that turn's problem, and what was said stays.
     """
     turns, text = visit.settled, str(asked.get("text") or "")
-    turn = ShownTurn(text, has_new=bool(demonstration.model.plans))
+    turn = ShownTurn(text, has_new=bool(demonstration.model.plans), keeps_base=demonstration.keeps_base)
     try:
         pictures = [decode_image(Path(path).read_bytes(), Path(path).name) for path in asked.get("files") or ()]
         turn = replace(turn, pictures=tuple(map(thumbnail, pictures)))

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.asked import extended, shown
-from helpers.tiny_world import EXPERTS, LAYERS, QUESTION, TinyWorld, make_plan
+from helpers.tiny_world import EXPERTS, LAYERS, QUESTION, TinyWorld, make_plan, perturb
 from PIL import Image
 
 from moextend_pl.contracts import UserError
 from moextend_pl.export.demo.answers import Demonstration, Told, without_pictures
+from moextend_pl.export.demo.conversation_html import conversation_html
 from moextend_pl.export.demo.visit import Visit, next_turn
 from moextend_pl.inference.chat import next_question
+from moextend_pl.models.delta import save_delta
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.samples.messages import Question
@@ -115,6 +117,20 @@ def test_a_run_without_new_experts_is_its_own_base(tiny_world: TinyWorld) -> Non
     assert {len(counts) for counts in told.chosen.counts["image"].values()} == {EXPERTS}
 
 
+@pytest.mark.parametrize("parts", [("projector", "new_experts", "language"), ("projector", "routers")])
+def test_a_base_that_learned_is_not_called_the_base(
+    parts: tuple[str, ...], tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    trained = tiny_world.model(make_plan(init="copy"), parts)
+    perturb([parameter for part in parts for parameter in trained.parts()[part]])
+    save_delta(trained, tmp_path / "run")
+    demonstration = Demonstration(MoExtend.load(tmp_path / "run"), max_new_tokens=2)
+    *_, visit = next_turn(demonstration, Visit(), {"text": QUESTION})
+    assert visit.turns[0].told.chosen is not None
+    assert visit.turns[0].told.base is None
+    assert "own weights learned" in conversation_html(visit.turns)
+
+
 def test_a_base_without_experts_has_an_empty_map(tiny_world: TinyWorld) -> None:
     model = tiny_world.cumo()
     model.configure_model()
@@ -145,7 +161,6 @@ def test_who_goes_away_keeps_nobody_waiting(model: MoExtend) -> None:
     next(gone)
     gone.close()
     assert whole(Demonstration(model, max_new_tokens=4), None, QUESTION).answer
-    assert not demonstration._one_at_a_time.locked()
     assert all(reach.nowhere for _, reach in model.language.extensions)
 
 
@@ -184,3 +199,5 @@ def test_mistakes_stand_in_their_turn_and_the_conversation_goes_on(tiny_world: T
     assert visit.turns[4].pictures[0].startswith("data:image/png;base64,")
     with pytest.raises(UserError, match="max_new_tokens"):
         Demonstration(demonstration.model, max_new_tokens=0)
+    with pytest.raises(UserError, match="Expected no `reduce` beside a map of experts, .* got 'aim'"):
+        Demonstration(demonstration.model, reduce="aim")

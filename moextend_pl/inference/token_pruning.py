@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -51,8 +52,8 @@ def check_prunable(model: PreTrainedModel, first: int, last: int) -> None:
         last: l2; after the layer before it no picture token is left.
 
     Raises:
-        UserError: If attention is another one than `sdpa`, layers read through a window or carry a state, are
-            compiled, or are not known as layers, or the two numbers are none of its layers.
+        UserError: If attention is another one than `sdpa`, layers read through a window or carry a state, have
+            a static cache, are compiled, or are not known as layers, or the two numbers are none of its layers.
     """
     config: Any = model.config.get_text_config()
     layers, name = decoder_layers(model), type(model).__name__
@@ -65,6 +66,9 @@ def check_prunable(model: PreTrainedModel, first: int, last: int) -> None:
         raise UserError(
             f"Dropping tokens needs layers that read all tokens before them, and {name} has others. {advice}"
         )
+    cache = getattr(model.generation_config, "cache_implementation", None)
+    if cache in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+        raise UserError(f"Dropping tokens needs a cache that grows, got `cache_implementation: {cache}`. {advice}")
     if any(layer._compiled_call_impl is not None for layer in layers):
         raise UserError(f"Dropping tokens needs layers that are not compiled. Load the model without it. {advice}")
     if not 0 <= first < last <= len(layers):

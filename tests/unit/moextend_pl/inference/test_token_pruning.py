@@ -218,6 +218,13 @@ def test_families_with_windows_or_states_are_refused(family: str) -> None:
         pass
 
 
+def test_a_cache_that_does_not_grow_is_refused() -> None:
+    model, (_, is_image) = model_of(), prompt(0)
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(UserError, match="cache that grows, got .*static"), pruned(model, 1, 3, is_image, ~is_image):
+        pass
+
+
 @pytest.mark.parametrize(("first", "last"), [(-1, 3), (3, 3), (2, 7)])
 def test_a_span_outside_of_the_layers_is_refused(first: int, last: int) -> None:
     _, is_image = prompt(0)

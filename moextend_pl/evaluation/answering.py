@@ -161,8 +161,8 @@ def _kept(questions: Sequence[Question], folder: Path, facts: dict[str, Any]) ->
     kept = {row["key"]: row for row in read_predictions(folder)} if (folder / PREDICTIONS).is_file() else {}
     if kept and read_json(folder / ASKED) != facts:
         raise UserError(
-            f"{folder} keeps answers of another model, or of this one before it was trained again. Remove it, or name "
-            "another folder by --out."
+            f"{folder} keeps answers of another model, of this one before it was trained again, or by another --task "
+            "or --reduce. Remove it, or name another folder by --out."
         )
     changed = [q.key for q in questions if q.key in kept and _asked(kept[q.key]) != _asked(_row(q, ""))]
     if changed:

@@ -179,7 +179,7 @@ def own(folder: Path) -> Iterator[Question]:
     picture, `image`; pictures in `images/`, or beside the file.
 
     Raises:
-        UserError: If a line lacks one.
+        UserError: If a line lacks one, or has no answer.
     """  # noqa: D205
     path = find(folder, "questions.jsonl", says="questions, one JSON object a line")
     pictures = folder / "images" if (folder / "images").is_dir() else folder
@@ -191,4 +191,6 @@ def own(folder: Path) -> Iterator[Question]:
             )
         picture = str(pictures / each["image"]) if each.get("image") else ""
         answers = each["answer"] if isinstance(each["answer"], list) else [each["answer"]]
+        if not answers or None in answers:
+            raise UserError(f"{path}: expected an `answer` in entry {number}, got {each['answer']!r}. Write it there.")
         yield Question(str(each["question_id"]), each["text"], [str(answer) for answer in answers], picture)

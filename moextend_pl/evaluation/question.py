@@ -72,12 +72,13 @@ def read_lines(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: If a line is none.
     """
-    for number, line in enumerate(path.read_bytes()[:size].decode("utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_bytes()[:size].split(b"\n"), start=1):
         if line.strip():
             try:
                 yield dict(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: expected a JSON object on each line, got {line[:40]!r}.") from error
+            except (ValueError, TypeError) as error:
+                said = line[:40].decode("utf-8", "backslashreplace")
+                raise UserError(f"{path}:{number}: expected a JSON object on each line, got {said!r}.") from error
 
 
 def lettered(options: Iterable[str]) -> str:

@@ -75,8 +75,9 @@ def test_only_what_is_left_is_asked(
     assert cli.main(command) == 0
     assert path.read_text() == whole
     assert len(asked) == 1
-    (run / "manifest.json").write_text((run / "manifest.json").read_text() + "\n")
     capsys.readouterr()
+    assert "or by another --task or --reduce" in error_of(capsys, [*command, "--reduce", "aim_merge"])
+    (run / "manifest.json").write_text((run / "manifest.json").read_text() + "\n")
     assert "answers of another model" in error_of(capsys, command)
 
 
@@ -116,6 +117,22 @@ def test_questions_of_ones_own_have_one_answer_or_several(tmp_path: Path, answer
         metric = TASKS["own"].metric(protocol)
         metric.update(["1"], [said], [question.truth])
         assert {float(value) for value in metric.compute().values()} == {1.0}, protocol
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b'{"question_id": 2, "text": "what?", "answer": null}', "expected an `answer` in entry 2, got None"),
+        (b'{"question_id": 2, "text": "what?", "answer": []}', r"expected an `answer` in entry 2, got \[\]"),
+        (b'{"question_id": 2, "text": "caf\xe9", "answer": "a"}', "questions.jsonl:2: expected a JSON object"),
+        (b"7", "questions.jsonl:2: expected a JSON object on each line, got '7'"),
+    ],
+)
+def test_questions_that_nobody_could_answer_rightly_are_refused(tmp_path: Path, line: bytes, sentence: str) -> None:
+    first = b'{"question_id": 1, "text": "what?", "answer": "blue"}\n'
+    (tmp_path / "questions.jsonl").write_bytes(first + line + b"\n")
+    with pytest.raises(UserError, match=sentence):
+        list(TASKS["own"].questions(tmp_path))
 
 
 def test_mistakes_come_before_the_model(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

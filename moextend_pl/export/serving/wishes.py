@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from transformers import GenerationConfig
 
 from moextend_pl.contracts import UserError
 
@@ -20,6 +21,7 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
+    "text": ({}, {"format": {"type": "text"}}),
     "functions": ([],),
 }
 """Fields that transformers' server passes over, and the values at which nothing is lost by that."""
@@ -39,6 +41,11 @@ def check_wishes(body: Mapping[str, Any]) -> None:
             raise UserError(
                 f"Expected a request without `{name}`, got {str(body[name])[:80]!r}: nothing here reads it."
             )
+    if body.get("generation_config") is not None:
+        _check_config(body["generation_config"])
+    seed = body.get("seed")
+    if seed is not None and type(seed) is not int:
+        raise UserError(f"Expected `seed` as a whole number, got {seed!r}. Correct it or leave it out.")
     for name in LENGTHS:
         length = body.get(name)
         if length is not None and (type(length) is not int or length < 1):
@@ -46,10 +53,25 @@ def check_wishes(body: Mapping[str, Any]) -> None:
     for name, fits, form in (
         ("temperature", lambda value: value >= 0, "0 or above"),
         ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        ("frequency_penalty", lambda value: value > -1, "above -1"),
     ):
         value = body.get(name)
         if value is not None and not (type(value) in (int, float) and fits(value)):
             raise UserError(f"Expected `{name}` {form}, got {value!r}. Correct it or leave it out.")
+
+
+def _check_config(text: Any) -> None:
+    """Refuses what transformers' server would pass over, or fail at, in its own form of options."""
+    try:
+        config = json.loads(text)
+    except (TypeError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"Expected `generation_config` as a text with a JSON object, got {str(text)[:80]!r}.")
+    known = GenerationConfig().to_dict().keys() - {"num_return_sequences", "stop_strings"}
+    unknown = sorted(config.keys() - known)
+    if unknown:
+        raise UserError(f"Expected `generation_config` without `{unknown[0]}`: nothing here reads it. Leave it out.")
 
 
 def stop_words(body: dict[str, Any]) -> list[str]:

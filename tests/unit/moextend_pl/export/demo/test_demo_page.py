@@ -9,17 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
 import yaml
 from helpers.asked import shown
+from helpers.servers import free_port, wait_for
 from helpers.tiny_world import QUESTION, TinyWorld, make_plan, perturb, picture
 from PIL import Image
 
@@ -77,9 +77,7 @@ def site(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Ite
     perturb([parameter for name in PARTS for parameter in model.parts()[name]], 0.3)
     save_delta(model, run)
     (run / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"val": tiny_world.data("vqa", "test")}}}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--port", str(port), "--device", "cpu", "--max-new-tokens", str(NEW)]
     command = [sys.executable, "-m", "moextend_pl", "demo", str(run), *options, "--max-megabytes", str(LIMIT / 2**20)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)})
@@ -92,17 +90,6 @@ def site(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Ite
             code = process.wait(60)
     assert code == 130
     assert not list(temporary.glob("moextend_demo_*"))  # what was uploaded went with the page
-
-
-def wait_for(address: str, process: subprocess.Popen[bytes], patience: float = 240.0) -> None:
-    end = time.monotonic() + patience
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urlopen(address):
-                return
-        except URLError:
-            time.sleep(0.5)
-    raise AssertionError(f"no page at {address}; exit code {process.poll()}")
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
+from helpers.servers import free_port, wait_for
 from helpers.tiny_world import QUESTION, TinyWorld, make_plan, perturb, picture
 
 from moextend_pl import cli
@@ -46,9 +44,7 @@ def served(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> I
     model = tiny_world.model(make_plan(init="copy"), parts=PARTS)
     perturb([parameter for name in PARTS for parameter in model.parts()[name]], 0.3)
     save_delta(model, run)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--port", str(port), "--name", "tiny", "--max-megabytes", str(LIMIT / 2**20), "--device", "cpu"]
     command = [sys.executable, "-m", "moextend_pl", "serve", str(run), *options]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -58,17 +54,6 @@ def served(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> I
     finally:
         process.terminate()
         process.wait(30)
-
-
-def wait_for(address: str, process: subprocess.Popen[bytes], patience: float = 240.0) -> None:
-    end = time.monotonic() + patience
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urlopen(address):
-                return
-        except URLError:
-            time.sleep(0.5)
-    raise AssertionError(f"no server at {address}; exit code {process.poll()}")
 
 
 def question(number: int | None = None, text: str = QUESTION) -> list[dict[str, Any]]:

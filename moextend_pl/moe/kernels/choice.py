@@ -101,12 +101,12 @@ def choose(
     if FORM != 0:
         gates = _calibrated(scores, in_proj_CM, out_proj_MC, m, M, C, FORM, UNITS)[1]
     whole = tl.sum(scores, axis=1) * 0  # a token that is not finite stays so
+    left = tl.where(left == left, left, 0.0)  # and selects different experts too, for which alone there is room
     chosen = tl.zeros((ROWS, SELECTED), tl.int32)
     weights = tl.zeros((ROWS, SELECTED), tl.float32)
     for one in tl.static_range(K):
         best = tl.max(left, axis=1)
         index = tl.min(tl.where(left == best[:, None], m[None, :], M), axis=1)
-        index = tl.where(index < M, index, one)  # no score of such a token is finite; an expert is chosen once at most
         left = tl.where(m[None, :] == index[:, None], -2.0, left)
         chosen = tl.where((k == one)[None, :], index[:, None], chosen)
         gate = tl.sum(tl.where(m[None, :] == index[:, None], gates, 0.0), axis=1) + whole

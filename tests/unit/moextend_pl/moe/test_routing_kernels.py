@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -75,6 +76,22 @@ def guarded() -> dict[str, bool]:
     }
 
 
+def not_finite() -> list[list[int]]:
+    """Returns what tokens select that are not finite, of numbers of experts that fill a tile, or leave room in it."""
+    from moextend_pl.moe.kernels.calibrated_routing import calibrated_routing
+
+    how: dict[str, Any] = {"form": "none", "normalised": True, "scale": 1.0}
+    selected = []
+    for E, N in ((15, 1), (30, 2), (8, 1)):
+        for families, wrong in itertools.product((True, False), (float("nan"), float("inf"))):
+            logits, base = torch.randn(1, E + N), (torch.rand(1, 8), torch.arange(8)[None])
+            logits[:, E:], logits[0, 3] = -9.0, wrong  # new experts lose against their sources
+            sources = torch.arange(N)
+            found = calibrated_routing(logits, torch.ones(1) > 0, base, sources, None, families=families, **how)
+            selected.append(found[1][0].tolist())
+    return selected
+
+
 def once_extended_model() -> dict[str, Any]:
     """Returns how far an extended Mixtral lies from transformers' products, and how often a kernel selected."""
     from unittest.mock import patch
@@ -127,7 +144,7 @@ def ordered() -> list[bool]:
 
 def everything() -> dict[str, Any]:
     """Returns what each function above returns, by its name."""
-    functions = (guarded, once_extended_model, ordered)
+    functions = (guarded, not_finite, once_extended_model, ordered)
     return {"routed": [routed(case) for case in CASES], **{one.__name__: one() for one in functions}}
 
 
@@ -148,6 +165,13 @@ def test_choice_weights_and_gradients_are_those_of_a_plain_loop(found: Any) -> N
 @pytest.mark.slow
 def test_gates_that_cancel_and_tokens_that_are_not_finite_are_guarded(found: Any) -> None:
     assert found["guarded"] == {"cancelling": True, "not finite": True, "closed": True, "unused": True}
+
+
+@pytest.mark.slow
+def test_a_token_that_is_not_finite_selects_no_expert_twice(found: Any) -> None:
+    assert len(found["not_finite"]) == 12
+    for indices in found["not_finite"]:
+        assert len(set(indices)) == 8, indices
 
 
 @pytest.mark.slow

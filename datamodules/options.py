@@ -48,8 +48,8 @@ class ReadingSpec:
 
     Attributes:
         num_workers: Processes that read and encode.
-        keep_mib: MiB of samples, and again of decoded pictures, that each process keeps in memory once they were read:
-            for sets that fit there and are seen often. 0 reads them anew each time.
+        keep_mib: MiB of samples, and again of decoded pictures, that each process keeps in memory of each set once they
+            were read: for sets that fit there and are seen often. 0 reads them anew each time.
         max_bad_samples: How many different samples of the training and validation sets may be damaged; each is
             replaced by a placeholder without weight and listed in `bad_samples.jsonl` of the run directory. Tests and
             predictions allow none, since they would measure something else.

@@ -30,11 +30,11 @@ def write_questions(place: str | Path, out: Path, limit: int) -> tuple[int, Coun
         UserError: If a sample cannot be read, or none can be asked.
     """
     reader = ShardReader(place)
-    step = max(len(reader) // limit, 1)
+    count = min(limit, len(reader))
     left: Counter[str] = Counter()
     rows = []
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
-    for number in range(0, len(reader), step)[:limit]:
+    for number in (place * len(reader) // count for place in range(count)):
         raw = reader.read(number)
         if len(raw.images) > 1 or raw.turns[0].system:
             left[SEVERAL if len(raw.images) > 1 else TOLD] += 1

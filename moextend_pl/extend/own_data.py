@@ -31,14 +31,16 @@ def make_shards(options: argparse.Namespace) -> tuple[Path, Path]:
         val = train
     else:
         val = place / "val" if options.val is None or options.val in own else options.val
+    given = {train, val} - {place / "train", place / "val"}
+    for folder in given:
+        if not (folder / INDEX).is_file():
+            run(["shards", "index", str(folder)])
     asked = {name: str(getattr(options, name)) for name in ("data", "images", "question", "columns", "val")}
-    asked["seen"] = state_of(*own, *([Path(options.images)] if options.images else []))
+    indexes = sorted(folder / INDEX for folder in given)  # questions are those of the shards as they are now
+    asked["seen"] = state_of(*own, *([Path(options.images)] if options.images else []), *indexes)
     if read_json(place / SOURCE) == asked and all((folder / INDEX).is_file() for folder in (train, val)):
         log.info("the data are there already; delete %s to make them anew", place)
         return train, val
-    for folder in {train, val} - {place / "train", place / "val"}:
-        if not (folder / INDEX).is_file():
-            run(["shards", "index", str(folder)])
     if options.val in own:  # first, so that a mistake in it is told before much is done
         _build(options.val, val, options)
     if options.data in own:

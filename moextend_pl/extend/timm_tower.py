@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from moextend_pl.contracts import UserError
+from moextend_pl.extend.own_data import state_of
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
+FACTS, WEIGHTS = "config.json", "model.safetensors"
 SQUARE_BY = {"center": "crop", "squash": "squash"}
 
 
 def timm_config(folder: Path) -> dict[str, Any]:
     """Returns the configuration of a folder as timm publishes its models; empty for any other folder."""
-    path = folder / "config.json"
+    path = folder / FACTS
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
@@ -44,7 +45,8 @@ def save_timm_tower(folder: Path, config: Mapping[str, Any], out: Path) -> Path:
     from moextend_pl.models.encoder import TIMM, VisionEncoder
     from moextend_pl.models.tower import FeatureSpec, make_timm
 
-    place = out / folder.name
+    # Another model may lie in a folder of the same name.
+    place = out / f"{folder.name}-{state_of(folder / FACTS, folder / WEIGHTS)[:8]}"
     if (place / "encoder.json").is_file():
         return place
     if not (folder / WEIGHTS).is_file():

@@ -200,12 +200,16 @@ class MLflowRun(GoesOn, MLFlowLogger):
 
 
 def last_steps(run: Path) -> dict[str, int]:
-    """Returns the last step of each column of `metrics.csv`; nothing where a run has none."""
-    path, found = run / METRICS_FILE, {}
+    """Returns the last step of each column of `metrics.csv`; nothing where a run has none.
+
+    The highest one: a run that was killed while it took steps again ends with a lower one.
+    """
+    path, found = run / METRICS_FILE, dict[str, int]()
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                found.update({name: int(row["step"]) for name, value in row.items() if value and row["step"]})
+                step = int(row["step"] or -1)
+                found.update({name: max(step, found.get(name, -1)) for name, value in row.items() if value})
     return found
 
 

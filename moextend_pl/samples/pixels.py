@@ -54,7 +54,15 @@ def decode_image(data: bytes, origin: str, max_pixels: int = MAX_PIXELS) -> Imag
     Raises:
         UserError: As `open_image`, and if the pixels are cut short or damaged.
     """
-    image = open_image(data, origin, max_pixels)
+    return decoded(open_image(data, origin, max_pixels), origin)
+
+
+def decoded(image: Image.Image, origin: str) -> Image.Image:
+    """Returns an image, perhaps opened but not yet read, as RGB; see `to_rgb`.
+
+    Raises:
+        UserError: If its pixels are cut short or damaged.
+    """
     try:
         image.load()
         return to_rgb(image)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import webdataset
 import yaml
+from helpers.ranks import run_rounds
 from helpers.stages import write_stage
 from helpers.tiny_world import SAMPLES, TinyWorld
 from lightning.pytorch import Callback, Trainer
@@ -24,6 +25,7 @@ from datamodules import ImageTextShards, OwnPipeline
 from datamodules.options import ReadingSpec, RowSpec
 from moextend_pl import cli
 from moextend_pl.contracts import Batch, UserError
+from moextend_pl.runs.atomic import read_json
 
 BATCH = 4
 
@@ -113,8 +115,53 @@ def test_bad_samples_are_left_out_and_counted(tiny_world: TinyWorld) -> None:
         batches(tiny_world, lambda: [*bad, *good], 1, max_bad_samples=0)
 
 
+def cut_short(path: Path) -> Image.Image:
+    """Returns a picture that Pillow has opened and cannot read to its end."""
+    path.write_bytes(picture("red")[:-30])
+    return Image.open(path)
+
+
+def test_a_picture_that_was_opened_and_cannot_be_read_is_a_bad_sample(
+    tiny_world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = [cut_short(tmp_path / "a.png"), *[picture("red")] * 7]
+    samples = [{"image": image, "conversations": TURNS} for image in found]
+    (batch,) = batches(tiny_world, lambda: samples, 1)
+    assert len(batch["image_keys"]) == BATCH - 1
+    assert "the image is cut short or damaged" in caplog.text
+
+
+def test_decoded_pictures_of_equal_bytes_have_names_of_their_own(tiny_world: TinyWorld) -> None:
+    # By its name a picture's features are kept, where the tower is frozen.
+    red, blue = (Image.new("P", (8, 8)) for _ in range(2))
+    red.putpalette([255, 0, 0] * 256)
+    blue.putpalette([0, 0, 255] * 256)
+    wide, tall = (Image.frombytes("RGB", size, bytes(range(96))) for size in ((8, 4), (4, 8)))
+    images = [red, blue, wide, tall, red.copy()]
+    assert (red.tobytes(), wide.tobytes()) == (blue.tobytes(), tall.tobytes())
+    found = batches(tiny_world, lambda: [{"image": image, "conversations": TURNS} for image in images * 4], 5)
+    pixels = {key: value for batch in found for key, value in zip(batch["image_keys"], batch["pixel_values"])}
+    assert len(pixels) == 4
+    for batch in found:
+        assert all(torch.equal(pixels[key], own) for key, own in zip(batch["image_keys"], batch["pixel_values"]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_generator_that_is_through_is_begun_again(tiny_world: TinyWorld, workers: int) -> None:
+    def two_rounds() -> Iterator[dict[str, Any]]:
+        yield from itertools.islice(endless(), 2 * BATCH)
+
+    keys = [key for batch in batches(tiny_world, two_rounds, 4, workers) for key in batch["keys"]]
+    assert sorted(keys) == sorted(2 * [f"k{n}" for n in range(2 * BATCH)])
+
+
 @pytest.mark.parametrize(
-    ("pipeline", "words"), [(list, "yields no sample"), (lambda: [("a", "b")], "as mappings .* got tuple")]
+    ("pipeline", "words"),
+    [
+        (list, "yields no sample"),
+        (lambda: [("a", "b")], "as mappings .* got tuple"),
+        (lambda: [{"__key__": "a", "image": b"none", "conversations": TURNS}], "no sample that can be used"),
+    ],
 )
 def test_pipelines_that_cannot_be_used_are_told(tiny_world: TinyWorld, pipeline: Callable, words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -163,21 +210,39 @@ def test_a_run_that_goes_on_begins_the_pipeline_anew_and_says_so(
         data.load_state_dict({"schema": 1, "consumed": 4})
 
 
+def write_own(world: TinyWorld, folder: Path, splitter: str, workers: int) -> list[str]:
+    """Returns the command of a stage on `my_pipeline.training`, which is written beside it."""
+    urls = sorted(map(str, Path(world.data("mixed")).glob("*.tar")))
+    made = f"webdataset.WebDataset({urls}, shardshuffle=False, nodesplitter={splitter})"
+    (folder / "my_pipeline.py").write_text(f"import webdataset\n\ndef training():\n    return {made}\n")
+    config = write_stage(world, folder / "run", "align", steps=2)
+    content = yaml.safe_load(config.read_text())
+    options = {"pipeline": "my_pipeline.training", "val": world.data("vqa", "test"), "batch_size": BATCH}
+    reading = {"num_workers": workers}
+    content["data"] = {"class_path": "datamodules.OwnPipeline", "init_args": {**options, "reading": reading}}
+    config.write_text(yaml.safe_dump(content))
+    return ["fit", "--config", str(config)]
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_pipeline_and_the_same_samples_on_both_are_refused(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ranks = ["--allow-class-path", "my_pipeline", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    run_rounds([(2, [[*write_own(tiny_world, tmp_path, "webdataset.split_by_node", 0), *ranks]])], tmp_path)
+    assert read_json(tmp_path / "run" / "stage.json")["steps"] == 2
+    alike = [*write_own(tiny_world, tmp_path, "iter", 0), *ranks, "--fresh"]
+    with pytest.raises(AssertionError, match="gives each of 2 ranks samples of its own"):
+        run_rounds([(2, [alike])], tmp_path)
+
+
 @pytest.mark.slow
 def test_a_stage_file_names_the_function(
     tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    urls = sorted(map(str, Path(tiny_world.data("mixed")).glob("*.tar")))
-    (tmp_path / "my_pipeline.py").write_text(
-        f"import webdataset\n\ndef training():\n    return webdataset.WebDataset({urls}, shardshuffle=3).shuffle(8)\n"
-    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = write_stage(tiny_world, tmp_path / "run", "align", steps=2)
-    content = yaml.safe_load(config.read_text())
-    options = {"pipeline": "my_pipeline.training", "val": tiny_world.data("vqa", "test"), "batch_size": BATCH}
-    content["data"] = {"class_path": "datamodules.OwnPipeline", "init_args": {**options, "reading": {"num_workers": 2}}}
-    config.write_text(yaml.safe_dump(content))
-    command = ["fit", "--config", str(config)]
+    command = write_own(tiny_world, tmp_path, "None", 2)
     with pytest.raises(UserError, match="my_pipeline"):
         cli.run(command)
     cli.run([*command, "--allow-class-path", "my_pipeline"])

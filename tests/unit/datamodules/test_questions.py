@@ -46,8 +46,9 @@ def test_what_is_asked_first_is_written_with_its_picture(tmp_path: Path, capsys:
 
 def test_a_limit_spreads_over_the_set_and_nothing_to_ask_is_told(tmp_path: Path) -> None:
     write_shards([Entry(str(n), conversation((f"{n}?", "yes"))) for n in range(10)], tmp_path, 4)
-    assert write_questions(tmp_path, tmp_path / "own", 2)[0] == 2
-    assert [question.key for question in own(tmp_path / "own")] == ["0", "5"]
+    for limit, keys in ((2, "05"), (6, "013568"), (99, "0123456789")):
+        assert write_questions(tmp_path, tmp_path / "own", limit)[0] == len(keys)
+        assert [question.key for question in own(tmp_path / "own")] == list(keys)
     (tmp_path / "none").mkdir()
     write_shards(entries()[2:], tmp_path / "none", 2)
     with pytest.raises(UserError, match="expected samples with one question about one picture or none"):

@@ -23,7 +23,8 @@ def test_its_features_of_a_picture_are_those_of_timm(tmp_path: Path) -> None:
     folder = tmp_path / "some.model"
     model = published(folder)
     place = save_timm_tower(folder, timm_config(folder), tmp_path / "run" / "tower")
-    assert place == tmp_path / "run" / "tower" / "some.model"
+    assert place.parent == tmp_path / "run" / "tower"
+    assert place.name.startswith("some.model-")
     tower = VisionEncoder(path=str(place))
     tower.configure_model()
     facts: dict[str, Any] = {name: tower.config[name] for name in ("image_size", "resize", "resample")}
@@ -40,6 +41,10 @@ def test_its_features_of_a_picture_are_those_of_timm(tmp_path: Path) -> None:
         expected = features(theirs[None])[-1].flatten(2).transpose(1, 2)
         assert torch.equal(tower.eval()(theirs[None]), expected)
     assert save_timm_tower(folder, {}, tmp_path / "run" / "tower") == place  # it is there already
+    published(tmp_path / "other" / "some.model")
+    other = save_timm_tower(tmp_path / "other" / "some.model", timm_config(folder), tmp_path / "run" / "tower")
+    assert other != place
+    assert (other / "encoder.json").is_file()
 
 
 def test_only_a_folder_of_timm_is_taken_for_one(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def test_what_an_earlier_start_has_told_is_not_told_again(tmp_path: Path) -> Non
     for step in range(3):
         first.log_metrics({"train/loss": 2.0 - step}, step=step)
     first.log_metrics({"val/loss": 3.0}, step=1)
+    again = RunLogger(str(tmp_path / "run"))  # went on from an earlier checkpoint, and was killed before it was as far
+    again.log_metrics({"train/loss": 1.0}, step=1)
     other = Told(str(tmp_path / "other"))
     other.known = last_steps(tmp_path / "run")
     assert (other.known["train/loss"], other.known["val/loss"]) == (2, 1)

@@ -173,7 +173,7 @@ MOEXTEND = replace(
     configs="easy_vqa",
     folder="runs/quickstart",
     data_folder="runs/quickstart/data",
-    # A sixth of the quickstart's steps: where it ends, all variants answer nearly everything.
+    # A fifth of the quickstart's steps: where it ends, all variants answer nearly everything.
     every={"3_extend": {**MOEXTEND_SCENES.every["3_extend"], "trainer.max_steps": 300}},
     quick_data=(),
 )

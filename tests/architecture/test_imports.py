@@ -19,6 +19,7 @@ ORDER = (
     "training",
     "inference",
     "models",
+    "distillation",
     "reports",
     "evaluation",
     "convert",

@@ -6,10 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Tiny models lose time when several threads share an operation, above all where processes share cores: threads that
+# wait for the next operation spin. It is read when torch is imported, here and in every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from helpers.tiny_world import TinyWorld, build_tiny_world
 
-# Tiny models lose time when several threads share an operation.
 torch.set_num_threads(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,9 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(CONFIGS))
 
 
-@pytest.fixture
-def quickstart(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory in which the earlier stages of the quickstart seem to be done, at tiny size."""
-    root = tmp_path / "runs" / "quickstart"
+def lay_out_quickstart(tiny_world: TinyWorld) -> None:
+    """Writes what the earlier stages of the quickstart seem to have left in the working directory, at tiny size."""
+    root = Path.cwd() / "runs" / "quickstart"
     shutil.copytree(tiny_world.base, root / "0_language" / "base")
     shutil.copytree(tiny_world.encoder, root / "0_vision" / "encoder")
     shutil.copytree(tiny_world.base, root / "data" / "tokenizer")
@@ -61,15 +61,11 @@ def quickstart(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.Monkey
     save_delta(tiny_world.model(parts=["projector"]), root / "1_align")
     (root / "2_probe").mkdir()
     make_plan().save(root / "2_probe" / "extension_plan.yaml")
-    (root.parent / "scenes").symlink_to(root)  # the same stages on another data set
-    monkeypatch.chdir(tmp_path)
-    lay_out_cumo(tiny_world, tmp_path)
-    return root
+    (root.parent / "scenes").symlink_to("quickstart")  # the same stages on another data set
 
 
-@pytest.fixture
-def workplace(quickstart: Path, tiny_world: TinyWorld) -> Path:
-    """The same, and the folders that the full-size recipes name hold tiny models, shards and earlier stages."""
+def lay_out_full_size(tiny_world: TinyWorld) -> None:
+    """Writes tiny models, shards and earlier stages into the folders that the full-size recipes name."""
     for recipe in FULL_SIZE:
         arguments = yaml.safe_load((recipe / "recipe.yaml").read_text())["model"]["init_args"]
         tower, base = Path(arguments["encoder"]["name"]), Path(arguments["language"]["base"])
@@ -93,7 +89,26 @@ def workplace(quickstart: Path, tiny_world: TinyWorld) -> Path:
     for name in ("llava_558k", "llava_665k"):
         for split, copied in (("train", "train"), ("val", "test")):
             shutil.copytree(tiny_world.data("mixed", copied), Path("shards") / name / split)
-    return quickstart
+
+
+@pytest.fixture(scope="module")
+def laid_out(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the earlier stages of every recipe seem to be done; read-only."""
+    root = tmp_path_factory.mktemp("laid_out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        lay_out_quickstart(tiny_world)
+        lay_out_cumo(tiny_world, root)
+        lay_out_full_size(tiny_world)
+    return root
+
+
+@pytest.fixture
+def workplace(laid_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory in which they seem to be done, with hard links to the same files; its quickstart."""
+    shutil.copytree(laid_out, tmp_path, symlinks=True, copy_function=os.link, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs" / "quickstart"
 
 
 def fit(path: Path, run: Path) -> MoExtendCLI:

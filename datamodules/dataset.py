@@ -22,7 +22,7 @@ from datamodules.workers import worker_options
 from moextend_pl.contracts import Batch, Sample, UserError
 from moextend_pl.samples.collate import collate_generation, collate_packed, collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
-from moextend_pl.samples.pixels import PixelTransform, decode_image
+from moextend_pl.samples.pixels import PixelTransform, decode_image, open_image
 from moextend_pl.samples.turns import Turn, single_turn
 
 TURNS = ("together", "single")
@@ -78,8 +78,8 @@ class UnitTable:
         self.single = turns == "single"
         self.readers = [ShardReader(folder, streaming) for folder in folders]
         self.tasks = tuple(tasks) or ("",) * len(self.readers)
-        counts = np.concatenate([reader.turns() if self.single else np.ones(len(reader)) for reader in self.readers])
-        counts = counts.astype(np.int64)
+        turns_of = [one.turns() if self.single else np.ones(len(one)) for one in self.readers]
+        counts = np.concatenate(turns_of).astype(np.int64)
         self.sample = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
         first = np.concatenate([[0], np.cumsum(counts)])
         self.turn = np.arange(len(self.sample), dtype=np.int64) - first[self.sample]
@@ -170,10 +170,10 @@ class ConversationDataset(Dataset[Sample]):
         return replace(encode(key, turns, pixels, names), task=self.table.task(unit))
 
     def _pixels(self, name: str, data: bytes, origin: str) -> torch.Tensor:
-        square = self._squares.get(
-            name, lambda: np.ascontiguousarray(self.transform.square(decode_image(data, origin)))
+        levels = self._squares.get(
+            name, lambda: np.ascontiguousarray(self.transform.levels(decode_image(data, origin)))
         )
-        return self.transform.normalised(square)
+        return self.transform.normalised(levels)
 
     def read(self, unit: int) -> tuple[str, tuple[Turn, ...], tuple[bytes, ...], str]:
         """Returns key, turns, image files and, for messages, origin of a unit.
@@ -196,7 +196,9 @@ class ConversationDataset(Dataset[Sample]):
     def length(self, unit: int) -> int:
         """Returns the tokens of a unit; 1 if it is damaged, which is said when it is due."""
         try:
-            return max(1, self.encoder.length(self.read(unit)[1]))
+            _, turns, images, origin = self.read(unit)
+            cut = images if self.transform.tiling.most else ()  # the size decides, which an image's head tells
+            return max(1, self.encoder.length(turns, tuple(self.transform.squares(open_image(d, origin)) for d in cut)))
         except ShardError:
             raise
         except UserError:

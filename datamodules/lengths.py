@@ -47,8 +47,8 @@ def unit_lengths(dataset: ConversationDataset, run: Path | None, num_workers: in
     """Returns the tokens of each unit, (n,) int32, as training would encode it.
 
     Kept for each folder as `lengths-<fingerprint>.npy` beside its shards or, where that folder cannot be
-    written to, in the run directory. The fingerprint covers shards, tokenizer and chat template, tokens of an
-    image, longest sequence, and what a unit is.
+    written to, in the run directory. The fingerprint covers shards, tokenizer and chat template, tokens and tiles of
+    an image, longest sequence, and what a unit is.
     """
     table = dataset.table
     bounds = np.cumsum([0] + [sum(sizes) for sizes in table.sizes_by_folder()]).tolist()
@@ -116,5 +116,6 @@ def _fingerprint(encoder: ConversationEncoder, shards: str) -> str:
         str(sorted(tokenizer.special_tokens_map.items())),  # templates write them
         str(spec.tokens_per_image),
         str(encoder.max_length),
+        *((spec.tiles, str(spec.image_size)) if spec.tiles else ()),
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

@@ -46,6 +46,7 @@ class SampleSpec:
         packing_obstacle: Why the model cannot take rows of several documents; empty if it can.
         context: Longest sequence that the model was made for, in positions; None if it says none.
         resize: How images that are not square become one, see `samples.squares`; `resample` is the filter.
+        tiles: How images are cut into several, see `samples.tiling`; empty for not at all.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ class SampleSpec:
     context: int | None = None
     resize: str = "squash"
     resample: str = "bicubic"
+    tiles: str = ""
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Sample:
 
     Attributes:
         key: Name of the sample inside its shard set.
-        input_ids: (S,) ids; every image already stands as `tokens_per_image` placeholders.
+        input_ids: (S,) ids; every image, or tile of one, stands as `tokens_per_image` placeholders.
         labels: (S,) ids to predict, `IGNORE_INDEX` where nothing is learned.
         pixel_values: (I, 3, H, W) normalised images in the order of their placeholders.
         image_keys: I names, one an image, equal for equal pictures of one shard set.
@@ -95,13 +97,11 @@ class HostFacts(NamedTuple):
 
 
 class Batch(TypedDict):
-    """Collated samples; text-only batches have I = 0.
+    """Collated samples; text-only batches have I = 0, and a tile of an image counts as one.
 
-    Training batches are padded on the right. Generation batches hold prompts only, are padded on the
-    left, and carry `prompts` and `answers`.
-
-    Where rows are packed, each holds several samples, here called documents, and `documents` tells which
-    token is whose: document n, counted from 1 over all rows, is sample n - 1 of `keys` and `tasks`. The
+    Training batches are padded on the right. Generation batches hold prompts only, are padded on the left, and carry
+    `prompts` and `answers`. Where rows are packed, each holds several samples, here called documents, and `documents`
+    tells which token is whose: document n, counted from 1 over all rows, is sample n - 1 of `keys` and `tasks`. The
     first token of a document is never a label, since nothing of its own document stands before it.
     """
 

@@ -5,7 +5,8 @@ Shapes: B prompts, S sequence, I images, H = W side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class MoExtendImageProcessor(BaseImageProcessor):
         return SampleSpec(tokenizer, image_token_id, tokens_per_image, **facts)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
-        """Returns `pixel_values` (I, 3, H, W).
+        """Returns `pixel_values` (I, 3, H, W); a picture that is cut is several images.
 
         Args:
             images: One picture or a list: PIL image, array, tensor, path, `https` or `data:` address.
@@ -59,7 +60,13 @@ class MoExtendImageProcessor(BaseImageProcessor):
         """
         transform = PixelTransform(self.spec())
         values = [transform(to_rgb(_picture(image))) for image in _flat(images)]
-        return BatchFeature({"pixel_values": torch.stack(values)}, tensor_type=return_tensors)
+        joined = torch.cat(values) if transform.tiling.most else torch.stack(values)
+        return BatchFeature({"pixel_values": joined}, tensor_type=return_tensors)
+
+    def squares(self, images: list[Any]) -> Iterator[int]:
+        """Yields how many squares each picture becomes."""
+        transform = PixelTransform(self.spec())
+        yield from (transform.squares(_picture(image)) for image in images)
 
 
 class MoExtendProcessor(ProcessorMixin):
@@ -114,7 +121,10 @@ class MoExtendProcessor(ProcessorMixin):
         if marks != len(pictures):
             raise UserError(f"Expected one picture for each `{IMAGE_MARK}`, got {len(pictures)} for {marks}.")
         pixels = self.image_processor(pictures)["pixel_values"] if pictures else torch.zeros(0)
-        return self._features([self.encoder().encode_text(each) for each in texts], pixels, return_tensors)
+        squares = self.image_processor.squares(pictures)
+        tiles = [tuple(islice(squares, each.count(IMAGE_MARK))) for each in texts]
+        rows = [self.encoder().encode_text(each, some) for each, some in zip(texts, tiles, strict=True)]
+        return self._features(rows, pixels, return_tensors)
 
     def apply_chat_template(  # type: ignore[override]
         self,

@@ -9,7 +9,7 @@ from typing import Any
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, UserError
 from moextend_pl.inference.decoding import check_context
-from moextend_pl.inference.pictures import open_picture
+from moextend_pl.inference.pictures import open_picture, opened
 from moextend_pl.inference.reduction import Reduction
 from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.inference.streaming import stream
@@ -103,7 +103,7 @@ class AskMixin(AnswerMixin):
         if batch_size < 1:
             raise UserError(f"Expected `batch_size` of at least 1, got {batch_size}.")
         chosen = self.generation if spec is None else spec
-        encoder, lengths = self._check(questions, task, chosen)
+        encoder, questions, lengths = self._check(questions, task, chosen)
         # Questions of like length stand together, so that little is padded.
         order = sorted(range(len(questions)), key=lambda place: lengths[place])
         found = [""] * len(questions)
@@ -124,21 +124,26 @@ class AskMixin(AnswerMixin):
 
     def prompt(self, question: Question, task: str = "", spec: GenerationSpec | None = None) -> Batch:
         """Returns a question as `answer` takes it; mistakes, as of `generate`, are raised at once."""
-        encoder, _ = self._check([question], task, self.generation if spec is None else spec)
-        return self._batch([question], encoder, task)
+        encoder, questions, _ = self._check([question], task, self.generation if spec is None else spec)
+        return self._batch(questions, encoder, task)
 
     def _check(
         self, questions: Sequence[Question], task: str, how: GenerationSpec
-    ) -> tuple[ConversationEncoder, list[int]]:
-        """Refuses what cannot be answered, before a picture is read; returns the length of each prompt too."""
+    ) -> tuple[ConversationEncoder, Sequence[Question], list[int]]:
+        """Refuses what cannot be answered, before a picture is read where its size does not decide the length.
+
+        Returns:
+            The encoder; the questions, with pictures that had to be read; and the length of each prompt.
+        """
         for question in questions:
             check_task(self.plans, task, bool(question.pictures))
         spec = self.sample_spec()
         spec = replace(spec, tokens_per_image=merged_count(spec.tokens_per_image, Reduction.parse(how.reduce).rounds))
         encoder = ConversationEncoder(spec)
-        lengths = [encoder.prompt_length(question.turns) for question in questions]
+        questions, tiles = opened(questions, spec)
+        lengths = [encoder.prompt_length(q.turns, each) for q, each in zip(questions, tiles, strict=True)]
         check_context(lengths, [f"The question {q.turns[-1].human[-60:]!r}" for q in questions], spec.context)
-        return encoder, lengths
+        return encoder, questions, lengths
 
     def _batch(self, questions: Sequence[Question], encoder: ConversationEncoder, task: str) -> Batch:
         self.eval()

@@ -7,6 +7,8 @@ import binascii
 import queue
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import IO, Any
@@ -15,9 +17,9 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from PIL import Image
 
-from moextend_pl.contracts import UserError
-from moextend_pl.samples.messages import Picture
-from moextend_pl.samples.pixels import decode_image
+from moextend_pl.contracts import SampleSpec, UserError
+from moextend_pl.samples.messages import Picture, Question
+from moextend_pl.samples.pixels import PixelTransform, decode_image
 
 MAX_BYTES = 20 * 2**20
 """Largest file that is fetched from an address."""
@@ -52,6 +54,26 @@ def open_picture(picture: Picture) -> Image.Image:
     except OSError as error:
         raise UserError(f"Expected a picture at {place}, got: {error.strerror}. Correct the path.") from error
     return decode_image(data, place)
+
+
+def opened(questions: Sequence[Question], spec: SampleSpec) -> tuple[Sequence[Question], list[tuple[int, ...]]]:
+    """Returns how many squares each picture of each question becomes; where they are cut, pictures have to be opened.
+
+    Args:
+        questions: Their pictures are places or images.
+        spec: What the model asks of its data.
+
+    Returns:
+        The questions, with the pictures that were opened; and a number for each picture.
+
+    Raises:
+        UserError: See `open_picture`.
+    """
+    transform = PixelTransform(spec)
+    if not transform.tiling.most:
+        return questions, [(1,) * len(question.pictures) for question in questions]
+    seen = [replace(q, pictures=tuple(open_picture(place) for place in q.pictures)) for q in questions]
+    return seen, [tuple(transform.squares(open_picture(image)) for image in q.pictures) for q in seen]
 
 
 def fetch(address: str, limit: int = MAX_BYTES, patience: float = PATIENCE) -> bytes:

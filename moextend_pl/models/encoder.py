@@ -44,7 +44,7 @@ class VisionEncoder(StageModule):
         name: `timm/<model>` for a timm model, or the folder of a transformers vision model, or of a CLIP or SigLIP
             model, of which the image side is taken.
         path: Folder written by `save_pretrained`; it replaces all other arguments of the tower, but for
-            `upcycle`, `scales`, `reference`, `resize` and `resample` where they are given too.
+            `upcycle`, `scales`, `reference`, `resize`, `resample` and `tiles` where they are given too.
         image_size: Side in pixels; the tower's own by default.
         tower_args: Further arguments of `timm.create_model`.
         features: What is read of the tower.
@@ -72,8 +72,8 @@ class VisionEncoder(StageModule):
         self.tokenizer_path = tokenizer
         self.embedding_dim = embedding_dim
         features = features or FeatureSpec()
-        own: dict[str, Any] = {"name": name, "layer": features.layer, "pool": features.pool}
-        own.update({"image_size": image_size, "tower_args": tower_args or {}})
+        own: dict[str, Any] = {"name": name, "image_size": image_size, "tower_args": tower_args or {}}
+        own.update({"layer": features.layer, "pool": features.pool})
         self.config: dict[str, Any] = own if self.path is None else self._read_config(self.path)
         if not self.config["name"]:
             raise UserError("Expected `name` or `path` of the vision encoder, got neither. Set one in the stage file.")
@@ -88,18 +88,18 @@ class VisionEncoder(StageModule):
         self.config["resample"] = check_resample(features.resample or said["resample"])
         self.config["reference"] = features.reference or bool(self.config.get("reference"))
         self.config["scales"] = checked_scales(features.scales or self.config.get("scales") or [1])
+        self.config["tiles"] = towers.checked_tiles(features.tiles or self.config.get("tiles"), tokenizer is not None)
         self.stored_upcycle = UpcycleSpec.from_dict(self.config.get("upcycle"))
         self.upcycle_spec = agreed_spec(self.stored_upcycle, upcycle, f"{path}: the tower")
         self.watch = RouterWatch()
 
     def _own_side(self) -> int:
-        name = str(self.config["name"])
-        return timm_own_side(name.removeprefix(TIMM)) if self.is_timm else own_side(self.folder)
+        return timm_own_side(str(self.config["name"]).removeprefix(TIMM)) if self.is_timm else own_side(self.folder)
 
     def _own_pictures(self) -> dict[str, str]:
         """Returns what the tower says of its pictures; where it does not, they are as they were before it could."""
-        is_told = self.path is not None or self.is_timm
-        said = self.config if is_told else own_pictures(self.folder, int(self.config["image_size"]))
+        side = int(self.config["image_size"])
+        said = self.config if self.path is not None or self.is_timm else own_pictures(self.folder, side)
         return {"resize": said.get("resize") or SQUASH, "resample": said.get("resample") or BICUBIC}
 
     @staticmethod
@@ -125,7 +125,7 @@ class VisionEncoder(StageModule):
         Raises:
             UserError: If its weights lie in no folder.
         """
-        added = {name: self.config[name] for name in ("scales", "reference", "resize", "resample")}
+        added = {name: self.config[name] for name in ("scales", "reference", "resize", "resample", "tiles")}
         if self.path is not None:
             return {"path": str(self.path), **added}
         if self.is_timm:
@@ -296,5 +296,5 @@ class VisionEncoder(StageModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs loss and the share of images whose nearest caption is their own."""
         loss, accuracy = self._contrast(batch)
-        size = len(batch["keys"])
-        self.log_dict({"val/loss": loss, "val/retrieval": accuracy}, prog_bar=True, sync_dist=True, batch_size=size)
+        values = {"val/loss": loss, "val/retrieval": accuracy}
+        self.log_dict(values, prog_bar=True, sync_dist=True, batch_size=len(batch["keys"]))

@@ -115,7 +115,7 @@ class MoExtend(AskMixin, DeltaModule):
     def sample_spec(self) -> SampleSpec:
         """Returns what the model asks of its data; tokenizer and image size have this one source."""
         tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
-        facts = {name: self.encoder.config[name] for name in ("image_size", "resize", "resample")}
+        facts = {name: self.encoder.config[name] for name in ("image_size", "resize", "resample", "tiles")}
         options: dict[str, Any] = {"tokens_per_image": tokens, **facts, **self.encoder.image_statistics}
         return replace(self.language.sample_spec(), **options)
 

@@ -23,6 +23,7 @@ from moextend_pl.contracts import UserError
 from moextend_pl.models.model_folder import read_config, read_model
 from moextend_pl.runs.fingerprints import check_weight_file, check_weights
 from moextend_pl.samples.preprocessor import PREPROCESSOR_FILE, Statistics, own_statistics, read_preprocessor
+from moextend_pl.samples.tiling.tiles import Tiling
 
 MASK_TOKEN = "mask_token"
 
@@ -42,6 +43,8 @@ class FeatureSpec:
             sides). By default what the tower's preprocessor_config.json says, else `squash`.
         resample: Filter by which images change their size: `nearest`, `lanczos`, `bilinear`, `bicubic`, `box` or
             `hamming`. By default what the tower says, else `bicubic`.
+        tiles: Most tiles that an image is cut into beside its thumbnail, each encoded as an image (NVLM): `6`; `6:area`
+            weighs the area of grids; `6:untagged` writes no tag before a tile. By default images stay whole.
     """
 
     layer: int = -2
@@ -50,6 +53,25 @@ class FeatureSpec:
     reference: bool = False
     resize: str | None = None
     resample: str | None = None
+    tiles: int | str | None = None
+
+
+def checked_tiles(tiles: int | str | None, alone: bool) -> str:
+    """Returns how images are cut, empty where they stay whole.
+
+    Args:
+        tiles: As `FeatureSpec` has it.
+        alone: Whether the tower is trained alone, by contrast of whole images with captions.
+
+    Raises:
+        UserError: If it is no such number, or the tower is trained alone.
+    """
+    if Tiling.parse(tiles).most and alone:
+        raise UserError(
+            f"Expected no `features.tiles` of a tower that is trained alone, got {tiles}: it compares whole images "
+            "with captions. Leave it out here, and set it in the stages behind."
+        )
+    return str(tiles or "")
 
 
 def vision_config(folder: str) -> PreTrainedConfig:

@@ -25,6 +25,7 @@ what is not there yet is replaced by model/config.json, tower/config.json and ex
 """
 POSITIVE = ("gpu_tflops", "gpu_memory", "gpus", "price", "mfu", "tokens_per_second", "length", "mean_length")
 PACKED = "packing is not counted: a row is planned as one conversation with one image"
+TILED = "every picture is planned with the most tiles, {} with its thumbnail; their tags count as text"
 QUANTISED = "{} is quantised already: weights are planned as its unquantised model's"
 
 
@@ -77,11 +78,15 @@ def main(argv: Sequence[str]) -> int:
 def uncounted(stage: StageModel) -> list[str]:
     """Says in one sentence each what a stage does that the arithmetic leaves out."""
     from moextend_pl.models.model_folder import is_quantised
+    from moextend_pl.samples.tiling.tiles import Tiling
 
     notes = []
     data = (stage.config.get("data") or {}).get("init_args") or {}
     if (data.get("rows") or {}).get("packing"):
         notes.append(PACKED)
+    tiles = Tiling.parse(getattr(getattr(stage.module, "encoder", None), "config", {}).get("tiles"))
+    if tiles.most:
+        notes.append(TILED.format(tiles.most_squares))
     base = getattr(getattr(stage.module, "language", stage.module), "base", None)
     return [*notes, QUANTISED.format(base)] if is_quantised(base) else notes
 

@@ -175,6 +175,7 @@ class ModelShape:
         projector: The projector.
         tokens_per_image: Placeholders of one image.
         delta_bytes: Weights that a finished run writes.
+        tiles: Most images that one picture becomes, see `samples.tiling`; each has its placeholders.
         unit_bytes: The largest unit that FSDP2 gathers, a decoder layer or norm and head.
         unit_learning_bytes: What learns in the unit of which most learns.
     """
@@ -189,6 +190,7 @@ class ModelShape:
     projector: Network | None
     tokens_per_image: int
     delta_bytes: int
+    tiles: int = 1
     unit_bytes: int = 0
     unit_learning_bytes: int = 0
 

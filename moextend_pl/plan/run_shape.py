@@ -82,9 +82,10 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
             f"Batches of {batch} sequences on {ranks} GPUs, {accumulate} of them a step, cannot be shared by "
             f"{gpus} GPUs. Change `data.batch_size` or `trainer.accumulate_grad_batches`."
         )
-    if shape.tokens_per_image >= length:
+    image = shape.tiles * shape.tokens_per_image
+    if image >= length:
         raise UserError(
-            f"Expected sequences longer than the {shape.tokens_per_image} tokens of an image, got {length}. Change "
+            f"Expected sequences longer than the {image} tokens of an image, got {length}. Change "
             "`data.rows.max_length` or `--length`."
         )
     # More GPUs take fewer micro-batches each, and smaller ones only where there are not enough for all.
@@ -97,7 +98,7 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
         steps=steps,
         length=length,
         mean_length=mean_length,
-        images=1.0 if shape.tower is not None else 0.0,
+        images=float(shape.tiles) if shape.tower is not None else 0.0,  # of a picture of the most tiles
         **{"encoded_together": ENCODE_TOGETHER, **_sharing(trainer, gpus), **more},
     )
 

@@ -21,6 +21,7 @@ from moextend_pl.moe.blocks import MoEBlock, list_blocks
 from moextend_pl.moe.dispatch import meant_for_kernels, takes
 from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Norm, Part, Stack
 from moextend_pl.plan.networks import measure_projector, measure_tower
+from moextend_pl.samples.tiling.tiles import Tiling
 from moextend_pl.training.sharding.units import parameters_by_unit
 from moextend_pl.training.stage import StageModule
 
@@ -54,6 +55,7 @@ def read_shape(module: StageModule, compute_bytes: int, mixed: torch.dtype | Non
         tower=tower,
         projector=measure_projector(whole.projector, features, mixed) if whole and features is not None else None,
         tokens_per_image=tokens,
+        tiles=Tiling.parse(whole.encoder.config["tiles"]).most_squares if whole is not None else 1,
         delta_bytes=sum(map(_bytes, delta)),
         unit_bytes=max((sum(map(_bytes, unit)) for unit in units), default=0),
         unit_learning_bytes=max((sum(_bytes(p) for p in unit if p.requires_grad) for unit in units), default=0),

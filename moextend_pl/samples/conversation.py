@@ -15,6 +15,7 @@ import torch
 from moextend_pl.contracts import IGNORE_INDEX, Sample, SampleSpec, UserError
 from moextend_pl.samples.control_tokens import Disguise, control_strings
 from moextend_pl.samples.templates import answer_spans
+from moextend_pl.samples.tiling.tags import PicturePlaces, tile_names
 from moextend_pl.samples.turns import IMAGE_MARK, Turn
 
 CACHED_TEXTS, CACHED_CHARACTERS = 16_384, 512
@@ -91,13 +92,13 @@ class ConversationEncoder:
         Args:
             key: Name of the sample.
             turns: All questions and answers.
-            pixels: I images, each (3, H, W), in the order of their `<image>`.
+            pixels: I images in the order of their `<image>`, each (3, H, W), or (T, 3, H, W) as tiles.
             names: I names of the images.
 
         Raises:
             UserError: If the template cannot be used, or nothing is left to learn.
         """
-        encoded = self._encode(turns)
+        encoded = self._encode(turns, _tiles(pixels))
         if not encoded.supervised:
             raise UserError(
                 f"Sample {key!r}: no supervised token is left within `max_length={self.max_length}`. Raise it, or "
@@ -113,7 +114,7 @@ class ConversationEncoder:
         Raises:
             UserError: If the template cannot be used, or the prompt is longer than `max_length`.
         """
-        encoded = self._encode_prompt(turns)
+        encoded = self._encode_prompt(turns, _tiles(pixels))
         if self.max_length is not None and len(encoded.ids) > self.max_length:
             raise UserError(
                 f"Sample {key!r}: expected a prompt of at most `max_length={self.max_length}`, got "
@@ -122,25 +123,25 @@ class ConversationEncoder:
         question = turns[-1].human.replace(IMAGE_MARK, "").strip()
         return self._sample(key, encoded, pixels, names, question, turns[-1].gpt)
 
-    def length(self, turns: tuple[Turn, ...]) -> int:
+    def length(self, turns: tuple[Turn, ...], tiles: tuple[int, ...] = ()) -> int:
         """Returns how many positions a conversation takes when it is encoded for training.
 
+        Args:
+            turns: All questions and answers.
+            tiles: How many each image has, thumbnails included; by default one.
+
         Raises:
             UserError: If the template cannot be used.
         """
-        return len(self._encode(turns).ids)
+        return len(self._encode(turns, tiles).ids)
 
-    def encode_text(self, text: str) -> torch.Tensor:
+    def encode_text(self, text: str, tiles: tuple[int, ...] = ()) -> torch.Tensor:
         """Returns the ids of a text that a chat template made, with placeholders where `<image>` stands."""
-        return self._expand(Rendered(text, ()), truncate=False).ids
+        return self._expand(Rendered(text, ()), tiles, truncate=False).ids
 
-    def prompt_length(self, turns: tuple[Turn, ...]) -> int:
-        """Returns how many positions everything left of the last answer takes.
-
-        Raises:
-            UserError: If the template cannot be used.
-        """
-        return len(self._encode_prompt(turns).ids)
+    def prompt_length(self, turns: tuple[Turn, ...], tiles: tuple[int, ...] = ()) -> int:
+        """Returns how many positions everything left of the last answer takes; arguments as of `length`."""
+        return len(self._encode_prompt(turns, tiles).ids)
 
     def filler(self) -> Sample:
         """Returns the sample that stands where a rank has none left: empty key, nothing to learn."""
@@ -172,20 +173,20 @@ class ConversationEncoder:
 
     def _forget(self) -> None:
         """Sets up the caches, which are not pickled; sets of short questions repeat the same texts."""
-        self._controls = control_strings(self.spec.tokenizer)
+        self._controls, self._places = control_strings(self.spec.tokenizer), PicturePlaces(self.spec)
         self._encode = _remembering(self._encode_uncached)
         self._encode_prompt = _remembering(self._encode_prompt_uncached)
 
-    def _encode_uncached(self, turns: tuple[Turn, ...]) -> Encoded:
-        return self._expand(self.render(turns))
+    def _encode_uncached(self, turns: tuple[Turn, ...], tiles: tuple[int, ...]) -> Encoded:
+        return self._expand(self.render(turns), tiles)
 
-    def _encode_prompt_uncached(self, turns: tuple[Turn, ...]) -> Encoded:
+    def _encode_prompt_uncached(self, turns: tuple[Turn, ...], tiles: tuple[int, ...]) -> Encoded:
         rendered = self.render(turns)
         prompt = rendered.text[: rendered.answers[-1][0]]
-        encoded = self._expand(replace(rendered, text=prompt, answers=rendered.answers[:-1]), truncate=False)
+        encoded = self._expand(replace(rendered, text=prompt, answers=rendered.answers[:-1]), tiles, truncate=False)
         return Encoded(encoded.ids, torch.full_like(encoded.ids, IGNORE_INDEX), encoded.images, supervised=False)
 
-    def _expand(self, rendered: Rendered, truncate: bool = True) -> Encoded:
+    def _expand(self, rendered: Rendered, tiles: tuple[int, ...], truncate: bool = True) -> Encoded:
         """Tokenises the text between images, and puts placeholders where images are."""
         limit = self.max_length if truncate and self.max_length is not None else None
         ids: list[int] = []
@@ -194,10 +195,11 @@ class ConversationEncoder:
         start = 0
         for number, piece in enumerate(rendered.text.split(IMAGE_MARK)):
             if number:
-                if limit is not None and len(ids) + self.spec.tokens_per_image > limit:
+                places = self._places.ids(tiles[number - 1] if tiles else 1)
+                if limit is not None and len(ids) + len(places) > limit:
                     break  # a cut image would be noise: the text ends before it
-                ids += [self.spec.image_token_id] * self.spec.tokens_per_image
-                labels += [IGNORE_INDEX] * self.spec.tokens_per_image
+                ids += places
+                labels += [IGNORE_INDEX] * len(places)
                 images += 1
             answers = [(first - start, last - start) for first, last in rendered.answers]
             piece_ids, learned = self._tokenise(piece, answers, [place - start for place in rendered.breaks])
@@ -250,30 +252,40 @@ class ConversationEncoder:
         answer: str,
     ) -> Sample:
         kept = list(pixels[: encoded.images])
-        size = self.spec.image_size
+        squares = _tiles(kept)
+        shown = zip(names[: encoded.images], squares, strict=True)
         # Clones: the cached tensors must survive whatever is done to a sample.
         return Sample(
             key=key,
             input_ids=encoded.ids.clone(),
             labels=encoded.labels.clone(),
-            pixel_values=_stack(kept, size),
-            image_keys=list(names[: encoded.images]),
+            pixel_values=_stack(kept, self.spec.image_size),
+            image_keys=[key for name, count in shown for key in tile_names(name, count)],
             prompt=prompt,
             answer=answer,
         )
 
 
-def _remembering(encode: Callable[[tuple[Turn, ...]], Encoded]) -> Callable[[tuple[Turn, ...]], Encoded]:
+_Encode = Callable[[tuple[Turn, ...], tuple[int, ...]], Encoded]
+
+
+def _remembering(encode: _Encode) -> _Encode:
     cached = lru_cache(maxsize=CACHED_TEXTS)(encode)
 
-    def remembered(turns: tuple[Turn, ...]) -> Encoded:
+    def remembered(turns: tuple[Turn, ...], tiles: tuple[int, ...]) -> Encoded:
         characters = sum(len(turn.system) + len(turn.human) + len(turn.gpt) for turn in turns)
-        return (cached if characters <= CACHED_CHARACTERS else encode)(turns)
+        return (cached if characters <= CACHED_CHARACTERS else encode)(turns, tiles)
 
     return remembered
 
 
+def _tiles(pixels: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Returns how many squares each image is."""
+    return tuple(len(image) if image.dim() == 4 else 1 for image in pixels)
+
+
 def _stack(pixels: list[torch.Tensor], side: int) -> torch.Tensor:
-    if len(pixels) == 1:
-        return pixels[0][None]  # no copy in the common case
-    return torch.stack(pixels) if pixels else torch.zeros(0, 3, side, side)
+    squares = [image if image.dim() == 4 else image[None] for image in pixels]
+    if len(squares) == 1:
+        return squares[0]  # no copy in the common case
+    return torch.cat(squares) if squares else torch.zeros(0, 3, side, side)

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.squares import check_resample, check_resize, to_square
+from moextend_pl.samples.squares import check_resample, check_resize, resized, to_square
+from moextend_pl.samples.tiling.tiles import Tiling, cut
 from moextend_pl.samples.turns import IMAGE_FORMATS
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ MAX_PIXELS = 64_000_000
 
 BACKGROUND = "white"
 """What is seen through clear pixels."""
+
+ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)
+"""EXIF's tag, and those of its values that exchange width and height."""
 
 DECODERS = tuple(dict.fromkeys(IMAGE_FORMATS.values()))
 
@@ -93,8 +97,17 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Returns width and height of an image as `upright` turns it; of one that was opened only, nothing is decoded."""
+    try:
+        lies = image.getexif().get(ORIENTATION) in LYING
+    except Exception:  # as above
+        lies = False
+    return image.size[::-1] if lies else image.size
+
+
 class PixelTransform:
-    """RGB image -> (3, H, W) float32, made the square that a model asks for and normalised.
+    """RGB image -> (3, H, W) float32, made the square that a model asks for and normalised; (T, 3, H, W) if it is cut.
 
     Args:
         spec: What the model asks of its data; pixel values become `(x / 255 - mean) / std`.
@@ -102,7 +115,7 @@ class PixelTransform:
 
     def __init__(self, spec: SampleSpec) -> None:
         self.side, self.resize, self.mean = spec.image_size, check_resize(spec.resize, spec.image_size), spec.image_mean
-        self.resample = check_resample(spec.resample)
+        self.resample, self.tiling = check_resample(spec.resample), Tiling.parse(spec.tiles)
         std = np.array(spec.image_std, dtype=np.float32)
         # One multiplication and one addition, folded, since this runs for every image.
         self.scale = (1.0 / (255.0 * std)).reshape(3, 1, 1)
@@ -110,11 +123,29 @@ class PixelTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Returns the pixel values of one image."""
-        return self.normalised(self.square(image))
+        return self.normalised(self.levels(image))
 
-    def normalised(self, square_3HW: np.ndarray) -> torch.Tensor:
-        """Returns the pixel values of what `square` returned, which stays as it is."""
-        pixels = square_3HW.astype(np.float32, order="C")
+    def squares(self, image: Image.Image) -> int:
+        """Returns how many squares an image becomes; it may be opened only."""
+        return self.tiling.count(*upright_size(image), self.side) if self.tiling.most else 1
+
+    def levels(self, image: Image.Image) -> np.ndarray:
+        """Returns uint8: (3, side, side), or where images are cut (T, 3, side, side), tiles row by row, then the whole.
+
+        The whole is the square that the image would become uncut; an image of one tile has nothing else.
+        """
+        whole = self.square(image)
+        if not self.tiling.most:
+            return whole
+        columns, rows = self.tiling.grid(*image.size, self.side)
+        if columns * rows == 1:
+            return whole[None]
+        large = resized(np.array(image), rows * self.side, columns * self.side, self.resample)
+        return np.concatenate([cut(large, (columns, rows)), whole[None]])
+
+    def normalised(self, levels: np.ndarray) -> torch.Tensor:
+        """Returns the pixel values of what `levels` returned, which stays as it is."""
+        pixels = levels.astype(np.float32, order="C")
         pixels *= self.scale
         pixels += self.shift
         return torch.from_numpy(pixels)

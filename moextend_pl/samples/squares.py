@@ -82,13 +82,13 @@ def to_square(
         tall = wide = int(resize.partition(":")[2] or side)
         if resize.startswith(CROP):  # the longer side is cut off to whole pixels, as transformers does
             tall, wide = (tall * length // min(height, width) for length in (height, width))
-    image = _resized(image_HW3, tall, wide, resample)
+    image = resized(image_HW3, tall, wide, resample)
     top, left = (tall - side) // 2, (wide - side) // 2
     return image[:, top : top + side, left : left + side]
 
 
-def _resized(image_HW3: np.ndarray, tall: int, wide: int, resample: str) -> np.ndarray:
-    """Returns (3, tall, wide) uint8."""
+def resized(image_HW3: np.ndarray, tall: int, wide: int, resample: str) -> np.ndarray:
+    """Returns (3, tall, wide) uint8; `resample` as for `check_resample`."""
     if resample in BY_TORCH:
         batch = torch.from_numpy(image_HW3).permute(2, 0, 1)[None]
         mode, smooth = BY_TORCH[resample], resample != "nearest"

@@ -44,6 +44,10 @@ class PictureFacts(BaseProcessingInfo):
     def tokens_per_image(self) -> int:
         """Returns the places of a picture."""
         processor: Any = self.get_hf_processor()
+        if processor.image_processor.spec().tiles:
+            raise ValueError(
+                "Expected a model whose pictures stay whole, got one that cuts them into tiles. Ask it by `serve`."
+            )
         return int(processor.tokens_per_image)
 
 

@@ -1,0 +1,64 @@
+"""What stands in a text where a picture does: for each tile its tag, written as text, and its placeholders."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from moextend_pl.contracts import SampleSpec, UserError
+from moextend_pl.samples.tiling.tiles import Tiling
+
+THUMBNAIL_TAG = "<tile_global_thumbnail>"
+
+
+def tile_tags(squares: int, most: int) -> list[str]:
+    """Returns the tags of a picture's tiles in their order (NVLM's 1-D tags), the thumbnail's last.
+
+    Args:
+        squares: Tiles of the picture, thumbnail included; a single one is the thumbnail.
+        most: Most tiles of any picture; from 10 on numbers have two digits, so that tags are of equal length.
+    """
+    digits = len(str(most))
+    return [*(f"<tile_{number:0{digits}}>" for number in range(1, squares)), THUMBNAIL_TAG]
+
+
+class PicturePlaces:
+    """The ids that stand for pictures.
+
+    Args:
+        spec: What the model asks of its data.
+
+    Raises:
+        UserError: If tiles have tags that the tokenizer cannot tell apart.
+    """
+
+    def __init__(self, spec: SampleSpec) -> None:
+        self.tiling = Tiling.parse(spec.tiles)
+        self.placeholders = [spec.image_token_id] * spec.tokens_per_image
+        self.ids = cache(self._ids)
+        self._tags: dict[str, list[int]] = {}
+        if self.tiling.most and self.tiling.tagged:
+            for tag in tile_tags(self.tiling.most_squares, self.tiling.most):
+                # Alone, so that no token of a tag reaches into what stands beside it.
+                self._tags[tag] = spec.tokenizer(tag, add_special_tokens=False)["input_ids"]
+            if len({tuple(ids) for ids in self._tags.values()}) < len(self._tags):
+                raise UserError(
+                    f"Expected a tokenizer that tells the tags of tiles apart, got the same ids for several of "
+                    f"{', '.join(self._tags)}. Add their words to it, or set `encoder.features.tiles` to "
+                    f"`{self.tiling.most}:untagged`."
+                )
+
+    def _ids(self, squares: int) -> tuple[int, ...]:
+        """Returns the ids of a picture.
+
+        Args:
+            squares: Its tiles, thumbnail included.
+        """
+        if not self._tags:
+            return tuple(self.placeholders * squares)
+        tags = tile_tags(squares, self.tiling.most)
+        return tuple(token for tag in tags for token in (*self._tags[tag], *self.placeholders))
+
+
+def tile_names(name: str, squares: int) -> list[str]:
+    """Returns names of a picture's tiles, by which their features are kept; a single one has the picture's own."""
+    return [name] if squares == 1 else [f"{name}.{number}" for number in range(squares)]

@@ -68,7 +68,7 @@ def write_whole_model(options: argparse.Namespace, run: Path) -> None:
     Raises:
         UserError: If the base is no folder, or there is no such run.
     """
-    if options.base and not Path(options.base).is_dir():
+    if options.base and not Path(options.base).exists():
         raise UserError(f"Expected the folder of the base as `--base`, got {options.base}, which is none. Correct it.")
     if not SIZE.fullmatch(options.shard):
         raise UserError(f"Expected --shard such as 5GB or 500MB, got {options.shard!r}. Correct it.")

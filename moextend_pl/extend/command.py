@@ -35,7 +35,7 @@ def options_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--base", required=True, help="language model with experts: a folder, or org/name in a hub")
+    add("--base", required=True, help="language model with experts: a folder, a GGUF file, or org/name in a hub")
     add("--tower", required=True, help="vision tower of transformers or timm: a folder, or org/name in a hub")
     add("--data", type=Path, required=True, help="your data, as `shards build data` reads them, or a folder of shards")
     add("--val", type=Path, help="data to measure on, of any form (default: some of the pictures are held out)")
@@ -95,18 +95,17 @@ def model_folder(name: str, option: str) -> Path:
     """Returns the folder of a model, fetched from a hub where no folder has the name.
 
     Args:
-        name: Folder, or `org/name`; the commit that is fetched is part of the folder's name, and so of the stage files.
+        name: Folder, GGUF file, or `org/name`; what is fetched has its commit in the folder's name, and so in the stage
+            files.
         option: Who asks, for the error message.
 
     Raises:
         UserError: If there is neither.
     """
-    from moextend_pl.runs.named import CONFIGURATIONS, HUB_NAME, from_hub
+    from moextend_pl.models.model_folder import base_folder
+    from moextend_pl.runs.named import CONFIGURATIONS
 
-    folder = Path(name)
-    if not folder.exists() and HUB_NAME.fullmatch(name):
-        log.info("fetching %s, or taking it from the hub's cache", name)
-        folder = from_hub(name)
+    folder = Path(base_folder(name))
     if not any((folder / file).is_file() for file in CONFIGURATIONS):
         raise UserError(
             f"Expected a model's folder or org/name of a hub for `{option}`, got {name!r}, in which there is none of "

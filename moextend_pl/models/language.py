@@ -20,7 +20,7 @@ from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.inference.token_pruning import dropping
 from moextend_pl.models import base_model
 from moextend_pl.models.base_model import ComputeSpec
-from moextend_pl.models.model_folder import read_config
+from moextend_pl.models.model_folder import base_folder, read_config
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks, list_blocks
 from moextend_pl.moe.extension.growth import grow, new_parameters, router_parameters
@@ -44,7 +44,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
     """A causal language model with mixture-of-experts layers; trained alone by next-token prediction.
 
     Args:
-        base: Folder of a transformers model with its tokenizer, or the configuration of a new model, with `model_type`.
+        base: Folder of a transformers model, GGUF file, `org/name` of a hub, or a new model's values with `model_type`.
         tokenizer: Folder of the tokenizer; by default that of the base.
         chat_template: `inst` (MoExtend's), a file with a Jinja template, or null for the tokenizer's own.
         dense: Whether the base is meant to be a model without experts.
@@ -74,10 +74,10 @@ class MoELanguageModel(AnswerMixin, StageModule):
         super().__init__(optim)
         self.router_losses = router_losses or RouterWeights()
         self.compute, self.generation = compute or ComputeSpec(), generation or GenerationSpec()
-        base_model.check_options(base, tokenizer, self.compute, upcycle is not None)
-        self.base = None if isinstance(base, dict) else base
+        self.base = None if isinstance(base, dict) else base_folder(base)
+        base_model.check_options(self.base or base, tokenizer, self.compute, upcycle is not None)
         self.config = dict(base) if isinstance(base, dict) else {}
-        self.tokenizer_path, self.chat_template, self.dense = tokenizer or str(base), chat_template, dense
+        self.tokenizer_path, self.chat_template, self.dense = tokenizer or str(self.base), chat_template, dense
         self.upcycle_spec = upcycle
         self.extensions: list[tuple[ExtensionPlan, Reach]] = []
         self.watch, self.turn = RouterWatch(), OneAtATime()

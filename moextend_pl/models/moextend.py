@@ -27,6 +27,7 @@ from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.feature_cache import FeatureCache, encode_alike
 from moextend_pl.models.fusion import scatter_features
 from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.model_folder import base_folder
 from moextend_pl.models.projector import Projector
 from moextend_pl.moe.touch import touch
 from moextend_pl.moe.upcycle import agreed_spec
@@ -81,7 +82,7 @@ class MoExtend(AskMixin, DeltaModule):
 
         Args:
             run: Run directory with `manifest.json` and `delta.safetensors`.
-            base: Where the base lies, if not where the run says.
+            base: Where the base lies, if not where the run says: folder, GGUF file, or `org/name` of a hub.
             tower: Where the vision tower lies, likewise.
 
         Returns:
@@ -93,7 +94,7 @@ class MoExtend(AskMixin, DeltaModule):
         Example:
             MoExtend.load("runs/quickstart/3_extend").generate("shape.png", "what color is the shape?")
         """
-        manifest = read_manifest(Path(run)).with_folders(base, tower)
+        manifest = read_manifest(Path(run)).with_folders(base and base_folder(str(base)), tower)
         parts = manifest.model_arguments()
         for arguments in parts.values():
             arguments["upcycle"] = UpcycleSpec.from_dict(arguments.get("upcycle"))

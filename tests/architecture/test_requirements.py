@@ -11,7 +11,8 @@ from importlib.metadata import packages_distributions
 import pytest
 from source import ROOMS, ROOT, imports
 
-BY_USERS = ("quantize", "gpu", "streaming", "parquet", "serve", "demo")  # the extras that a run names when it needs one
+# The extras that a run names when it needs one.
+BY_USERS = ("quantize", "gpu", "streaming", "parquet", "serve", "demo", "gguf")
 BY_TORCH = {"triton"}  # comes with torch, under other names for other cards; done without where it is not there
 BESIDE_THE_PACKAGES = ("tests", "benchmarks")
 

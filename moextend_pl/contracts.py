@@ -72,9 +72,9 @@ class Sample:
         labels: (S,) ids to predict, `IGNORE_INDEX` where nothing is learned.
         pixel_values: (I, 3, H, W) normalised images in the order of their placeholders.
         image_keys: I names, one an image, equal for equal pictures of one shard set.
-        prompt: Text asked when the sample is used for generation, without its answer.
-        answer: Text expected when the sample is used for generation.
+        prompt, answer: Texts asked and expected when the sample is used for generation.
         task: Name of the task its shard set belongs to; empty if none was given.
+        tiles: (S,) which image each token is the tag of, from 1, else 0; for models that look at images (NVLM-X).
     """
 
     key: str
@@ -85,6 +85,7 @@ class Sample:
     prompt: str = ""
     answer: str = ""
     task: str = ""
+    tiles: Tensor | None = None
 
 
 class HostFacts(NamedTuple):
@@ -94,6 +95,7 @@ class HostFacts(NamedTuple):
     targets: Tensor  # (A,) ids to predict there
     images: Tensor  # (P,) places among all B * S of image placeholders
     tokens: int  # number of real tokens, image placeholders included
+    rows: Tensor | None = None  # (B, M) numbers of the images of each row, 0 for none, where there are `tiles`
 
 
 class Batch(TypedDict):
@@ -115,6 +117,7 @@ class Batch(TypedDict):
     answers: NotRequired[list[str]]  # B
     tasks: NotRequired[list[str]]  # N, names of the tasks that samples belong to
     documents: NotRequired[Tensor]  # (B, S) int64, 0 on padding
+    tiles: NotRequired[Tensor]  # (B, S) int64, number of the image that a token is the tag of, counted over all rows
     known: NotRequired[HostFacts]  # added by the model before the batch leaves the host
 
 
@@ -148,16 +151,14 @@ class ExtensionPlan:
 
     Attributes:
         layers: Growth of each extended layer, by rising layer index.
-        init: `copy` (the paper: a new expert competes with all others) or `preserving` (a new expert
-            competes with its source only, so that the function at step 0 is the base's).
-        routing: `open` (every token may reach new experts), `masked` (sequences without an image never do)
-            or `masked_tokens` (only image tokens do).
-        calibration: `additive` (the paper's code: a learned correction is added to the routing scores),
-            `multiplicative` (the paper's Eq. 10) or `none`.
+        init: `copy` (the paper: a new expert competes with all others) or `preserving` (with its source only, so that
+            the function at step 0 is the base's).
+        routing: `open` (every token may reach new experts), `masked` (no sequence without an image) or `masked_tokens`.
+        calibration: `additive` (the paper's code: a correction added to routing scores), `multiplicative` (its Eq. 10)
+            or `none`.
         seed: Seed of the calibration's random weights.
-        task: If not empty, masked routing lets only samples of this task reach the new experts. Where a new
-            expert is grown from one of an earlier extension and `init` is `preserving`, it stands for its source
-            and serves only tokens that may reach that one.
+        task: If not empty, masked routing lets only samples of this task reach the new experts. Where a new expert is
+            grown from one of an earlier extension and `init` is `preserving`, it serves only what may reach that one.
         report: How the layers were chosen: scores by layer, rule, numbers of samples. Not read back.
     """
 
@@ -258,9 +259,8 @@ class UpcycleSpec:
         from_scratch: Whether experts start at random and not as copies of the MLP.
         balance: Weight of the balance loss.
         z: Weight of the router z-loss.
-        counting: How the balance loss counts: `reference` (the published code: first choices, image by
-            image, then the mean over images) or `paper` (the form of Switch Transformer: all K choices
-            over the whole batch). Both are 1 when routing is uniform.
+        counting: How the balance loss counts: `reference` (the published code: first choices, image by image, then the
+            mean over images) or `paper` (as Switch Transformer: all K choices over the batch). Both are 1 if uniform.
         seed: Seed of the routers, and of experts from scratch.
     """
 

@@ -101,6 +101,11 @@ def exported(model: MoExtend, task: str = "") -> MoExtendForConditionalGeneratio
     Raises:
         UserError: If its base is in 4 bits, or questions would need another task.
     """
+    if model.projector.cross_attention:
+        raise UserError(
+            "Expected a run whose pictures stand among the words, got one with `projector.cross_attention`, which an "
+            "exported folder does not have yet. Ask it by `serve`, `chat` or `generate`."
+        )
     if model.language.compute.quantize is not None:
         raise UserError(
             f"Expected a run whose base has 16 or 32 bits, got `quantize: {model.language.compute.quantize}`: the "

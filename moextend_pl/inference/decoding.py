@@ -28,6 +28,7 @@ from moextend_pl.contracts import Batch, UserError
 from moextend_pl.inference.spec import DEFAULT_NEW_TOKENS, GenerationSpec
 from moextend_pl.inference.streaming import Pieces, cut
 from moextend_pl.runs.sharded import any_sharded
+from moextend_pl.samples.host_facts import tiles_by_row
 
 BYTES_OF_CHARACTER = 4
 """At most, in UTF-8; a token may be a single byte."""
@@ -168,12 +169,15 @@ def row_seeds(batch: Batch, seed: int) -> list[int]:
     """
     ids_BS = batch["input_ids"].cpu()
     # Placeholders lie outside the vocabulary, so that theirs is the highest id.
-    is_image_BS = ids_BS == ids_BS.max() if batch["image_keys"] else torch.zeros_like(ids_BS)
-    each = int(is_image_BS.sum()) // max(len(batch["image_keys"]), 1)
+    if "tiles" in batch:
+        counts = (tiles_by_row(batch["tiles"].cpu()) > 0).sum(dim=1)
+    else:
+        is_image_BS = ids_BS == ids_BS.max() if batch["image_keys"] else torch.zeros_like(ids_BS)
+        counts = is_image_BS.sum(dim=1) // max(int(is_image_BS.sum()) // max(len(batch["image_keys"]), 1), 1)
     names = iter(batch["image_keys"])
     seeds = []
-    for ids, mask, places in zip(ids_BS, batch["attention_mask"].cpu(), is_image_BS.sum(dim=1).tolist(), strict=True):
-        own = [next(names) for _ in range(places // each)] if each else []
+    for ids, mask, count in zip(ids_BS, batch["attention_mask"].cpu(), counts.tolist(), strict=True):
+        own = [next(names) for _ in range(count)]
         text = f"{seed} {ids[mask.bool()].tolist()} {own}"
         digest = hashlib.blake2b(text.encode(), digest_size=SEED_BYTES).digest()
         seeds.append(int.from_bytes(digest, "big"))

@@ -54,6 +54,23 @@ class Reduction:
         return self.span or (count // 2, count // 2 + max(2 * count // 7, 1))
 
 
+def check_none_dropped(reduction: Reduction, looks: bool) -> None:
+    """Refuses to drop tokens of a model that looks at pictures: none of theirs stands among the words.
+
+    Args:
+        reduction: What is asked for.
+        looks: Whether the model looks at pictures.
+
+    Raises:
+        UserError: If it does, and tokens are to be dropped.
+    """
+    if reduction.drops and looks:
+        raise UserError(
+            "Expected `reduce` as aim_merge or aim_merge:ROUNDS for a model with `projector.cross_attention`, whose "
+            "words have no picture tokens between them that could be dropped, got aim."
+        )
+
+
 def check_asked_only(reduce: str | None) -> None:
     """Refuses a reduction as an option of a stage, whose data stands with all tokens of its pictures.
 

@@ -86,7 +86,7 @@ def model_arguments(model: DeltaModule) -> dict[str, dict[str, Any]]:
         raise UserError("Expected `language.base`, so that the run can be loaded again.")
     arguments: dict[str, dict[str, Any]] = {
         "encoder": model.encoder.rebuild_arguments(),
-        "projector": {"kind": model.projector.kind, "merge": model.projector.merge},
+        "projector": {name: getattr(model.projector, name) for name in ("kind", "merge", "cross_attention")},
         "language": {
             "base": language.base,
             "tokenizer": language.tokenizer_path,

@@ -63,3 +63,23 @@ class FeatureCache:
         """Forgets everything."""
         self.features.clear()
         self.size = 0
+
+
+def encode_once(
+    encode: Callable[[Tensor], Tensor], pixels_I3HW: Tensor, keys: Sequence[str], cache: FeatureCache, keep: bool
+) -> Tensor:
+    """Returns the features (I, P, C) of images; those that are known are not encoded again.
+
+    Args:
+        encode: From images to features (., P, C).
+        pixels_I3HW: Normalised images.
+        keys: Their names.
+        cache: What is known.
+        keep: Whether to remember the others there.
+    """
+    known = cache.known(list(keys))
+    missing = [n for n, key in enumerate(keys) if key not in known]
+    known.update(zip([keys[n] for n in missing], encode_alike(encode, pixels_I3HW, missing), strict=True))
+    if keep:
+        cache.remember({key: known[key] for key in (keys[n] for n in missing)})
+    return torch.stack([known[key] for key in keys])

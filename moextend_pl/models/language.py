@@ -20,6 +20,7 @@ from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.inference.token_pruning import dropping
 from moextend_pl.models import base_model
 from moextend_pl.models.base_model import ComputeSpec
+from moextend_pl.models.cross_attention.sight import Sight
 from moextend_pl.models.model_folder import base_folder, read_config
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks, list_blocks
@@ -28,7 +29,7 @@ from moextend_pl.moe.extension.reach import OneAtATime, Reach, is_reachable, rea
 from moextend_pl.moe.kernels.norms import use_liger_norms
 from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
-from moextend_pl.samples.host_facts import with_host_facts
+from moextend_pl.samples.host_facts import is_image, with_host_facts
 from moextend_pl.samples.packing import attention_inputs, packing_obstacle, sample_tokens
 from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.training.activations import checkpoint_activations
@@ -80,7 +81,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.tokenizer_path, self.chat_template, self.dense = tokenizer or str(self.base), chat_template, dense
         self.upcycle_spec = upcycle
         self.extensions: list[tuple[ExtensionPlan, Reach]] = []
-        self.watch, self.turn = RouterWatch(), OneAtATime()
+        self.watch, self.turn, self.sight = RouterWatch(), OneAtATime(), Sight()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._opened_to_text = False
         self._exact: list[Place] = []
@@ -94,9 +95,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
 
     def model_config(self) -> PreTrainedConfig:
         """Returns the transformers configuration, read or made from `config`; needs no built network."""
-        if self.base is not None:
-            return read_config(self.base)
-        return base_model.new_config(self.config, self.tokenizer)
+        return base_model.new_config(self.config, self.tokenizer) if self.base is None else read_config(self.base)
 
     @property
     def width(self) -> int:
@@ -111,9 +110,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
     def sample_spec(self) -> SampleSpec:
         """Returns what the model asks of text-only data."""
         config = self.model_config()
-        obstacle = packing_obstacle(config, self.compute.attn_implementation)
-        context = decoding.context_of(config)
-        return SampleSpec(self.tokenizer, self.image_token_id, 0, 0, packing_obstacle=obstacle, context=context)
+        facts: dict[str, Any] = {"packing_obstacle": packing_obstacle(config, self.compute.attn_implementation)}
+        return SampleSpec(self.tokenizer, self.image_token_id, 0, 0, **facts, context=decoding.context_of(config))
 
     def build(self) -> None:
         """Reads or makes the model, upcycles it, and grows it by the extension plan where it is trained alone."""
@@ -207,7 +205,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
         Args:
             batch: `input_ids` (B, S), `tasks` where a plan belongs to a task, `documents` where rows are packed.
         """
-        is_image_BS, tasks = batch["input_ids"] == self.image_token_id, batch.get("tasks")
+        self.sight.open(batch)
+        is_image_BS, tasks = is_image(batch, self.image_token_id), batch.get("tasks")
         for plan, reach in self.extensions:
             routing = "open" if self._opened_to_text else plan.routing
             somewhere = None
@@ -216,7 +215,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
             reach.set(reachable(routing, plan.task, is_image_BS, tasks, batch.get("documents")), somewhere)
 
     def close_reach(self) -> None:
-        """Lets no token reach a new expert any more, as a model that nobody told of an image."""
+        """Lets no token reach a new expert, nor look at an image, as a model that nobody told of one."""
+        self.sight.close()
         for _, reach in self.extensions:
             reach.set(None)
 

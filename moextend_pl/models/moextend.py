@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, TrainPlan, UpcycleSpec, UserError
 from moextend_pl.inference.asking import AskMixin
-from moextend_pl.inference.reduction import Reduction, check_asked_only
+from moextend_pl.inference.reduction import Reduction, check_asked_only, check_none_dropped
 from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.inference.token_merging import merge_tokens
 from moextend_pl.models.base_model import compile_layers
 from moextend_pl.models.delta import DeltaModule, check_start, encoder_arguments, language_arguments, load_delta
 from moextend_pl.models.encoder import VisionEncoder
-from moextend_pl.models.feature_cache import FeatureCache, encode_alike
+from moextend_pl.models.feature_cache import FeatureCache, encode_once
 from moextend_pl.models.fusion import scatter_features
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.model_folder import base_folder
@@ -68,6 +68,7 @@ class MoExtend(AskMixin, DeltaModule):
     ) -> None:
         super().__init__(optim)
         check_asked_only(language.generation.reduce)
+        projector.check_tiles(encoder.config["tiles"])
         self.encoder, self.projector, self.language = encoder, projector, language
         self.init_from = Path(init_from) if init_from else None
         self.cache_features, self.activation_checkpointing = cache_features, activation_checkpointing
@@ -139,6 +140,7 @@ class MoExtend(AskMixin, DeltaModule):
         self.projector.in_features, self.projector.out_features = self.encoder.channels, self.language.width
         self.projector.build_base()
         self.language.build_base()
+        self.projector.attach(self.language.model, self.language.sight, self.language.compute.compile)
         for part in upcycled_before:
             part.upcycle()
         earlier = () if manifest is None else manifest.plans
@@ -204,13 +206,7 @@ class MoExtend(AskMixin, DeltaModule):
         """
         if self.encoder.watch.listening or any(parameter.requires_grad for parameter in self.encoder.parameters()):
             return self.encoder(pixels_I3HW)
-        known = self.features.known(image_keys)
-        missing = [n for n, key in enumerate(image_keys) if key not in known]
-        encoded = encode_alike(self.encoder, pixels_I3HW, missing)
-        known.update(zip([image_keys[n] for n in missing], encoded, strict=True))
-        if self.cache_features:
-            self.features.remember({key: known[key] for key in (image_keys[n] for n in missing)})
-        return torch.stack([known[key] for key in image_keys])
+        return encode_once(self.encoder, pixels_I3HW, image_keys, self.features, self.cache_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoExtend:
         self.features.clear()  # of another device or type
@@ -244,8 +240,11 @@ class MoExtend(AskMixin, DeltaModule):
         if not has_image:
             return embeddings_BSD
         features_IPC = self.encode(batch["pixel_values"], batch["image_keys"])
-        places_T = self.with_host_facts(batch)["known"].images
-        return scatter_features(embeddings_BSD, merge_tokens(self.projector(features_IPC), merges), places_T)
+        projected_IPD = merge_tokens(self.projector(features_IPC), merges)
+        if self.projector.cross_attention:
+            self.language.sight.show(projected_IPD, batch["tiles"])
+            return embeddings_BSD
+        return scatter_features(embeddings_BSD, projected_IPD, self.with_host_facts(batch)["known"].images)
 
     def forward(self, batch: Batch) -> LanguageOutput:
         """Computes the losses of a batch, those of the routers of tower and projector included."""
@@ -296,5 +295,6 @@ class MoExtend(AskMixin, DeltaModule):
         self, batch: Batch, spec: GenerationSpec | None = None, heard: Callable[[str], None] | None = None
     ) -> list[str]:
         """Generates one text for each prompt of the batch, see `MoELanguageModel.answer`."""
-        merges = Reduction.parse((spec or self.generation).reduce).rounds
-        return self.language.answer(batch, partial(self.embed, merges=merges), spec, heard)
+        reduction = Reduction.parse((spec or self.generation).reduce)
+        check_none_dropped(reduction, self.projector.cross_attention > 0)
+        return self.language.answer(batch, partial(self.embed, merges=reduction.rounds), spec, heard)

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from moextend_pl.contracts import SampleSpec, UpcycleSpec, UserError
+from moextend_pl.models.cross_attention.gated_attention import attach
+from moextend_pl.models.cross_attention.sight import Sight
 from moextend_pl.models.fusion import dense_layers, merge_neighbours
 from moextend_pl.moe.dense_mlp import read_mlp
 from moextend_pl.moe.upcycle import UpcycledMLP
 from moextend_pl.moe.watch import RouterWatch
+from moextend_pl.samples.tiling.tiles import Tiling
 from moextend_pl.training.optim import OptimSpec
 from moextend_pl.training.stage import StageModule
 
@@ -28,6 +32,8 @@ class Projector(StageModule):
     Args:
         kind: `linear`, or `mlpNx_gelu` for N linear maps with GELU between them (LLaVA-1.5: `mlp2x_gelu`).
         merge: Side of the squares of tokens that are joined into one; 1 keeps them.
+        cross_attention: If not 0, features do not stand among the words: tokens look at them by gated cross-attention
+            before the last of every so many decoder layers (NVLM-X); `encoder.features.tiles` must have tags.
         in_features: C; MoExtend fills it in from the tower.
         out_features: D; MoExtend fills it in from the language model.
         upcycle: How an `mlp2x_gelu` becomes a mixture of experts (CuMo's MLP-MoE); None leaves it dense.
@@ -43,6 +49,7 @@ class Projector(StageModule):
         self,
         kind: str = "mlp2x_gelu",
         merge: int = 1,
+        cross_attention: int = 0,
         in_features: int | None = None,
         out_features: int | None = None,
         upcycle: UpcycleSpec | None = None,
@@ -57,12 +64,15 @@ class Projector(StageModule):
             raise UserError(f"Expected `projector.upcycle` of the one MLP of kind mlp2x_gelu, got kind {kind!r}.")
         if merge < 1:
             raise UserError(f"Expected `projector.merge` of at least 1, got {merge}.")
-        self.kind, self.merge, self.upcycle_spec = kind, merge, upcycle
+        if cross_attention < 0:
+            raise UserError(f"Expected `projector.cross_attention` of at least 0, got {cross_attention}.")
+        self.kind, self.merge, self.upcycle_spec, self.cross_attention = kind, merge, upcycle, cross_attention
+        self.gated = nn.ModuleList()
         self.watch, self.recompute = RouterWatch(), False
         self.in_features, self.out_features = in_features, out_features
 
     def tokens_per_image(self, encoder_tokens: int) -> int:
-        """Returns the number of tokens that an image of the tower becomes.
+        """Returns the number of places among the words that an image takes; none where words look at it.
 
         Args:
             encoder_tokens: P of the tower.
@@ -75,7 +85,7 @@ class Projector(StageModule):
                 f"Expected a square grid whose side divides by `projector.merge` = {self.merge}, got "
                 f"{encoder_tokens} tokens an image. Change `merge` or the tower's `pool`."
             )
-        return encoder_tokens // self.merge**2
+        return 0 if self.cross_attention else encoder_tokens // self.merge**2
 
     def build(self) -> None:
         """Builds the layers, upcycled where that is asked for."""
@@ -115,8 +125,26 @@ class Projector(StageModule):
             )
         self.layers = dense_layers(self.in_features * self.merge**2, self.out_features, self.depth)
 
+    def check_tiles(self, tiles: str) -> None:
+        """Refuses cross-attention without tags, by which words know of pictures; `tiles` is that of the encoder.
+
+        Raises:
+            UserError: If it is so.
+        """
+        tiling = Tiling.parse(tiles)
+        if self.cross_attention and not (tiling.most and tiling.tagged):
+            raise UserError(
+                f"Expected `encoder.features.tiles` with tags for `projector.cross_attention`, got {tiles!r}: a picture"
+                " that is looked at stands among the words by its tags alone. Set `tiles: 6`, or `1` for whole ones."
+            )
+
+    def attach(self, model: PreTrainedModel, sight: Sight, compiled: bool) -> None:
+        """Builds the layers by which a language model looks at pictures, where that is asked for; see `attach`."""
+        if self.cross_attention:
+            self.gated = attach(model, self.cross_attention, sight, compiled)
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Returns the one part, `projector`."""
+        """Returns the one part, `projector`, layers of cross-attention included."""
         return {"projector": list(self.parameters())}
 
     def sample_spec(self) -> SampleSpec:

@@ -25,6 +25,7 @@ what is not there yet is replaced by model/config.json, tower/config.json and ex
 """
 POSITIVE = ("gpu_tflops", "gpu_memory", "gpus", "price", "mfu", "tokens_per_second", "length", "mean_length")
 PACKED = "packing is not counted: a row is planned as one conversation with one image"
+LOOKED_AT = "of gated cross-attention weights and optimizer are planned, and neither its operations nor its activations"
 TILED = "every picture is planned with the most tiles, {} with its thumbnail; their tags count as text"
 QUANTISED = "{} is quantised already: weights are planned as its unquantised model's"
 
@@ -84,6 +85,8 @@ def uncounted(stage: StageModel) -> list[str]:
     data = (stage.config.get("data") or {}).get("init_args") or {}
     if (data.get("rows") or {}).get("packing"):
         notes.append(PACKED)
+    if getattr(getattr(stage.module, "projector", None), "cross_attention", 0):
+        notes.append(LOOKED_AT)
     tiles = Tiling.parse(getattr(getattr(stage.module, "encoder", None), "config", {}).get("tiles"))
     if tiles.most:
         notes.append(TILED.format(tiles.most_squares))

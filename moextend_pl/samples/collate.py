@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ def pad(rows: Sequence[Tensor], value: int, left: bool = False) -> Tensor:
 
 def collate_training(samples: Sequence[Sample], pad_id: int) -> Batch:
     """Pads on the right and stacks; images of all samples follow each other."""
-    return _collate(samples, [sample.input_ids for sample in samples], [sample.labels for sample in samples], pad_id)
+    ids, labels = [sample.input_ids for sample in samples], [sample.labels for sample in samples]
+    return _with_tiles(_collate(samples, ids, labels, pad_id), samples, _tiles(samples))
 
 
 def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
@@ -51,7 +52,8 @@ def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
     numbers = count(1)
     documents = [torch.cat([torch.full_like(sample.input_ids, next(numbers)) for sample in row]) for row in rows]
     batch["documents"] = pad(documents, 0)
-    return batch
+    tiles = iter(_tiles(samples))
+    return _with_tiles(batch, samples, [torch.cat([next(tiles) for _ in row]) for row in rows])
 
 
 def collate_generation(samples: Sequence[Sample], pad_id: int) -> Batch:
@@ -65,7 +67,7 @@ def collate_generation(samples: Sequence[Sample], pad_id: int) -> Batch:
     batch = _collate(samples, ids, labels, pad_id, left=True)
     batch["prompts"] = [sample.prompt for sample in samples]
     batch["answers"] = [sample.answer for sample in samples]
-    return batch
+    return _with_tiles(batch, samples, _tiles(samples), left=True)
 
 
 def _labels_within(sample: Sample) -> Tensor:
@@ -73,6 +75,20 @@ def _labels_within(sample: Sample) -> Tensor:
     labels = sample.labels.clone()
     labels[0] = IGNORE_INDEX
     return labels
+
+
+def _tiles(samples: Sequence[Sample]) -> list[Tensor]:
+    """Returns the numbers of tiles of each sample, counted over all."""
+    before = [0, *accumulate(len(sample.image_keys) for sample in samples)]
+    own = [torch.zeros_like(each.input_ids) if each.tiles is None else each.tiles for each in samples]
+    return [torch.where(tiles > 0, tiles + first, 0) for tiles, first in zip(own, before, strict=False)]
+
+
+def _with_tiles(batch: Batch, samples: Sequence[Sample], rows: Sequence[Tensor], left: bool = False) -> Batch:
+    """Adds `tiles` where any sample has them, and returns the batch."""
+    if any(sample.tiles is not None for sample in samples):
+        batch["tiles"] = pad(rows, 0, left)
+    return batch
 
 
 def _collate(

@@ -46,12 +46,14 @@ class Encoded:
         labels: S labels.
         images: How many images the ids hold; fewer than the conversation has if it was truncated.
         supervised: Whether any label is left to learn.
+        tiles: S numbers of the tile that each id stands for, from 1; 0 for text.
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
     images: int
     supervised: bool
+    tiles: torch.Tensor
 
 
 class ConversationEncoder:
@@ -184,32 +186,36 @@ class ConversationEncoder:
         rendered = self.render(turns)
         prompt = rendered.text[: rendered.answers[-1][0]]
         encoded = self._expand(replace(rendered, text=prompt, answers=rendered.answers[:-1]), tiles, truncate=False)
-        return Encoded(encoded.ids, torch.full_like(encoded.ids, IGNORE_INDEX), encoded.images, supervised=False)
+        return replace(encoded, labels=torch.full_like(encoded.ids, IGNORE_INDEX), supervised=False)
 
     def _expand(self, rendered: Rendered, tiles: tuple[int, ...], truncate: bool = True) -> Encoded:
         """Tokenises the text between images, and puts placeholders where images are."""
         limit = self.max_length if truncate and self.max_length is not None else None
         ids: list[int] = []
         labels: list[int] = []
-        images = 0
-        start = 0
+        owners: list[int] = []
+        images = start = 0
         for number, piece in enumerate(rendered.text.split(IMAGE_MARK)):
             if number:
-                places = self._places.ids(tiles[number - 1] if tiles else 1)
+                count = tiles[number - 1] if tiles else 1
+                places = self._places.ids(count)
                 if limit is not None and len(ids) + len(places) > limit:
                     break  # a cut image would be noise: the text ends before it
                 ids += places
+                owners += self._places.owners(count, max(owners, default=0))
                 labels += [IGNORE_INDEX] * len(places)
                 images += 1
             answers = [(first - start, last - start) for first, last in rendered.answers]
             piece_ids, learned = self._tokenise(piece, answers, [place - start for place in rendered.breaks])
             ids += piece_ids
+            owners += [0] * len(piece_ids)
             labels += [token if learn else IGNORE_INDEX for token, learn in zip(piece_ids, learned, strict=True)]
             start += len(piece) + len(IMAGE_MARK)
             if limit is not None and len(ids) >= limit:
                 break
         supervised = any(label != IGNORE_INDEX for label in labels[:limit])
-        return Encoded(torch.tensor(ids[:limit]), torch.tensor(labels[:limit]), images, supervised)
+        ids_S, labels_S, owners_S = (torch.tensor(each[:limit]) for each in (ids, labels, owners))
+        return Encoded(ids_S, labels_S, images, supervised, owners_S)
 
     def _tokenise(self, piece: str, answers: list[tuple[int, int]], breaks: list[int]) -> tuple[list[int], list[bool]]:
         """Returns ids of a text, and which of them lie inside an answer.
@@ -263,6 +269,7 @@ class ConversationEncoder:
             image_keys=[key for name, count in shown for key in tile_names(name, count)],
             prompt=prompt,
             answer=answer,
+            tiles=encoded.tiles.clone() if self._places.looked_at else None,
         )
 
 

@@ -34,6 +34,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Moves the tensors of a batch, in place, and returns it."""
     for name in ("input_ids", "attention_mask", "labels", "pixel_values"):
         batch[name] = batch[name].to(device)
+    if "tiles" in batch:
+        batch["tiles"] = batch["tiles"].to(device)
     return batch
 
 

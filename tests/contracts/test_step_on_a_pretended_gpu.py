@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiles import tiled
 from helpers.tiny_world import GROWN, TinyWorld, make_plan, perturb
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -122,6 +123,14 @@ def third_stage_of_cumo(world: TinyWorld, _: Path, again: bool = False) -> MoExt
     return model
 
 
+def looking(world: TinyWorld, _: Path) -> MoExtend:
+    model = tiled(world, str(world.base), 1, looks=2)
+    model.extension_plan, model.train_plan = make_plan(routing="masked"), TrainPlan(EXTEND)
+    model.configure_model()
+    assert model.language.image_token_id
+    return model
+
+
 STAGES: dict[str, Callable[[TinyWorld, Path], MoExtend]] = {
     "align": lambda world, _: built(world, None, ("projector",)),
     "probe": lambda world, _: built(world, None, ("routers",)),
@@ -131,6 +140,7 @@ STAGES: dict[str, Callable[[TinyWorld, Path], MoExtend]] = {
     "extend copy": lambda world, _: built(world, make_plan(routing="masked", init="copy"), EXTEND),
     "extend by two experts": lambda world, _: built(world, make_plan(GROWN, (1, 2)), EXTEND),
     "second task": second_task,
+    "extend by cross-attention": looking,
     "CuMo stage 3": third_stage_of_cumo,
     "CuMo stage 3 computed again": partial(third_stage_of_cumo, again=True),
 }

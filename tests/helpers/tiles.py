@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from helpers.tiny_world import SIDE, TinyWorld, colour_of
@@ -55,10 +56,10 @@ def write_tagged_base(world: TinyWorld, folder: Path, most: int = 6) -> str:
     return str(folder)
 
 
-def tiled(world: TinyWorld, base: str, tiles: int | str = 6) -> MoExtend:
-    """Returns MoExtend that sees tiles of 32 pixels, not built yet."""
+def tiled(world: TinyWorld, base: str, tiles: int | str = 6, looks: int = 0, **language: Any) -> MoExtend:
+    """Returns MoExtend that sees tiles of 32 pixels, or looks at them before so manieth layer, not built yet."""
     return MoExtend(
         encoder=VisionEncoder(path=str(world.encoder), image_size=SIDE, features=FeatureSpec(tiles=tiles)),
-        projector=Projector(kind="mlp2x_gelu"),
-        language=MoELanguageModel(base=base),
+        projector=Projector(kind="mlp2x_gelu", cross_attention=looks),
+        language=MoELanguageModel(base=base, **language),
     )

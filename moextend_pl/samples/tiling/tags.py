@@ -27,6 +27,9 @@ class PicturePlaces:
     Args:
         spec: What the model asks of its data.
 
+    Attributes:
+        looked_at: Whether pictures have no placeholders: what stands for a tile is its tag.
+
     Raises:
         UserError: If tiles have tags that the tokenizer cannot tell apart.
     """
@@ -34,6 +37,7 @@ class PicturePlaces:
     def __init__(self, spec: SampleSpec) -> None:
         self.tiling = Tiling.parse(spec.tiles)
         self.placeholders = [spec.image_token_id] * spec.tokens_per_image
+        self.looked_at = bool(self.tiling.most) and not self.placeholders
         self.ids = cache(self._ids)
         self._tags: dict[str, list[int]] = {}
         if self.tiling.most and self.tiling.tagged:
@@ -55,8 +59,20 @@ class PicturePlaces:
         """
         if not self._tags:
             return tuple(self.placeholders * squares)
-        tags = tile_tags(squares, self.tiling.most)
-        return tuple(token for tag in tags for token in (*self._tags[tag], *self.placeholders))
+        return tuple(token for tag in self._named(squares) for token in (*self._tags[tag], *self.placeholders))
+
+    def owners(self, squares: int, before: int) -> list[int]:
+        """Returns the number of the tile that each of a picture's ids stands for.
+
+        Args:
+            squares: As in `ids`.
+            before: How many tiles stand before it in the sample.
+        """
+        sizes = [len(self._tags.get(tag, ())) + len(self.placeholders) for tag in self._named(squares)]
+        return [before + number for number, size in enumerate(sizes, start=1) for _ in range(size)]
+
+    def _named(self, squares: int) -> list[str]:
+        return tile_tags(squares, self.tiling.most)
 
 
 def tile_names(name: str, squares: int) -> list[str]:

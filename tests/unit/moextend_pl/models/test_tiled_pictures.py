@@ -1,4 +1,4 @@
-"""NVLM-D: pictures as tiles through data, training, answers and export."""
+"""NVLM: pictures as tiles through data, training, answers and, where they stand among the words, export."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 from helpers.stages import write_stage
 from helpers.tiles import SIZES, photo, tiled, write_many_shapes, write_tagged_base
 from helpers.tiny_world import QUESTION, TinyWorld
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -60,27 +61,29 @@ def test_tiles_are_encoded_each_once_as_pictures_are(tiny_world: TinyWorld, base
     assert isinstance(merged, str)
 
 
-def stage(world: TinyWorld, base: str, run: Path, data: str) -> Path:
+def stage(world: TinyWorld, base: str, run: Path, data: str, looks: int) -> Path:
     path = write_stage(world, run, "align", steps=6, every=3, val=data)
     config: dict[str, Any] = yaml.safe_load(path.read_text())
     arguments = config["model"]["init_args"]
     arguments["encoder"]["features"] = {"tiles": 6}
     arguments["language"]["base"] = base
+    arguments["projector"]["cross_attention"] = looks
     config["data"]["init_args"].update(train=data, batch_size=2, rows={"packing": True, "max_length": 128})
     path.write_text(yaml.safe_dump(config))
     return path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("looks", [0, 2], ids=["among the words", "looked at"])
 def test_a_tiled_stage_goes_on_as_if_not_stopped_and_answers_alike_everywhere(
-    tiny_world: TinyWorld, base: str, tmp_path: Path
+    tiny_world: TinyWorld, base: str, tmp_path: Path, looks: int
 ) -> None:
     data = write_many_shapes(tmp_path / "set")
-    whole = stage(tiny_world, base, tmp_path / "whole", data)
+    whole = stage(tiny_world, base, tmp_path / "whole", data, looks)
     cli.run(["fit", "--config", str(whole)])
     kept = tmp_path / "whole" / CHECKPOINT_FOLDER / "previous.ckpt"
     assert torch.load(kept, weights_only=True)["global_step"] == 3
-    again = stage(tiny_world, base, tmp_path / "again", data)
+    again = stage(tiny_world, base, tmp_path / "again", data, looks)
     cli.run(["fit", "--config", str(again), "--ckpt_path", str(kept)])
     deltas = [load_file(tmp_path / run / "delta.safetensors") for run in ("whole", "again")]
     assert deltas[0].keys() == deltas[1].keys()
@@ -93,10 +96,14 @@ def test_a_tiled_stage_goes_on_as_if_not_stopped_and_answers_alike_everywhere(
     asked = [[photo(SIZES[(n + m) % 5], n + m) for m in range(1 + (n % 3 == 0))] for n in range(4)]
     answers = model.answer(batch)
     assert answers == model.generate(asked, [QUESTION] * 4)
+    if not looks:
+        exported_alike(model, tmp_path / "exported", asked, answers)
 
-    write_model(model, tmp_path / "exported")
-    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "exported")
-    processor = AutoProcessor.from_pretrained(tmp_path / "exported")
+
+def exported_alike(model: MoExtend, folder: Path, asked: list[list[Image.Image]], answers: list[str]) -> None:
+    write_model(model, folder)
+    theirs = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     for pictures, answer in zip(asked, answers, strict=True):
         parts = [*({"type": "image", "image": each} for each in pictures), {"type": "text", "text": QUESTION}]
         chat = [{"role": "user", "content": parts}]

@@ -9,7 +9,7 @@ from helpers.tiles import tiled
 from helpers.tiny_world import TinyWorld
 
 from moextend_pl.contracts import TrainPlan, UserError
-from moextend_pl.plan.command import TILED, uncounted
+from moextend_pl.plan.command import LOOKED_AT, TILED, uncounted
 from moextend_pl.plan.cost import activation_bytes
 from moextend_pl.plan.run_shape import Wishes, run_shape
 from moextend_pl.plan.shapes import read_shape
@@ -28,5 +28,9 @@ def test_pictures_that_are_cut_are_planned_with_their_most_tiles(tiny_world: Tin
         assert TILED.format(images) in uncounted(SimpleNamespace(config=config, module=module))
         kept.append(activation_bytes(shape, run))
     assert kept[1] > kept[0]
+    looking = tiled(tiny_world, str(tiny_world.base), 1, looks=1)
+    looking.configure_model()
+    assert LOOKED_AT in uncounted(SimpleNamespace(config=config, module=looking))
+    assert read_shape(looking, 4).tokens_per_image == 0
     with pytest.raises(UserError, match=r"longer than the 28 tokens of an image, got 28"):
         run_shape(config, Wishes(length=28), shape)

@@ -49,15 +49,15 @@ class Step:
 
 
 STEPS = (
-    Step("data", "shards from easy-VQA: captions, questions about pictures, questions about text", 0.02),
-    Step("0_vision", "a tiny vision tower learns to match pictures and captions", 0.11),
-    Step("0_language", "a tiny mixture-of-experts model learns to answer questions about text", 0.17),
-    Step("1_align", "the projector learns to put pictures into the model's words", 0.08),
-    Step("2_probe", "the routers learn for a moment; the layers that shift most are chosen", 0.04),
+    Step("data", "shards from easy-VQA: captions, questions about pictures, questions about text", 0.01),
+    Step("0_vision", "a tiny vision tower learns to match pictures and captions", 0.06),
+    Step("0_language", "a tiny mixture-of-experts model learns to answer questions about text", 0.20),
+    Step("1_align", "the projector learns to put pictures into the model's words", 0.04),
+    Step("2_probe", "the routers learn for a moment; the layers that shift most are chosen", 0.02),
     Step("3_extend", "new experts learn to answer questions about pictures", 0.25),
-    Step("report", "the extended model answers the official test split", 0.05),
-    Step("full_finetune", "the baseline: the whole language model learns instead", 0.28),
-    Step("report_full", "the baseline answers the same questions", 0.03),
+    Step("report", "the extended model answers the official test split", 0.11),
+    Step("full_finetune", "the baseline: the whole language model learns instead", 0.26),
+    Step("report_full", "the baseline answers the same questions", 0.05),
 )
 
 

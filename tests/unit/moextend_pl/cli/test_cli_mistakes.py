@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -207,14 +208,16 @@ def test_second_run_in_the_same_directory_is_refused_while_the_first_lasts(
 
 def test_run_that_was_killed_is_waited_for_until_its_workers_have_ended(tmp_path: Path) -> None:
     # The process dies at once; its child, like a forked data worker, holds the same open file for two seconds more.
-    code = (
-        "import os, sys, time; from pathlib import Path; from moextend_pl.runs.preflight import only_writer\n"
-        "held = only_writer(Path(sys.argv[1])); held.__enter__()\n"
-        "time.sleep(2) if os.fork() == 0 else None\n"
-        "os._exit(9)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
-    assert done.returncode == 9
+    def hold_and_die() -> None:
+        held = only_writer(tmp_path)
+        held.__enter__()
+        time.sleep(2) if os.fork() == 0 else None
+        os._exit(9)
+
+    killed = multiprocessing.get_context("fork").Process(target=hold_and_die)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == 9
     start = time.monotonic()
     with only_writer(tmp_path):
         assert time.monotonic() - start > 0.5

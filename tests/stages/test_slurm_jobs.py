@@ -88,9 +88,9 @@ class Jobs:
                 waiting.discard("on a node that fails")
             return not waiting
 
-        self.cluster.wait_until(all_befallen, 180)
+        self.cluster.wait_until(all_befallen, 600)
         with contextlib.suppress(AssertionError):  # a job that does not end fails its own test
-            self.cluster.finish(list(self.numbers.values()), 240)
+            self.cluster.finish(list(self.numbers.values()), 600)
         self.facts = {name: self.cluster.job(number) for name, number in self.numbers.items()}
 
     def log(self, name: str) -> str:

@@ -267,4 +267,5 @@ def test_row_14_all_processes_end_when_one_stands_still(tiny_world: TinyWorld, t
     assert re.search(rf"{who} stands still: for {timeout} s it {doing} step \d+; its last samples: \w\d+", log), log[
         -2000:
     ]
-    assert "Traceback" not in log
+    # A data worker whose rank is gone may say so from the thread in which multiprocessing shares tensors.
+    assert log.count("Traceback") == log.count(", in _serve")

@@ -14,6 +14,7 @@ from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.usage import ExpertUsage, RouterRecord
 from moextend_pl.reports.plots import plot_usage
 from moextend_pl.runs.atomic import write_json
+from moextend_pl.samples.host_facts import is_image
 from moextend_pl.samples.packing import sample_tokens
 from moextend_pl.training.losses import sum_over_ranks
 
@@ -91,7 +92,7 @@ def count_selections(
         batch: As it came to the device.
     """
     if part == "language":
-        is_image_T = (batch["input_ids"] == module.language.image_token_id).reshape(-1)
+        is_image_T = is_image(batch, module.language.image_token_id).reshape(-1)
         usage.update(records, is_image_T, sample_tokens(batch).reshape(-1))
         return
     for record in records:  # scales of a tower differ in their number of tokens

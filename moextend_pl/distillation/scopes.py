@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moextend_pl.contracts import IGNORE_INDEX, Batch, HostFacts
+from moextend_pl.samples.host_facts import is_image
 
 SCOPES = ("answer", "answer_own", "image", "text", "all")
 """Positions that predict a learned token; learned tokens themselves; image tokens; other tokens; all tokens."""
@@ -52,7 +53,7 @@ def find_scopes(batch: Batch, image_token_id: int, with_pictures: bool) -> dict[
     Returns:
         (B, S) masks by name of the scope.
     """
-    labels_BS, is_image_BS = batch["labels"], batch["input_ids"] == image_token_id
+    labels_BS, is_image_BS = batch["labels"], is_image(batch, image_token_id)
     real_BS = batch["attention_mask"].bool()
     if "documents" in batch:
         real_BS = real_BS & (batch["documents"] > 0)

@@ -7,19 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiles import SIZES, photo, tiled, write_tagged_base
-from helpers.tiny_world import QUESTION, TinyWorld, make_plan, perturb
+from helpers.tiny_world import QUESTION, TOP_K, TinyWorld, make_plan, perturb
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MixtralForCausalLM
 
+from callbacks.usage_report import count_selections
 from moextend_pl.contracts import Batch, Sample, TrainPlan, UserError
+from moextend_pl.distillation.scopes import find_scopes
 from moextend_pl.export.folder import write_model
 from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.cross_attention.gated_attention import GatedAttention, looking_layers
 from moextend_pl.models.cross_attention.sight import visible_tiles
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.moextend import MoExtend
+from moextend_pl.moe.usage import ExpertUsage
 from moextend_pl.samples.collate import collate_generation, collate_packed, collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.host_facts import tiles_by_row
@@ -123,6 +126,23 @@ def test_it_begins_as_exactly_the_base_and_texts_stay_so_while_gates_learn(tiny_
     with torch.no_grad():  # the base called by itself, behind a batch with pictures
         model.language.close_reach()
         assert torch.equal(model.language.model(texts["input_ids"]).logits, stock_logits(base, texts))
+
+
+def test_tokens_of_pictures_are_told_from_texts_by_their_tags(tiny_world: TinyWorld, base: str) -> None:
+    model = built(tiny_world, base)
+    batch = model.with_host_facts(collate_training([sample(model, 1), sample(model)], 0))
+    tags = batch["tiles"] > 0
+    assert tags.any(dim=1).tolist() == [True, False]
+    usage = ExpertUsage(model.language.num_experts)
+    with torch.no_grad(), model.language.watch.recording() as records:
+        logits(model, batch)
+    count_selections(usage, "language", records, model, batch)
+    counts = usage.compute()
+    texts = batch["attention_mask"].bool() & ~tags
+    assert int(counts["image"][0].sum()) == TOP_K * int(tags.sum())
+    assert int(counts["text"][0].sum()) == TOP_K * int(texts.sum())
+    scopes = find_scopes(batch, model.language.image_token_id, with_pictures=False)
+    assert not any(bool(mask[0].any()) for mask in scopes.values())
 
 
 def test_another_tile_changes_nothing_for_a_tag(tiny_world: TinyWorld, base: str) -> None:

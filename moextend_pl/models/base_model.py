@@ -29,6 +29,7 @@ from moextend_pl.moe.extension.extended_experts import ExtendedExperts
 from moextend_pl.moe.kernels.norms import check_liger
 from moextend_pl.moe.quantize import KINDS, NF4Config, check_packed
 from moextend_pl.runs.fingerprints import check_weights
+from moextend_pl.training.sharding.reading import Share, ShareConfig
 
 # What is to be imported for each.
 FLASH_PACKAGES = {
@@ -128,13 +129,16 @@ def check_base(base: str | None, quantize: str | None, upcycled: bool = False) -
         )
 
 
-def load_base(base: str, quantize: str | None = None, dense: bool = False) -> PreTrainedModel:
+def load_base(
+    base: str, quantize: str | None = None, dense: bool = False, share: Share | None = None
+) -> PreTrainedModel:
     """Loads a language model, as it is or with packed experts and Linear layers.
 
     Args:
         base: Folder of a transformers model.
         quantize: `nf4` packs; None does not.
         dense: Whether the model is meant to have no experts; else to find none to pack is an error.
+        share: Which part of it this process is to hold; None for all.
 
     Returns:
         The model; what is not packed is of the default type, which the precision of the run sets.
@@ -144,6 +148,8 @@ def load_base(base: str, quantize: str | None = None, dense: bool = False) -> Pr
     """
     check_weights(Path(base))
     options: dict[str, Any] = {} if quantize is None else {"quantization_config": NF4Config(dense)}
+    if share is not None:
+        options["quantization_config"] = ShareConfig(share)
     model = read_model(AutoModelForCausalLM, base, dtype=torch.get_default_dtype(), **options)
     if quantize is not None:
         check_packed(model, dense)

@@ -26,6 +26,7 @@ from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.projector import Projector
 from moextend_pl.models.tower import FeatureSpec
+from moextend_pl.moe.parallel.cut import of_whole, take_values
 from moextend_pl.runs.fingerprints import WRAPPED, fingerprints, frozen_tensors, tensor_sha256
 from moextend_pl.runs.manifest import (
     DELTA_FILE,
@@ -250,7 +251,7 @@ def load_delta(module: DeltaModule, run: Path) -> set[str]:
         )
     with torch.no_grad():
         for name, tensor in delta.items():
-            parameters[name].copy_(tensor)
+            take_values(parameters[name], tensor)
     check_base(manifest, module)
     return {WRAPPED.sub("", name) for name in delta}
 
@@ -272,10 +273,11 @@ def check_base(manifest: Manifest, model: DeltaModule) -> None:
         log.warning("%s: its base was of another type, so that it cannot be compared with the one here", manifest.run)
         return
     new = {name for name, _ in model.named_parameters()} - model.base_names()
-    here = {WRAPPED.sub("", name): tensor for name, tensor in model.state_dict().items() if name not in new}
+    state = model.state_dict(keep_vars=True)
+    here = {WRAPPED.sub("", name): tensor for name, tensor in state.items() if name not in new}
     for name, expected in manifest.frozen.items():
         if name not in here or not _is_or_rounds_to(manifest, here[name], expected):
-            got = tensor_sha256(here[name])[:12] if name in here else "no such tensor"
+            got = _sha256(here[name])[:12] if name in here else "no such tensor"
             raise UserError(
                 f"{manifest.run}: the base has changed since this run was trained: {name} has SHA-256 {got}, "
                 f"the manifest says {expected[:12]}. Restore the base, or train the stage again."
@@ -283,8 +285,13 @@ def check_base(manifest: Manifest, model: DeltaModule) -> None:
 
 
 def _is_or_rounds_to(manifest: Manifest, tensor: Tensor, expected: str) -> bool:
-    if tensor_sha256(tensor) == expected:
+    if _sha256(tensor) == expected:
         return True
     # A tower is read in its own type first.
     longer = tensor.is_floating_point() and tensor.dtype.itemsize > manifest.torch_dtype.itemsize
     return longer and tensor_sha256(tensor.to(manifest.torch_dtype)) == expected
+
+
+def _sha256(tensor: Tensor) -> str:
+    known = of_whole(tensor)
+    return tensor_sha256(tensor) if known is None else known.sha256

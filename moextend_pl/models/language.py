@@ -38,6 +38,7 @@ from moextend_pl.training.half_precision import Place, apply_but_for, exact_plac
 from moextend_pl.training.language_losses import LanguageOutput, RouterWeights, counted_tokens, language_losses
 from moextend_pl.training.losses import learned_tokens
 from moextend_pl.training.optim import OptimSpec
+from moextend_pl.training.sharding.reading import Share, share_of
 from moextend_pl.training.stage import StageModule, shapes_only
 
 
@@ -115,14 +116,14 @@ class MoELanguageModel(AnswerMixin, StageModule):
 
     def build(self) -> None:
         """Reads or makes the model, upcycles it, and grows it by the extension plan where it is trained alone."""
-        self.build_base()
+        self.build_base(share_of(self))
         self.upcycle()
         if self.extension_plan is not None:
             self.extend(self.extension_plan)
         base_model.compile_layers(self.model, self.compute)
 
-    def build_base(self) -> None:
-        """Reads or makes the model as its files or its configuration describe it.
+    def build_base(self, share: Share | None = None) -> None:
+        """Reads or makes the model as its files or its configuration describe it, or the `share` that is held here.
 
         Raises:
             UserError: If it has no experts and is not said to be dense, or the other way round.
@@ -131,9 +132,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
             config = self.model_config()
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
         else:
-            self.model = base_model.load_base(
-                self.base, self.compute.quantize, self.dense or self.upcycle_spec is not None
-            )
+            dense = self.dense or self.upcycle_spec is not None
+            self.model = base_model.load_base(self.base, self.compute.quantize, dense, share)
         base_model.set_attention(self.model, self.compute.attn_implementation)
         self._exact = exact_places(self.model)
         if not self.dense and self.upcycle_spec is None:

@@ -37,6 +37,7 @@ from moextend_pl.training.half_precision import default_dtype
 from moextend_pl.training.language_losses import LanguageOutput
 from moextend_pl.training.losses import image_router_losses, learned_tokens
 from moextend_pl.training.optim import OptimSpec
+from moextend_pl.training.sharding.reading import share_of
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class MoExtend(AskMixin, DeltaModule):
         self.encoder.eval()
         self.projector.in_features, self.projector.out_features = self.encoder.channels, self.language.width
         self.projector.build_base()
-        self.language.build_base()
+        self.language.build_base(share_of(self))
         self.projector.attach(self.language.model, self.language.sight, self.language.compute.compile)
         for part in upcycled_before:
             part.upcycle()
@@ -147,7 +148,6 @@ class MoExtend(AskMixin, DeltaModule):
         for plan in earlier:
             self.language.extend(plan)
         if self.init_from is not None:
-            # Before the next extension, whose new experts may be copies of trained ones.
             self.inherited = load_delta(self, self.init_from)
         for part in self.upcyclable().values():
             part.upcycle()

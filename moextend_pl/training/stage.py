@@ -37,6 +37,7 @@ from moextend_pl.training.optim import (
     parameter_groups,
 )
 from moextend_pl.training.sharding.gradients import clip_gradients
+from moextend_pl.training.sharding.reading import reads_parts
 from moextend_pl.training.sharding.strategy import check_sharding, sharded
 from moextend_pl.training.sharding.units import language_of
 
@@ -120,9 +121,12 @@ class StageModule(LightningModule):
         if self._built:
             return
         if strategy is None:
-            self._make()
+            self._make_and_settle()
+        elif reads_parts(self):
+            strategy.in_turn(self._make, at_once=True)
+            self._settle()
         else:
-            strategy.in_turn(self._make)
+            strategy.in_turn(self._make_and_settle)
         self._built = True
 
     def _make(self) -> None:
@@ -134,6 +138,12 @@ class StageModule(LightningModule):
             self.build()
         check_partition(self, self.parts())
         apply_train_plan(self.parts(), self.train_plan, self.frozen_parts())
+
+    def _make_and_settle(self) -> None:
+        self._make()
+        self._settle()
+
+    def _settle(self) -> None:
         check_finite(dict(self.named_parameters()), "the weights that were read", "Restore the files they came from.")
         strategy, language = sharded(self), language_of(self)
         if strategy is not None and language is not None:

@@ -1,4 +1,7 @@
-"""Memory that loading a language model takes; run as a script: SMALL_BASE BASE QUANTIZE (`nf4` or `none`)."""
+"""Memory that loading a language model takes; run as a script: SMALL_BASE BASE HOW.
+
+HOW is `none`, `nf4`, or `layers` or `experts`: of which this process holds the part of the first of four.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moextend_pl.models.base_model import load_base
+from moextend_pl.training.sharding.reading import Share
 
 PAGE = resource.getpagesize()
 
@@ -42,9 +51,12 @@ class Peak:
 
 if __name__ == "__main__":
     small, base, asked = sys.argv[1:]
-    quantize = None if asked == "none" else asked
-    load_base(small, quantize)  # what is imported on the way is no part of a model
+    options: dict[str, Any] = {"quantize": "nf4"} if asked == "nf4" else {}
+    if asked in ("layers", "experts"):
+        dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+        options["share"] = Share(init_device_mesh("cpu", (4,)), asked == "experts", {})
+    load_base(small, **options)  # what is imported on the way is no part of a model
     before = anonymous_bytes()
     with Peak() as peak:
-        model = load_base(base, quantize)
+        model = load_base(base, **options)
     sys.stdout.write(f"{peak.bytes - before} {anonymous_bytes() - before}")

@@ -149,7 +149,7 @@ def test_packed_model_that_is_to_be_written_whole_is_refused_at_once(tiny_world:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of a process as Linux tells it")
-def test_loading_never_holds_the_sixteen_bit_model(tmp_path: Path) -> None:
+def test_loading_never_holds_a_model_that_is_packed_or_shared(tmp_path: Path) -> None:
     wide = {"hidden_size": 128, "intermediate_size": 512, "num_local_experts": 8, "num_hidden_layers": 24}
     for name, changes in (("small", {}), ("base", wide)):
         tiny_mixtral(**changes).bfloat16().save_pretrained(tmp_path / name, max_shard_size="20MB")
@@ -159,10 +159,13 @@ def test_loading_never_holds_the_sixteen_bit_model(tmp_path: Path) -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     peaks, held = {}, {}
-    for asked in ("none", "nf4"):
+    for asked in ("none", "nf4", "layers", "experts"):
         command = [sys.executable, loading_memory.__file__, str(tmp_path / "small"), str(tmp_path / "base"), asked]
         output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
         peaks[asked], held[asked] = map(int, output.split())
     assert peaks["none"] > 1.9 * files, "the meter does not see a model in 32 bits"
     assert held["nf4"] < 0.45 * files
     assert peaks["nf4"] < 0.7 * files
+    for share in ("layers", "experts"):  # four processes, of which each holds a quarter
+        assert held[share] < 0.7 * files
+        assert peaks[share] < 0.8 * files

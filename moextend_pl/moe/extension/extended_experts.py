@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moextend_pl.moe.dispatch import by_kernels, kernel_experts
 from moextend_pl.moe.extension.reach import Reach
 from moextend_pl.moe.nf4 import packed_rows
+from moextend_pl.moe.parallel.cut import copied_rows
 from moextend_pl.moe.touch import touch
 
 
@@ -35,7 +36,7 @@ def expert_rows(experts: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
         ]
         copies = [expert_rows(module, [row]) for module, row in sides]
         return {name: torch.cat([one[name] for one in copies]) for name in copies[0]}
-    plain = {name: value.detach()[list(rows)].clone() for name, value in experts.named_parameters(recurse=False)}
+    plain = {name: copied_rows(value, rows) for name, value in experts.named_parameters(recurse=False)}
     return {**plain, **packed_rows(experts, rows)}
 
 

@@ -6,10 +6,13 @@ Shapes: E experts in all, N ranks, L = E / N experts of a rank.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -17,6 +20,62 @@ from moextend_pl.contracts import UserError
 from moextend_pl.moe.blocks import expert_count
 
 _USE = "Use `trainer.strategy: fsdp2`"
+
+
+@dataclass(frozen=True)
+class OfWhole:
+    """What is still asked of a whole tensor while a model is built, where a rank has read a part of it.
+
+    Attributes:
+        rows: Entries of its first dimension, by their place.
+        sha256: Of its type, shape and bytes; empty if nobody asks.
+    """
+
+    rows: dict[int, Tensor]
+    sha256: str
+
+
+def of_whole(value: Tensor) -> OfWhole | None:
+    """Returns what is known of the whole of a tensor; None if it is whole, or nothing is asked of it any more."""
+    found: OfWhole | None = getattr(value, "of_whole", None)
+    return found
+
+
+def copied_rows(value: Tensor, rows: Sequence[int]) -> Tensor:
+    """Returns copies of entries of a tensor's first dimension, of which this rank may hold a part."""
+    known = of_whole(value)
+    return value.detach()[list(rows)].clone() if known is None else torch.stack([known.rows[row] for row in rows])
+
+
+def own_slice(value: Tensor, mesh: DeviceMesh, dimension: int) -> Tensor:
+    """Returns this rank's slice of a whole tensor, as a view.
+
+    Args:
+        value: Whole; ranks share the dimension evenly.
+        mesh: One dimension, or two: copies, and ranks that share one.
+        dimension: Which one they share.
+    """
+    size = value.shape[dimension] // mesh.size(-1)
+    return value.narrow(dimension, mesh.get_local_rank(mesh.ndim - 1) * size, size)
+
+
+def part_of(value: Tensor, mesh: DeviceMesh, dimension: int) -> nn.Parameter:
+    """Returns this rank's part of a whole tensor, a copy, so that the whole can go; arguments as in `own_slice`."""
+    mine = own_slice(value.detach(), mesh, dimension).clone(memory_format=torch.contiguous_format)
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(dimension)]
+    return nn.Parameter(DTensor.from_local(mine, mesh, placements, run_check=False), value.requires_grad)
+
+
+def take_values(parameter: Tensor, value: Tensor) -> None:
+    """Gives a parameter, of which this rank may hold a part, the values of a whole tensor."""
+    known = of_whole(parameter)
+    if known is None or not isinstance(parameter, DTensor):
+        parameter.detach().copy_(value)
+        return
+    (shared,) = (place.dim for place in parameter.placements if isinstance(place, Shard))
+    parameter.to_local().detach().copy_(own_slice(value, parameter.device_mesh, shared))
+    for row, copied in known.rows.items():
+        copied.copy_(value[row])
 
 
 def is_cut(experts: nn.Module) -> bool:
@@ -74,17 +133,13 @@ def check_cut(experts: Any, ranks: int, name: str) -> None:
 
 
 def cut(experts: nn.Module, mesh: DeviceMesh) -> None:
-    """Leaves each rank its L experts of a module, in place.
+    """Leaves each rank its L experts of a module, in place; does nothing where it has read no others.
 
     Args:
         experts: Frozen experts module of a base, for which `check_cut` holds.
         mesh: One dimension, or two: copies, and ranks that share one.
     """
-    count, ranks, rank = expert_count(experts), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
-    rows = slice(rank * count // ranks, (rank + 1) * count // ranks)
-    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    count = expert_count(experts)
     for name, value in list(experts._parameters.items()):
-        if value is not None and value.dim() and len(value) == count:
-            # A copy, so that the whole can go.
-            part = DTensor.from_local(value.detach()[rows].clone(), mesh, placements, run_check=False)
-            experts._parameters[name] = nn.Parameter(part, requires_grad=False)
+        if value is not None and value.dim() and len(value) == count and not isinstance(value, DTensor):
+            experts._parameters[name] = part_of(value, mesh, 0)

@@ -83,18 +83,19 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         (share_experts if self.share == EXPERTS else shard)(model, self.shard_mesh)
 
-    def in_turn(self, make: Callable[[], None]) -> None:
+    def in_turn(self, make: Callable[[], object], at_once: bool = False) -> None:
         """Lets the processes of a node make their models one after another: the host has room for a whole one once.
 
         Args:
             make: Makes it, and leaves this rank's part of it; talks to no other rank.
+            at_once: Whether they make them all at once, since each reads its part alone.
 
         Raises:
             Exception: What `make` raised, when all have had their turn.
             UserError: If it raised on another rank.
         """
         error: Exception | None = None
-        for turn in range(self.num_processes):
+        for turn in (self.local_rank,) if at_once else range(self.num_processes):
             if turn == self.local_rank:
                 try:
                     make()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import chain
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
@@ -15,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moextend_pl.contracts import UserError
 from moextend_pl.moe.blocks import find_blocks
 from moextend_pl.moe.parallel import exchange
-from moextend_pl.moe.parallel.cut import check_cut, cut
+from moextend_pl.moe.parallel.cut import check_cut, cut, of_whole
 from moextend_pl.training.half_precision import exact_places
 
 
@@ -83,16 +84,38 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             f"Expected a language model whose decoder layers transformers names as such, got {type(model).__name__}: "
             "its weights cannot be sharded. Use `trainer.strategy: ddp`."
         )
-    alone, place = kept_whole(model), partial(_dimension, mesh.size(-1))
+    read = _parts(model)
+    for module, name, part in read:  # what is sharded has shapes alone until it has its parts again
+        shape = torch.empty(part.shape, dtype=part.dtype, device="meta")
+        module._parameters[name] = nn.Parameter(shape, part.requires_grad)
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        dimension = even_dimension(mesh.size(-1), parameter)
+        return None if dimension is None else Shard(dimension)
+
+    alone = kept_whole(model)
     for unit in (*layers, model):
         # Also the last one is let go after its pass: between passes a parameter is always the rank's part.
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, shard_placement_fn=place, ignored_params=alone)
+    for module, name, part in read:
+        del part.of_whole
+        module._parameters[name] = part
 
 
-def _dimension(ranks: int, parameter: nn.Parameter) -> Shard | None:
+def _parts(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Returns the parameters of which a rank has read its part, by module and name."""
+    return [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in module._parameters.items()
+        if value is not None and of_whole(value) is not None
+    ]
+
+
+def even_dimension(ranks: int, parameter: Tensor) -> int | None:
     """Returns the first dimension that ranks share evenly: one new expert would else lie on one rank as a whole."""
     even = [number for number, size in enumerate(parameter.shape) if size % ranks == 0]
-    return Shard(even[0]) if even else None
+    return even[0] if even else None
 
 
 def share_experts(model: PreTrainedModel, mesh: DeviceMesh) -> None:
@@ -110,4 +133,6 @@ def share_experts(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         check_cut(experts, mesh.size(-1), type(model).__name__)
     for experts in stacks:
         cut(experts, mesh)
+    for _, _, part in _parts(model):
+        del part.of_whole
     exchange.use(model)

@@ -31,6 +31,12 @@ def test_model_is_made_between_those_of_the_neighbours() -> None:
     assert strategy.events == ["all meet", "made", "all meet", "all meet"]
 
 
+def test_models_that_need_no_room_are_made_at_once() -> None:
+    strategy = Second()
+    strategy.in_turn(lambda: strategy.events.append("made"), at_once=True)
+    assert strategy.events == ["made", "all meet"]
+
+
 def test_mistake_is_told_when_all_had_their_turn() -> None:
     strategy = Second()
 

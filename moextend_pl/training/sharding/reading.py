@@ -185,9 +185,11 @@ class ShareReader(HfQuantizer):
         self._share = quantization_config.share
         self._parts: dict[str, int] = {}
         self._rows: dict[str, list[int]] = {}
+        self._shapes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
         self._parts = shared_parameters(model, self._share)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for block in list_blocks(model):
             rows = sorted(self._share.rows.get(block.layer, ()))
             self._rows.update(dict.fromkeys(_stacks(block), rows))
@@ -202,7 +204,15 @@ class ShareReader(HfQuantizer):
         return _Keep(self._parts, self._rows, self._share)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
-        """Takes the marks of a quantised model off: its weights are as in the files."""
+        """Takes the marks of a quantised model off: its weights are as in the files.
+
+        Raises:
+            RuntimeError: If a weight is of another shape, which earlier versions of transformers let a quantizer do.
+        """
+        for name, parameter in model.named_parameters():
+            if parameter.shape != self._shapes.get(name, parameter.shape):
+                expected = tuple(self._shapes[name])
+                raise RuntimeError(f"size mismatch for {name}: {tuple(parameter.shape)}, expected {expected}")
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)
         for module in model.modules():

@@ -13,6 +13,7 @@ from moextend_pl.contracts import UserError, run_directory
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.model_folder import is_like_mixtral
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.runs.atomic import write_folder, write_json
 from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, PENDING_CHECKPOINT, take_place
@@ -45,7 +46,7 @@ class SaveDelta(Callback):
 
 
 class SavePretrained(Callback):
-    """Writes a whole tower or language model when training ends.
+    """Writes a whole tower or language model when training ends; an upcycled Llama or Mistral as a Mixtral.
 
     Args:
         folder: Name of the folder inside the run directory.
@@ -65,7 +66,8 @@ class SavePretrained(Callback):
             )
         if not hasattr(pl_module, "save_pretrained"):
             raise UserError(f"SavePretrained writes a tower or a language model, got {type(pl_module).__name__}.")
-        if isinstance(pl_module, MoELanguageModel) and pl_module.upcycle_spec is not None:
+        spec = pl_module.upcycle_spec if isinstance(pl_module, MoELanguageModel) else None
+        if isinstance(pl_module, MoELanguageModel) and spec and not is_like_mixtral(pl_module.model_config(), spec):
             raise UserError(_NOT_TRANSFORMERS.format("upcycled", "language.upcycle"))
 
     def on_fit_start(self, trainer: Trainer, pl_module: VisionEncoder | MoELanguageModel) -> None:

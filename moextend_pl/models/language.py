@@ -21,7 +21,7 @@ from moextend_pl.inference.token_pruning import dropping
 from moextend_pl.models import base_model
 from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.cross_attention.sight import Sight
-from moextend_pl.models.model_folder import base_folder, read_config
+from moextend_pl.models.model_folder import base_folder, read_config, stock_form
 from moextend_pl.moe import dispatch
 from moextend_pl.moe.blocks import find_blocks, list_blocks
 from moextend_pl.moe.extension.growth import grow, new_parameters, router_parameters
@@ -295,6 +295,6 @@ class MoELanguageModel(AnswerMixin, StageModule):
                 self.close_reach()
 
     def save_pretrained(self, path: Path) -> None:
-        """Writes model and tokenizer in the transformers layout."""
-        self.model.save_pretrained(path)
+        """Writes model and tokenizer in the transformers layout, an upcycled Llama or Mistral as a Mixtral."""
+        stock_form(self.model, self.upcycle_spec).save_pretrained(path)
         self.tokenizer.save_pretrained(path)

@@ -19,9 +19,19 @@ import torch
 from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from moextend_pl.contracts import UserError
+from moextend_pl.contracts import UpcycleSpec, UserError
+from moextend_pl.moe.upcycle import upcycled_mlps
 from moextend_pl.runs.atomic import write_folder
 from moextend_pl.runs.fingerprints import file_sha256
 from moextend_pl.runs.named import HUB_NAME, from_hub
@@ -33,6 +43,10 @@ LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 REASON = 240  # characters of another library's complaint
 GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
 GGUF_PACKAGES = ("gguf", "accelerate")  # what transformers reads such a file with
+# Dense families whose attention, norms and MLPs are Mixtral's.
+LIKE_MIXTRAL = ("llama", "mistral")
+# What a dense model's configuration says of itself and not of its sizes.
+OF_THE_FAMILY = ("model_type", "architectures", "transformers_version", "dtype", "_name_or_path")
 DIGITS = 16  # of a file's SHA-256, in the name of its folder
 
 
@@ -178,6 +192,36 @@ def read_model(kind: Any, folder: str, optional: Callable[[str], bool] = lambda 
             f"{min(missing)}, which would be random. Name the folder of a whole model."
         )
     return model
+
+
+def is_like_mixtral(config: PreTrainedConfig, spec: UpcycleSpec) -> bool:
+    """Tells whether an upcycled model computes what a Mixtral does, which transformers can read again.
+
+    Args:
+        config: Of the dense model.
+        spec: How it is upcycled.
+    """
+    biases = (getattr(config, name, False) for name in ("attention_bias", "mlp_bias"))
+    return config.model_type in LIKE_MIXTRAL and not any(biases) and spec.layers is None
+
+
+def stock_form(model: PreTrainedModel, spec: UpcycleSpec | None) -> PreTrainedModel:
+    """Returns a model as transformers writes and reads it: an upcycled one as the Mixtral that computes the same.
+
+    Args:
+        model: Built; shares its weights with what is returned.
+        spec: How it is upcycled, `is_like_mixtral`; None for a model that is not.
+    """
+    if spec is None or not upcycled_mlps(model):
+        return model
+    known = MixtralConfig().to_dict().keys() - set(OF_THE_FAMILY)
+    values: dict[str, Any] = {key: value for key, value in model.config.to_dict().items() if key in known}
+    config = MixtralConfig(**{**values, "num_local_experts": spec.experts, "num_experts_per_tok": spec.top_k})
+    with torch.device("meta"):
+        stock = MixtralForCausalLM(config)
+    stock.load_state_dict(model.state_dict(), assign=True)
+    stock.generation_config = model.generation_config
+    return stock
 
 
 def _brings_code(folder: Path) -> bool:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_world import SAMPLES, TinyWorld, colour_of, make_plan
+from helpers.tiny_world import SAMPLES, TinyWorld, colour_of, make_plan, perturb
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
+from transformers import MistralForCausalLM, MixtralForCausalLM
 
 from callbacks.checkpoints import StageCheckpoint
 from callbacks.outputs import SaveDelta, SavePretrained, StageReceipt
@@ -229,11 +230,33 @@ def test_trained_language_model_is_saved_where_transformers_finds_it(
     assert not torch.equal(loaded.lm_head.weight, tiny_world.stock().lm_head.weight)
 
 
+@torch.no_grad()
+def test_an_upcycled_model_is_saved_as_the_mixtral_that_computes_what_the_dense_one_does(
+    tiny_world: TinyWorld, make_trainer: Callable, tmp_path: Path
+) -> None:
+    model = MoELanguageModel(base=str(tiny_world.dense), upcycle=UpcycleSpec(experts=4, top_k=2))
+    callbacks = TrainOnly(parts=["routers"]), SavePretrained("base")
+    with torch.enable_grad():
+        make_trainer(*callbacks, steps=2).fit(model, tiny_world.datamodule("text", val=None))
+    tokens = torch.arange(1, 20)[None]
+    saved = MixtralForCausalLM.from_pretrained(tmp_path / "run" / "base")
+    assert (saved.config.num_local_experts, saved.config.num_experts_per_tok) == (4, 2)
+    # Routers have learned and experts are copies: two weights that sum to 1, to rounding.
+    dense = MistralForCausalLM.from_pretrained(tiny_world.dense)
+    torch.testing.assert_close(saved(tokens).logits, dense(tokens).logits, atol=1e-5, rtol=1e-5)
+    # Also where experts are copies no more.
+    perturb(list(model.model.parameters()), 0.1)
+    model.eval().save_pretrained(tmp_path / "learned")
+    learned = MixtralForCausalLM.from_pretrained(tmp_path / "learned")
+    torch.testing.assert_close(learned(tokens).logits, model.model(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(learned(tokens).logits, dense(tokens).logits, atol=1e-2)
+
+
 def test_a_language_model_that_transformers_could_not_read_again_is_refused_before_its_first_step(
     tiny_world: TinyWorld, make_trainer: Callable
 ) -> None:
     trainer, data = make_trainer(SavePretrained("base")), tiny_world.datamodule("text", val=None)
-    upcycled = MoELanguageModel(base=str(tiny_world.dense), upcycle=UpcycleSpec())
+    upcycled = MoELanguageModel(base=str(tiny_world.dense), upcycle=UpcycleSpec(layers=(0,)))
     with pytest.raises(UserError, match=r"cannot write an upcycled language model.*leave out `language.upcycle`"):
         trainer.fit(upcycled, data)
     assert not hasattr(upcycled, "model")

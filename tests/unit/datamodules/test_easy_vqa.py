@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 from transformers import AutoTokenizer
 
-from datamodules.easy_vqa import COLOURS, SCENES, SHAPES, Scene, build_easy_vqa, derive_scene, read_split
+from datamodules.easy_vqa import COLOURS, SCENES, SHAPES, Scene, build_easy_vqa, derive_scene, pictures_of, read_split
 from moextend_pl.contracts import UserError
 
 
@@ -186,3 +186,14 @@ def test_the_missing_package_is_told_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "easy_vqa", None)
     with pytest.raises(UserError, match="pip install easy-vqa"):
         build_easy_vqa(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_no_picture_of_the_test_split_is_in_another() -> None:
+    seen = {
+        split: {Image.open(picture.path).convert("RGB").tobytes() for picture in pictures_of(package, split)}
+        for split in ("train", "val", "test")
+    }
+    assert [len(pixels) for pixels in seen.values()] == [3800, 200, 1000]
+    assert not seen["test"] & (seen["train"] | seen["val"])
+    assert not seen["val"] & seen["train"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -40,18 +41,25 @@ def _run_round(number: int, ranks: int, commands: list[list[str]]) -> bool:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", WORLD_SIZE=str(ranks))
-    children = []
+    children = set()
     for rank in range(ranks):
         child = os.fork()
         if not child:
             os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank))
+            rank_zero_only.rank = rank  # Lightning has asked the environment when it was imported
             log = os.open(f"rank{rank}_of_round{number}.log", os.O_WRONLY | os.O_CREAT)
             os.dup2(log, 1)
             os.dup2(log, 2)
             _run_commands(commands)
-        children.append(child)
-    codes = [os.waitpid(child, 0)[1] for child in children]
-    return not any(codes)
+        children.add(child)
+    while children:
+        child, code = os.wait()
+        children.discard(child)
+        if code:  # the others would wait for this one
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            return False
+    return True
 
 
 def _run_commands(commands: list[list[str]]) -> None:
@@ -66,7 +74,12 @@ def _run_commands(commands: list[list[str]]) -> None:
 
 if __name__ == "__main__":
     import torch
+    from lightning.pytorch.utilities import rank_zero_only
 
+    # What every command imports, once for all processes.
+    import datamodules.image_text  # noqa: F401
+    import moextend_pl.cli.stage
+    import moextend_pl.models.moextend  # noqa: F401
     from moextend_pl import cli
 
     torch.set_num_threads(1)

@@ -72,7 +72,8 @@ class Runs:
         """Writes the config of a stage and returns the command that runs it."""
         kind, run = {"second": "extend", HALF: "extend"}.get(stage, stage), self.run(stage, way)
         plan = self.root / f"{'second' if stage == 'second' else 'extend'}.yaml"
-        path = write_stage(self.world, run, kind, plan=plan, init_from=self.starts.get(stage), steps=steps)
+        start = self.starts.get(stage)
+        path = write_stage(self.world, run, kind, plan=plan, init_from=start, steps=steps, every=STEPS // 2)
         if stage == "second":
             path.write_text(path.read_text().replace("init: copy", "init: preserving"))
         return ["fit", "--config", str(path), *OPTIONS, *STAGES.get(stage, ()), *options]

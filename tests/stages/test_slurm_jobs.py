@@ -17,8 +17,8 @@ from helpers.tiny_world import TinyWorld
 
 from moextend_pl import cli
 
-# One worker of `pytest -n --dist loadgroup` starts the cluster.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+# One worker of `pytest -n 2 --dist loadfile` starts the cluster.
+pytestmark = pytest.mark.slow
 STEPS, EVERY, PACED_FROM = 30, 4, 10
 QUEUES = {
     "whole": "steady",

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.stages import PARTS, end, finish, launched_by, metrics, start, wait_for_ends, write_stage
+from helpers.ranks import Round, run_rounds
+from helpers.stages import PARTS, end, launched_by, metrics, start, wait_for_ends, write_stage
 from helpers.tiny_world import TinyWorld, make_plan, perturb
 from safetensors.torch import load_file
 
@@ -28,6 +29,9 @@ from moextend_pl.models.delta import save_delta
 pytestmark = pytest.mark.slow
 HELPERS = Path(__file__).parents[1] / "helpers"
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+ALLOW = ("--allow-class-path", "poison")
+# case -> ranks whose loss is not finite
+POISONED = {"rank 0": [0], "rank 1": [1], "both": [0, 1]}
 
 
 def has_image(world: TinyWorld, steps: int) -> list[list[bool]]:
@@ -72,42 +76,6 @@ def assert_same_losses(folder: Path, rel: float) -> None:
         assert got[step] == pytest.approx(values, rel=rel, nan_ok=True), f"step {step}"
 
 
-@pytest.mark.parametrize(("stage", "train"), [("vision", "vqa"), ("language", "text")])
-def test_losses_of_a_part_alone_are_the_same_on_two_processes(
-    tiny_world: TinyWorld, tmp_path: Path, stage: str, train: str
-) -> None:
-    data = {"train": train, "val": tiny_world.data(train, "test")}
-    one, two = (write_stage(tiny_world, tmp_path / run, stage, **data) for run in ("one", "two"))
-    cli.run(["fit", "--config", str(one)])
-    finish(two, *TWO)
-    assert_same_losses(tmp_path, rel=1e-3)
-
-
-@pytest.mark.parametrize("stage", ["align", "probe", "extend", "instruction"])
-def test_losses_of_two_processes_are_those_of_one(tiny_world: TinyWorld, tmp_path: Path, stage: str) -> None:
-    plan = make_plan(sources=(1, 2))
-    plan.save(tmp_path / "plan.yaml")
-    files = {"plan": tmp_path / "plan.yaml", "init_from": save_start(tiny_world, tmp_path / "start", stage)}
-    one, two = (write_stage(tiny_world, tmp_path / run, stage, **files) for run in ("one", "two"))
-    cli.run(["fit", "--config", str(one)])
-    finish(two, *TWO)
-    assert_same_losses(tmp_path, rel=1e-4)
-    if stage == "probe":
-        plans = [ExtensionPlan.load(tmp_path / run / "extension_plan.yaml") for run in ("one", "two")]
-        assert plans[0].layers == plans[1].layers
-        assert plans[0].report["scores"] == pytest.approx(plans[1].report["scores"], abs=1e-6)
-    else:
-        deltas = [load_file(tmp_path / run / "delta.safetensors") for run in ("one", "two")]
-        for name, value in deltas[0].items():
-            if name.endswith("attn.qkv.bias"):
-                # A bias of keys moves no attention weight: its gradient is rounding, which AdamW makes large.
-                continue
-            # AdamW divides each gradient by its own size: one number whose gradient is rounding may go astray (2e-4 was
-            # seen), a tensor may not. Eight steps move its numbers by 2e-2.
-            difference = (deltas[1][name] - value).float()
-            assert difference.square().mean().sqrt() < 1e-4, name
-
-
 def poisoned(world: TinyWorld, run: Path, steps: list[int], **options: object) -> Path:
     config = write_stage(world, run, "align", steps=8)
     content = yaml.safe_load(config.read_text())
@@ -118,24 +86,76 @@ def poisoned(world: TinyWorld, run: Path, steps: list[int], **options: object) -
     return config
 
 
-ALLOW = ("--allow-class-path", "poison")
+# stage -> its shard set
+ALONE = {"vision": "vqa", "language": "text"}
+WHOLE = ("align", "probe", "extend", "instruction")
 
 
-@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]], ids=["rank 0", "rank 1", "both"])
-def test_both_processes_skip_the_step_in_which_one_of_them_has_no_numbers(
-    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: list[int]
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
-    monkeypatch.syspath_prepend(str(HELPERS))
-    cli.run(["fit", "--config", str(poisoned(tiny_world, tmp_path / "one", [3, 5])), *ALLOW])
-    two = poisoned(tiny_world, tmp_path / "two", [3, 5], ranks=ranks)
-    finish(two, *TWO, *ALLOW)
+def write_pair(world: TinyWorld, folder: Path, stage: str) -> list[str]:
+    """Writes the configs of a stage on one process and on two."""
+    plan = make_plan(sources=(1, 2))
+    plan.save(folder / "plan.yaml")
+    options = {"plan": folder / "plan.yaml", "init_from": save_start(world, folder / "start", stage)}
+    if stage in ALONE:
+        options = {"train": ALONE[stage], "val": world.data(ALONE[stage], "test")}
+    return [str(write_stage(world, folder / run, stage, **options)) for run in ("one", "two")]
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each stage, which was run on one process and on two, and the logs of the two by round."""
+    root = tmp_path_factory.mktemp("pairs")
+    rounds: list[Round] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HELPERS))
+        patch.syspath_prepend(str(HELPERS))
+        for stage in (*ALONE, *WHOLE):
+            (root / stage).mkdir()
+            one, two = write_pair(tiny_world, root / stage, stage)
+            cli.run(["fit", "--config", one])
+            rounds.append((2, [["fit", "--config", two, *TWO]]))
+        for name, ranks in POISONED.items():
+            cli.run(["fit", "--config", str(poisoned(tiny_world, root / name / "one", [3, 5])), *ALLOW])
+            two = str(poisoned(tiny_world, root / name / "two", [3, 5], ranks=ranks))
+            rounds.append((2, [["fit", "--config", two, *TWO, *ALLOW]]))
+        run_rounds(rounds, root)
+    return root
+
+
+@pytest.mark.parametrize("stage", ALONE)
+def test_losses_of_a_part_alone_are_the_same_on_two_processes(pairs: Path, stage: str) -> None:
+    assert_same_losses(pairs / stage, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", WHOLE)
+def test_losses_of_two_processes_are_those_of_one(pairs: Path, stage: str) -> None:
+    folder = pairs / stage
+    assert_same_losses(folder, rel=1e-4)
+    if stage == "probe":
+        plans = [ExtensionPlan.load(folder / run / "extension_plan.yaml") for run in ("one", "two")]
+        assert plans[0].layers == plans[1].layers
+        assert plans[0].report["scores"] == pytest.approx(plans[1].report["scores"], abs=1e-6)
+    else:
+        deltas = [load_file(folder / run / "delta.safetensors") for run in ("one", "two")]
+        for name, value in deltas[0].items():
+            if name.endswith("attn.qkv.bias"):
+                # A bias of keys moves no attention weight: its gradient is rounding, which AdamW makes large.
+                continue
+            # AdamW divides each gradient by its own size: one number whose gradient is rounding may go astray (2e-4 was
+            # seen), a tensor may not. Eight steps move its numbers by 2e-2.
+            difference = (deltas[1][name] - value).float()
+            assert difference.square().mean().sqrt() < 1e-4, name
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_both_processes_skip_the_step_in_which_one_of_them_has_no_numbers(pairs: Path, name: str) -> None:
     # Losses of other steps are those of one process, so that both left out the same steps and no others.
-    assert_same_losses(tmp_path, rel=1e-4)
-    assert [step for step, (loss, *_) in metrics(tmp_path / "two").items() if math.isnan(loss)] == [3, 5]
-    log = two.with_suffix(".log").read_text()
-    assert log.count("step 3: the loss is not finite") == len(ranks)
-    assert log.count("step 3: the loss of another rank is not finite") == 2 - len(ranks)
+    assert_same_losses(pairs / name, rel=1e-4)
+    assert [step for step, (loss, *_) in metrics(pairs / name / "two").items() if math.isnan(loss)] == [3, 5]
+    number = len(ALONE) + len(WHOLE) + list(POISONED).index(name)
+    log = "".join((pairs / f"rank{rank}_of_round{number}.log").read_text() for rank in (0, 1))
+    assert log.count("step 3: the loss is not finite") == len(POISONED[name])
+    assert log.count("step 3: the loss of another rank is not finite") == 2 - len(POISONED[name])
 
 
 def test_both_processes_end_when_one_of_them_has_no_numbers_again_and_again(

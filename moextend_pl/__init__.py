@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from moextend_pl.contracts import ExtensionPlan, LayerGrowth, TrainPlan, UpcycleSpec, UserError
+    from moextend_pl.distillation.distill import Distill
+    from moextend_pl.distillation.losses import HiddenTerm, LogitTerm, RouterTerm
+    from moextend_pl.distillation.relations import AffinityTerm, AttentionTerm, RelationTerm
+    from moextend_pl.distillation.teacher import TeacherSpec
     from moextend_pl.models.encoder import VisionEncoder
     from moextend_pl.models.language import MoELanguageModel
     from moextend_pl.models.moextend import MoExtend
@@ -38,15 +42,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AffinityTerm",
     "AllLayers",
     "AtomicCheckpointIO",
+    "AttentionTerm",
     "BudgetRule",
+    "Distill",
     "DivergenceRule",
     "ExplicitLayers",
     "ExtensionPlan",
     "FirstLayers",
+    "HiddenTerm",
     "IntervalLayers",
     "LayerGrowth",
+    "LogitTerm",
     "MLflowRun",
     "MoELanguageModel",
     "MoExtend",
@@ -54,8 +63,11 @@ __all__ = [
     "OptimSpec",
     "Projector",
     "RandomRule",
+    "RelationTerm",
+    "RouterTerm",
     "ShardedStrategy",
     "ShiftRule",
+    "TeacherSpec",
     "TensorBoardRun",
     "TrainPlan",
     "UpcycleSpec",
@@ -68,6 +80,18 @@ __all__ = [
 
 _HOMES = {
     "contracts": ("ExtensionPlan", "LayerGrowth", "TrainPlan", "UpcycleSpec", "UserError"),
+    "distillation.distill": ("Distill",),
+    "distillation.losses": (
+        "HiddenTerm",
+        "LogitTerm",
+        "RouterTerm",
+    ),
+    "distillation.relations": (
+        "AffinityTerm",
+        "AttentionTerm",
+        "RelationTerm",
+    ),
+    "distillation.teacher": ("TeacherSpec",),
     "models.encoder": ("VisionEncoder",),
     "models.language": ("MoELanguageModel",),
     "models.moextend": ("MoExtend",),
@@ -101,6 +125,9 @@ def load(run: str | Path, base: str | Path | None = None, tower: str | Path | No
 
     Raises:
         UserError: If the directory holds no finished run or its base has changed.
+
+    Example:
+        load("runs/quickstart/3_extend").generate("shape.png", "what color is the shape?")
     """
     from moextend_pl.models.moextend import MoExtend
     from moextend_pl.runs.named import find_run

@@ -59,7 +59,7 @@ def find_scopes(batch: Batch, image_token_id: int, with_pictures: bool) -> dict[
         real_BS = real_BS & (batch["documents"] > 0)
     if not with_pictures:
         owner_BS = owners(batch)
-        seeing = torch.zeros(len(batch["keys"]) + 1, dtype=torch.bool)
+        seeing = torch.zeros(len(batch["keys"]) + 1, dtype=torch.bool, device=labels_BS.device)
         seeing[owner_BS[is_image_BS]] = True
         real_BS = real_BS & ~seeing[owner_BS]
     learned_BS = (labels_BS != IGNORE_INDEX) & real_BS
@@ -75,7 +75,7 @@ def owners(batch: Batch) -> Tensor:
         documents_BS = batch["documents"]
         return torch.where(documents_BS > 0, documents_BS - 1, len(batch["keys"]))
     rows, length = batch["input_ids"].shape
-    return torch.arange(rows).unsqueeze(1).expand(rows, length)
+    return torch.arange(rows, device=batch["input_ids"].device).unsqueeze(1).expand(rows, length)
 
 
 def find_places(batch: Batch, known: HostFacts, masks: dict[str, Tensor], logits: set[str]) -> Places:
@@ -88,11 +88,11 @@ def find_places(batch: Batch, known: HostFacts, masks: dict[str, Tensor], logits
         logits: Scopes whose logits some term reads.
     """
     tokens = batch["labels"].numel()
-    asked_T = torch.zeros(tokens, dtype=torch.bool)
+    asked_T = torch.zeros(tokens, dtype=torch.bool, device=known.learned.device)
     asked_T[known.learned] = True
     for name in logits:
         asked_T |= masks[name].flatten()
-    targets_T = torch.full((tokens,), IGNORE_INDEX)
+    targets_T = torch.full((tokens,), IGNORE_INDEX, device=known.learned.device)
     targets_T[known.learned] = known.targets
     row_of_T = asked_T.cumsum(0) - 1
     owner_T, samples = owners(batch).flatten(), len(batch["keys"])

@@ -35,16 +35,10 @@ class Signals:
     length: int = 0
 
 
-def last_attention(model: nn.Module) -> nn.Module:
-    """Returns the attention module of the last decoder layer, the last one named `self_attn` or `attention`.
-
-    Raises:
-        LookupError: If there is none.
-    """
+def last_attention(model: nn.Module) -> nn.Module | None:
+    """Returns the attention module of the last decoder layer, the last one named `self_attn` or `attention`."""
     found = [part for name, part in model.named_modules() if name.rsplit(".", 1)[-1] in ("self_attn", "attention")]
-    if not found:
-        raise LookupError
-    return found[-1]
+    return found[-1] if found else None
 
 
 @contextmanager
@@ -71,7 +65,7 @@ def hearing(language: MoELanguageModel, attention: bool = False) -> Iterator[Sig
         # Before the hook that chooses positions: all hidden states are heard.
         stack.callback(head.register_forward_pre_hook(hear_hidden).remove)
         stack.callback(language.model.register_forward_hook(hear_logits).remove)
-        if attention:
-            stack.callback(last_attention(language.model).register_forward_hook(hear_attention).remove)
+        if attention and (last := last_attention(language.model)) is not None:
+            stack.callback(last.register_forward_hook(hear_attention).remove)
         signals.routers = stack.enter_context(language.watch.recording())
         yield signals

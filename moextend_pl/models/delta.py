@@ -68,6 +68,10 @@ class DeltaModule(StageModule):
     def base_names(self) -> set[str]:
         """Returns the names of the parameters that the base's own files hold; all others are new."""
 
+    def scaffold_names(self) -> set[str]:
+        """Returns the names of parameters that serve training alone, and that no delta holds."""
+        return set()
+
     def upcyclable(self) -> dict[str, VisionEncoder | Projector | MoELanguageModel]:
         """Returns the parts whose MLPs may become experts."""
         return {"encoder": self.encoder, "projector": self.projector, "language": self.language}
@@ -142,14 +146,13 @@ def _grouped(facts: Mapping[str, Any], groups: Mapping[str, tuple[Any, dict[str,
 def delta_tensors(module: DeltaModule) -> dict[str, Tensor]:
     """Returns what a run leaves behind by name: all that the base's files do not hold as it is now.
 
-    That are new parameters, those of the base that learned, in this run or in one that it started from, and the
-    saved buffers beside them.
+    That are new parameters, those of the base that learned in any run up to this one, and saved buffers beside them.
     """
-    base, frozen = module.base_names(), frozen_tensors(module)
+    base, frozen, scaffold = module.base_names(), frozen_tensors(module), module.scaffold_names()
     tensors: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if name not in base or parameter.requires_grad or WRAPPED.sub("", name) in module.inherited:
-            tensors[name] = parameter
+    for name, p in module.named_parameters():
+        if name not in scaffold and (name not in base or p.requires_grad or WRAPPED.sub("", name) in module.inherited):
+            tensors[name] = p
     saved = module.state_dict(keep_vars=True)
     for name, buffer in module.named_buffers():
         if name in saved and (name not in frozen or WRAPPED.sub("", name) in module.inherited):
@@ -178,7 +181,7 @@ def save_delta(module: DeltaModule, run: Path, writes: bool = True) -> Manifest:
     manifest = Manifest(
         plans=module.plans,
         model=relative_arguments(arguments, run),
-        trained=[name for name, parameter in parameters.items() if parameter.requires_grad],
+        trained=[name for name, p in parameters.items() if p.requires_grad and name not in module.scaffold_names()],
         frozen=fingerprints({name: t for name, t in frozen_tensors(module).items() if name not in delta}),
         delta_sha256="",  # of what is written now
         versions=versions(),

@@ -40,6 +40,7 @@ from moextend_pl.training.optim import OptimSpec
 from moextend_pl.training.sharding.reading import share_of
 
 log = logging.getLogger(__name__)
+Place = str | Path | None
 
 
 class MoExtend(AskMixin, DeltaModule):
@@ -79,25 +80,24 @@ class MoExtend(AskMixin, DeltaModule):
             check_start(self, self.init_from)
 
     @classmethod
-    def load(cls, run: str | Path, base: str | Path | None = None, tower: str | Path | None = None) -> MoExtend:
+    def load(cls, run: str | Path, base: Place = None, tower: Place = None, quantize: str | None = None) -> MoExtend:
         """Loads the model of a finished run: its base, its extension plan and its delta.
 
         Args:
             run: Run directory with `manifest.json` and `delta.safetensors`.
             base: Where the base lies, if not where the run says: folder, GGUF file, or `org/name` of a hub.
             tower: Where the vision tower lies, likewise.
+            quantize: `nf4` holds the base in 4 bits; None as the run did.
 
         Returns:
             The model, built and in evaluation mode.
 
         Raises:
             UserError: If the directory holds no finished run or its base has changed.
-
-        Example:
-            MoExtend.load("runs/quickstart/3_extend").generate("shape.png", "what color is the shape?")
         """
         manifest = read_manifest(Path(run)).with_folders(base and base_folder(str(base)), tower)
         parts = manifest.model_arguments()
+        parts["language"]["quantize"] = quantize or parts["language"].get("quantize")
         for arguments in parts.values():
             arguments["upcycle"] = UpcycleSpec.from_dict(arguments.get("upcycle"))
         try:

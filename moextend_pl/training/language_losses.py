@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from moextend_pl.contracts import UpcycleSpec
+from moextend_pl.contracts import IGNORE_INDEX, UpcycleSpec
 from moextend_pl.moe.blocks import list_blocks
 from moextend_pl.moe.extension.extended_router import extended_by, open_tokens
 from moextend_pl.moe.usage import RouterRecord
@@ -26,7 +26,7 @@ class LanguageOutput:
         token: Mean cross-entropy of the learned tokens.
         balance: Balance loss of the language model; 0 where it was not asked for.
         accuracy: Share of learned tokens predicted right.
-        router: Further losses of routers by name, not weighted: `z`, and those of tower and projector.
+        router: Further losses by name, not weighted: `z`, those of tower and projector, terms of distillation.
     """
 
     loss: Tensor
@@ -106,15 +106,15 @@ def language_losses(
     """Computes the losses of a batch.
 
     Args:
-        logits_AV: Predictions of the learned positions.
-        labels_A: Ids to predict.
+        logits_AV: Predictions of the learned positions, and of others.
+        labels_A: Ids to predict; `IGNORE_INDEX` at the others.
         records: What the routers did; empty for a dense model.
         masks_T: For each record the tokens that count.
         weights: Weights of the router losses; a loss of weight 0 is not computed.
     """
     token = token_loss(logits_AV, labels_A)
     right = (logits_AV.argmax(dim=-1) == labels_A).float().sum()
-    accuracy = global_mean(right, right.new_full((), len(labels_A)))
+    accuracy = global_mean(right, (labels_A != IGNORE_INDEX).sum())
     loss, balance, router = token, token.new_zeros(()), {}
     if records and weights.balance > 0:
         balance = balance_loss(records, masks_T, choices=weights.choices)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.distilled import lay_out_distillation
 from helpers.recipes import lay_out_cumo
 from helpers.tiny_gguf import tiny_llama, write_gguf
 from helpers.tiny_world import TinyWorld, make_plan
@@ -63,6 +64,7 @@ def lay_out_quickstart(tiny_world: TinyWorld) -> None:
     save_delta(tiny_world.model(parts=["projector"]), root / "1_align")
     (root / "2_probe").mkdir()
     make_plan().save(root / "2_probe" / "extension_plan.yaml")
+    lay_out_distillation(tiny_world, root)
     (root.parent / "scenes").symlink_to("quickstart")  # the same stages on another data set
     (root.parent / "smollm2").symlink_to("quickstart")  # and of another base, which is a file
     SMOLLM2.parent.mkdir(parents=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.distilled import student, teaching_run
 from helpers.tiles import tiled
 from helpers.tiny_world import GROWN, TinyWorld, make_plan, perturb
 from torch import nn
@@ -22,6 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moextend_pl.contracts import Batch, ExtensionPlan, TrainPlan, UpcycleSpec
+from moextend_pl.distillation.distill import Distill
+from moextend_pl.distillation.losses import HiddenTerm, LogitTerm, RouterTerm
+from moextend_pl.distillation.relations import AffinityTerm, AttentionTerm, RelationTerm
+from moextend_pl.distillation.teacher import TeacherSpec
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.samples.collate import collate_packed
@@ -62,14 +67,18 @@ def step(model: MoExtend, batch: Batch) -> None:
     batch = model.on_before_batch_transfer(batch, 0)
     # Grouped products are told their shapes in 16 bits only.
     model.to(torch.bfloat16).train()
+    teacher = model.teacher.model if isinstance(model, Distill) else None
+    moved = [model] if teacher is None else [model, teacher.to(torch.bfloat16)]
     model.cache_features = False  # of one device
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        move(model, "cuda")
+        for each in moved:
+            move(each, "cuda")
         there = elsewhere(batch, "cuda")
         with NothingFromTheHost():
             assert model(there).loss.device.type == "cuda"
-    move(model, "meta")
+    for each in moved:
+        move(each, "meta")
     there = elsewhere(batch, "meta")
     optimizer, scheduler = build_optimizer(model.parameters(), OptimSpec(), total_steps=10)
     loss, guarded = model.by_tokens(model(there).loss, there["labels"]), Step()
@@ -131,6 +140,27 @@ def looking(world: TinyWorld, _: Path) -> MoExtend:
     return model
 
 
+def distilled(world: TinyWorld, folder: Path) -> MoExtend:
+    """All terms, from a whole model."""
+    run = teaching_run(world, folder / "teacher")
+    every = [LogitTerm(scope="all"), HiddenTerm(), RelationTerm(), AffinityTerm(), AttentionTerm(), RouterTerm()]
+    parts = (*EXTEND, "distillation")
+    model = student(world, every, TeacherSpec(run=str(run)), make_plan(), parts, attn_implementation="eager")
+    model.configure_model()
+    teacher = model.teacher.model
+    assert isinstance(teacher, MoExtend)
+    teacher.cache_features = False  # of one device
+    assert model.language.image_token_id == teacher.language.image_token_id
+    return model
+
+
+def guarded(world: TinyWorld, _: Path) -> MoExtend:
+    model = student(world, [LogitTerm(scope="text")], TeacherSpec(), make_plan(routing="open"), EXTEND)
+    model.configure_model()
+    assert model.language.image_token_id
+    return model
+
+
 STAGES: dict[str, Callable[[TinyWorld, Path], MoExtend]] = {
     "align": lambda world, _: built(world, None, ("projector",)),
     "probe": lambda world, _: built(world, None, ("routers",)),
@@ -155,6 +185,14 @@ def test_a_step_mixes_no_devices_and_asks_the_device_for_no_value(
     batch = tiny_world.batch(model, kinds)
     batch["tasks"] = ["colour", "shape", "colour"]
     step(model, batch)
+
+
+@pytest.mark.parametrize("make", [distilled, guarded])
+def test_a_step_with_a_teacher_asks_the_device_for_no_value(
+    tiny_world: TinyWorld, tmp_path: Path, make: Callable[[TinyWorld, Path], MoExtend]
+) -> None:
+    model = make(tiny_world, tmp_path)
+    step(model, tiny_world.batch(model, "iti"))
 
 
 def test_a_step_over_packed_rows_asks_the_device_for_no_value(tiny_world: TinyWorld) -> None:

@@ -104,7 +104,7 @@ def exported(model: MoExtend, task: str = "") -> MoExtendForConditionalGeneratio
     if model.projector.cross_attention:
         raise UserError(
             "Expected a run whose pictures stand among the words, got one with `projector.cross_attention`, which an "
-            "exported folder does not have yet. Ask it by `serve`, `chat` or `generate`."
+            "exported folder does not have yet. Ask it by `chat`, `generate` or `evaluate`."
         )
     if model.language.compute.quantize is not None:
         raise UserError(

@@ -1,6 +1,7 @@
 """The code that travels in an exported folder, for `trust_remote_code`: files of this package, their imports rewritten.
 
-Kernels and 4 bits stay at home: what they have in common with the rest is replaced by a few lines that say so.
+Kernels, 4 bits and shares of processes stay at home: what they have in common with the rest is replaced by a few lines
+that say so.
 """
 
 from __future__ import annotations
@@ -61,6 +62,17 @@ from torch import Tensor, nn
 def packed_rows(experts: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
     """Returns nothing: no weight is packed."""
     return {}
+''',
+    "moe.parallel.cut": '''"""Stands for experts that processes share, of which an exported model has none."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def copied_rows(value: Tensor, rows: Sequence[int]) -> Tensor:
+    """Returns copies of entries of a tensor's first dimension."""
+    return value.detach()[list(rows)].clone()
 ''',
 }
 HEADER = "# Copied from moextend_pl {version} by its command `export`; Apache-2.0.\n"

@@ -17,7 +17,7 @@ from moextend_pl.contracts import UpcycleSpec
 from moextend_pl.export.folder import write_model
 from moextend_pl.export.travelling_code import AUTO_MAP, STAND_INS, travelling_files
 
-BYTES, FILES = 250_000, 40
+BYTES, FILES = 250_000, 41
 ROOT = Path(__file__).parents[4]
 PARTS = ("projector", "new_experts", "new_routers", "calibration")
 ALONE = """

@@ -126,7 +126,8 @@ class OwnPipeline(ImageTextShards):
         Raises:
             UserError: If two of them begin with the same; on all ranks.
         """
-        log.debug("the pipeline begins behind %d samples", self.consumed)
+        start = self.consumed  # from its first look on it counts
+        log.debug("the pipeline begins behind %d samples", start)
         _, ranks = self._ranks()
         if self.trainer is None or ranks == 1:
             return

@@ -32,6 +32,7 @@ from moextend_pl.runs.sources import Sources, plain
 from moextend_pl.training.language_losses import LanguageOutput
 from moextend_pl.training.losses import learned_tokens
 from moextend_pl.training.optim import OptimSpec
+from moextend_pl.training.sharding.strategy import sharded
 from moextend_pl.training.stage import shapes_only
 
 PART = "distillation"
@@ -150,9 +151,10 @@ class Distill(MoExtend):
         return replace(output, loss=torch.stack([output.loss, *weighted]).sum(), router={**output.router, **found})
 
     def teach(self, batch: DistillBatch) -> Signals | None:
-        """Asks the teacher; None where it has nothing to say of the batch."""
+        """Asks the teacher; None where it has nothing to say of the batch, and no other rank waits for its layers."""
         places = batch["distilled"]
-        if not sum(places.scopes["all"].counts):
+        is_shared = self.teacher.spec.is_own_base and sharded(self) is not None
+        if not is_shared and not sum(places.scopes["all"].counts):
             return None
         return self.teacher.teach(self, batch, places, self.needs_attention)
 

@@ -41,6 +41,7 @@ TOOL_COMMANDS = {
     "chat": ("moextend_pl.cli.chat", "talk with a trained model about pictures"),
     "export": ("moextend_pl.export.command", "write a run as a folder that transformers loads, or as one to share"),
     "merge": ("moextend_pl.export.merge", "join a shared delta to its base"),
+    "assemble": ("moextend_pl.export.assemble", "join dense models of one base to a mixture, an expert each"),
     "demo": ("moextend_pl.export.demo.command", "show a web page to talk with a trained model"),
     "serve": ("moextend_pl.export.serving.command", "answer over HTTP, as OpenAI's interface asks"),
     "evaluate": ("moextend_pl.evaluation.command", "ask a trained model published test sets and score it"),

@@ -83,6 +83,14 @@ class TensorFiles(Mapping[str, Tensor]):
         with safe_open(file, "pt") as tensors:
             return tuple(tensors.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Returns the type of a tensor without reading it: `F32`, or of a `.bin` file `torch.float32`."""
+        file = self._where[name]
+        if file in self._mapped:
+            return str(self._mapped[file][name].dtype)
+        with safe_open(file, "pt") as tensors:
+            return str(tensors.get_slice(name).get_dtype())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 

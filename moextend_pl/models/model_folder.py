@@ -205,6 +205,19 @@ def is_like_mixtral(config: PreTrainedConfig, spec: UpcycleSpec) -> bool:
     return config.model_type in LIKE_MIXTRAL and not any(biases) and spec.layers is None
 
 
+def mixtral_config(config: PreTrainedConfig, spec: UpcycleSpec) -> MixtralConfig:
+    """Returns the configuration of the Mixtral that computes what a dense model does once its MLPs are experts.
+
+    Args:
+        config: Of the dense model.
+        spec: How it is upcycled, `is_like_mixtral`.
+    """
+    known = MixtralConfig().to_dict().keys() - set(OF_THE_FAMILY)
+    values: dict[str, Any] = {key: value for key, value in config.to_dict().items() if key in known}
+    values |= {"architectures": [MixtralForCausalLM.__name__], "dtype": config.dtype}
+    return MixtralConfig(**{**values, "num_local_experts": spec.experts, "num_experts_per_tok": spec.top_k})
+
+
 def stock_form(model: PreTrainedModel, spec: UpcycleSpec | None) -> PreTrainedModel:
     """Returns a model as transformers writes and reads it: an upcycled one as the Mixtral that computes the same.
 
@@ -214,9 +227,7 @@ def stock_form(model: PreTrainedModel, spec: UpcycleSpec | None) -> PreTrainedMo
     """
     if spec is None or not upcycled_mlps(model):
         return model
-    known = MixtralConfig().to_dict().keys() - set(OF_THE_FAMILY)
-    values: dict[str, Any] = {key: value for key, value in model.config.to_dict().items() if key in known}
-    config = MixtralConfig(**{**values, "num_local_experts": spec.experts, "num_experts_per_tok": spec.top_k})
+    config = mixtral_config(model.config, spec)
     with torch.device("meta"):
         stock = MixtralForCausalLM(config)
     stock.load_state_dict(model.state_dict(), assign=True)

@@ -162,7 +162,7 @@ class UpcycledMLP(nn.Module):
 
     def __init__(self, mlp: DenseMLP, spec: UpcycleSpec, index: int = 0) -> None:
         super().__init__()
-        seed = 1000 * (1000 * spec.seed + index)
+        seed = layer_seed(spec, index)
         self.gate = UpcycledRouter(mlp.up.in_features, spec, mlp.up.weight, seed)
         self.experts = UpcycledExperts(mlp, spec, seed + 1)
 
@@ -172,6 +172,11 @@ class UpcycledMLP(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         y_TO = self.experts(x_TD, indices_TK, weights_TK)
         return y_TO.reshape(*hidden_states.shape[:-1], y_TO.shape[-1])
+
+
+def layer_seed(spec: UpcycleSpec, index: int) -> int:
+    """Returns the seed of the router of the MLP of that number; those that follow it are its experts'."""
+    return 1000 * (1000 * spec.seed + index)
 
 
 def agreed_spec(earlier: UpcycleSpec | None, asked: UpcycleSpec | None, what: str) -> UpcycleSpec | None:

@@ -43,6 +43,7 @@ RUN_ELSEWHERE = {
     "python -m moextend_pl demo": "tests/unit/moextend_pl/export/demo/test_demo_page.py",
     "python -m moextend_pl report runs/mine": "tests/stages/test_strangers_road.py",
     "python -m moextend_pl merge": "tests/unit/moextend_pl/export/test_share.py",
+    "python -m moextend_pl assemble": "tests/unit/moextend_pl/export/test_assemble.py",
     "sbatch configs/slurm/train.sbatch": "tests/architecture/test_configs.py",
 }
 

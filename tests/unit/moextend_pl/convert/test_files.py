@@ -74,3 +74,10 @@ def test_truncated_tower_of_a_run_that_goes_back_is_named(tmp_path: Path) -> Non
     truncate(tmp_path / "run" / "encoder" / "encoder.safetensors")
     with pytest.raises(UserError, match=r"encoder\.safetensors .*could not read it"):
         convert("cumo", tmp_path / "run", tmp_path / "back", "--back")
+
+
+def test_shape_and_type_are_told_of_both_kinds(tmp_path: Path) -> None:
+    write_bin(tmp_path / "a.bin")
+    write_tensors(tmp_path / "a.safetensors")
+    files = [TensorFiles(tmp_path / name) for name in ("a.bin", "a.safetensors")]
+    assert [(held.shape("a"), held.dtype("a")) for held in files] == [((64,), "torch.float32"), ((64,), "F32")]

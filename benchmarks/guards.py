@@ -13,6 +13,7 @@ import argparse
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -43,7 +44,8 @@ class Watched(step.Trained):
         strategy = SimpleNamespace(launcher=None, reduce_boolean_decision=lambda told, **_: told)
         self.trainer: Any = SimpleNamespace(
             world_size=world_size, strategy=strategy, precision_plugin=None, callbacks=self.callbacks,
-            global_step=0, max_steps=-1, should_stop=False, global_rank=0,
+            global_step=0, max_steps=-1, should_stop=False, default_root_dir=tempfile.gettempdir(),
+            global_rank=dist.get_rank() if world_size > 1 else 0,
         )  # fmt: skip
         self.seconds = 0.0
         self.call("on_train_start")

@@ -1,13 +1,16 @@
-"""What ends a run from outside: signals are noted, not died of, and starts that bring no step are counted."""
+"""What ends a run from outside: signals are noted, starts that bring no step counted, ranks that say nothing named."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,9 @@ EXIT_TOLD = 75  # "try again" of sysexits.h; a job script queues the job again o
 HEARD = (signal.SIGTERM, signal.SIGUSR1)
 RESTARTS_FILE = "restarts.json"
 RESTARTS_LIMIT = 20
+HEARTBEATS = ".heartbeats.tmp"  # what a run that is killed leaves behind is cleaned up by that ending
+NAMED_RANKS = 8
+OTHERS_SAY = 2.0  # seconds
 LAUNCHER_ENDS = 20  # seconds
 
 
@@ -144,3 +150,95 @@ def count_restarts(run: Path, step: int) -> None:
         )
     first, since = before.get("first", restarts()), before.get("since", time.time())
     write_json(path, {"job": job, "first": first, "since": since, "step": step, "times": times})
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Where a rank stood when it last said so.
+
+    Attributes:
+        step: Optimizer steps it had taken.
+        notes: Hooks it had come to since; the same number at the same place of every rank.
+        place: The same in words.
+        time: When it said so, in seconds since 1970; before everything if it never did.
+    """
+
+    step: int = -1
+    notes: int = 0
+    place: str = ""
+    time: float = -math.inf
+
+
+class Heartbeats:
+    """What every rank says of itself now and then, in a file of its own under the run directory.
+
+    The store of the process group would do for all but rank 0, in whose process it lives: it is stopped with it.
+
+    Args:
+        run: Run directory, which all ranks see.
+        rank: This one.
+        ranks: How many there are.
+    """
+
+    def __init__(self, run: Path, rank: int, ranks: int) -> None:
+        self.folder, self.rank, self.ranks = run / HEARTBEATS, rank, ranks
+
+    def tell(self, beat: Heartbeat) -> None:
+        """Says where this rank stands; in vain where nothing can be written, which is no reason to end a run."""
+        new = self._file(self.rank).with_suffix(".new")
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps({**asdict(beat), "time": time.time()}))
+            new.replace(self._file(self.rank))
+
+    def suspects(self, own: Heartbeat, silence: float) -> str:
+        """Returns a sentence on the ranks that others wait for, in a few seconds also where a file system hangs.
+
+        Args:
+            own: Where this rank stands.
+            silence: Seconds after which a rank that said nothing more is silent.
+        """
+        said: list[str] = []
+
+        def listen() -> None:
+            now = time.time()
+            with contextlib.suppress(OSError):
+                beats = {rank: Heartbeat(**read_json(self._file(rank))) for rank in range(self.ranks)}
+                said.append(waited_for({**beats, self.rank: replace(own, time=now)}, now, silence))
+
+        listens = threading.Thread(target=listen, daemon=True)
+        listens.start()
+        listens.join(OTHERS_SAY)
+        return said[0] if said else f"Where other ranks stand could not be read in {self.folder}. "
+
+    def end(self) -> None:
+        """Removes what this rank said, and the last one the folder."""
+        with contextlib.suppress(OSError):
+            self._file(self.rank).unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank}.json"
+
+
+def waited_for(beats: Mapping[int, Heartbeat], now: float, silence: float) -> str:
+    """Says which ranks others wait for: those that say nothing, else those that are behind.
+
+    Args:
+        beats: What each rank said last.
+        now: Seconds since 1970.
+        silence: Seconds after which a rank that said nothing more is silent: stopped, or its node lost.
+    """
+    silent = {rank: beat for rank, beat in beats.items() if now - beat.time > silence}
+    if silent:
+        last = {rank: f"for {now - beat.time:.0f} s; it {beat.place}" for rank, beat in silent.items() if beat.place}
+        return f"No sign of life from {_ranks({rank: last.get(rank, 'nothing is known of it') for rank in silent})}. "
+    least = min((beat.step, beat.notes) for beat in beats.values())
+    behind = {rank: f"it {beat.place}" for rank, beat in beats.items() if (beat.step, beat.notes) == least}
+    return "All ranks stand there. " if len(behind) == len(beats) else f"The others wait for {_ranks(behind)}. "
+
+
+def _ranks(told: Mapping[int, str]) -> str:
+    named = [f"rank {rank} ({words})" for rank, words in list(told.items())[:NAMED_RANKS]]
+    more = len(told) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")

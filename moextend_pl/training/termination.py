@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from moextend_pl.contracts import UserError, run_directory
 from moextend_pl.runs.checkpoint import CHECKPOINT_FOLDER, PENDING_CHECKPOINT, take_place
-from moextend_pl.runs.interruptions import EXIT_TOLD, Notes, Told
+from moextend_pl.runs.interruptions import EXIT_TOLD, Heartbeat, Heartbeats, Notes, Told
 
 log = logging.getLogger(__name__)
 SHOWN_KEYS = 8
@@ -182,8 +182,9 @@ class EqualSteps(Callback):
 class Watchdog(Callback):
     """Ends a run that stands still, on all ranks, and says where it stood; every start of the command line has one.
 
-    A rank that waits for another one that hangs stands still as well. What its data, a batch and a checkpoint need is
-    counted each by itself. Name it under `trainer.callbacks` to set its time.
+    A rank that waits for another one that hangs stands still as well, so that each tells where it is in a file of the
+    run directory now and then: the one that fires names those that say nothing, or else have come less far. What its
+    data, a batch and a checkpoint need is counted each by itself. Name it under `trainer.callbacks` to set its time.
 
     Args:
         timeout: Seconds without a new batch, after which the process ends with exit code 75: a job is queued again.
@@ -197,9 +198,11 @@ class Watchdog(Callback):
             raise UserError(f"Expected `timeout` of Watchdog above 0 seconds, got {timeout}.")
         self.timeout = timeout
         self._moved = time.monotonic()
-        self._place, self._keys, self._over = "", "", threading.Event()
+        self._at, self._keys, self._over = Heartbeat(), "", threading.Event()
         self._last = False
         self._kill: Callable[[], object] = lambda: None
+        self._beats: Heartbeats | None = None
+        self._teller: threading.Thread | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to watch."""
@@ -207,6 +210,10 @@ class Watchdog(Callback):
         self._over.clear()
         self._note(trainer, "waited for its first batch")
         threading.Thread(target=self._watch, args=(trainer.global_rank,), daemon=True, name="watchdog").start()
+        if trainer.world_size > 1:  # a thread of its own: on a file system that hangs, nothing is told for ever
+            self._beats = Heartbeats(run_directory(trainer), trainer.global_rank, trainer.world_size)
+            self._teller = threading.Thread(target=self._tell, args=(self._beats,), daemon=True, name="heartbeat")
+            self._teller.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes that a batch has come."""
@@ -237,22 +244,33 @@ class Watchdog(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the watch: results may take their time."""
         self._over.set()
+        if self._teller is not None:
+            self._teller.join(OTHERS_SAY)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Ends the watch of a run that failed: the process, a notebook's perhaps, may go on."""
-        self._over.set()
+        self.on_train_end(trainer, pl_module)
 
     def _note(self, trainer: Trainer, doing: str) -> None:
-        self._place = f"{doing} step {trainer.global_step}"
+        step = trainer.global_step
+        notes = self._at.notes + 1 if self._at.step == step else 0
+        self._at = Heartbeat(step, notes, f"{doing} step {step}")
         self._moved = time.monotonic()
+
+    def _tell(self, beats: Heartbeats) -> None:
+        beats.tell(self._at)
+        while not self._over.wait(min(30.0, self.timeout / 8)):
+            beats.tell(self._at)
+        beats.end()
 
     def _watch(self, rank: int) -> None:
         while not self._over.wait(min(1.0, self.timeout / 4)):
             if not self._last and time.monotonic() - self._moved > self.timeout:
+                others = self._beats.suspects(self._at, self.timeout / 2) if self._beats else ""
                 log.error(
-                    "rank %d stands still: for %.0f s it %s; its last samples: %s. The run ends; the same command "
+                    "rank %d stands still: for %.0f s it %s; its last samples: %s. %sThe run ends; the same command "
                     "continues from its last checkpoint",
-                    *(rank, self.timeout, self._place, self._keys or "(none)"),
+                    *(rank, self.timeout, self._at.place, self._keys or "(none)", others),
                 )
                 self._kill()
                 os._exit(EXIT_TOLD)

@@ -286,8 +286,9 @@ def test_what_is_measured_and_written_after_the_last_step_may_take_its_time(
     dog, ended = Watchdog(0.2), threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), dog._over.set(), ended.set()))
     at: Any = SimpleNamespace(
-        global_step=step, max_steps=2, should_stop=False, global_rank=0, strategy=SimpleNamespace(launcher=None)
-    )
+        global_step=step, max_steps=2, should_stop=False, global_rank=0, world_size=1,
+        strategy=SimpleNamespace(launcher=None),
+    )  # fmt: skip
     dog.on_train_start(at, None)
     dog.on_train_batch_end(at)
     assert ended.wait(1.5) == ends

@@ -27,6 +27,7 @@ POSITIVE = ("gpu_tflops", "gpu_memory", "gpus", "price", "mfu", "tokens_per_seco
 PACKED = "packing is not counted: a row is planned as one conversation with one image"
 LOOKED_AT = "of gated cross-attention weights and optimizer are planned, and neither its operations nor its activations"
 TILED = "every picture is planned with the most tiles, {} with its thumbnail; their tags count as text"
+TAUGHT = "of distillation the teacher's weights and forward pass are planned, and not what the terms keep"
 QUANTISED = "{} is quantised already: weights are planned as its unquantised model's"
 
 
@@ -81,7 +82,7 @@ def uncounted(stage: StageModel) -> list[str]:
     from moextend_pl.models.model_folder import is_quantised
     from moextend_pl.samples.tiling.tiles import Tiling
 
-    notes = []
+    notes = [TAUGHT] if hasattr(stage.module, "teacher") else []
     data = (stage.config.get("data") or {}).get("init_args") or {}
     if (data.get("rows") or {}).get("packing"):
         notes.append(PACKED)

@@ -4,9 +4,8 @@ What is assumed: experts run as `moextend` or as transformers' `grouped_mm`, att
 queries, keys, values and its output; tokens spread evenly over the experts of a layer; every sequence has the full
 padded length, one image, and learns all of its text. Nothing is kept below the first tensor that learns, and
 frozen matrices keep no inputs. The formulas count what torch saves for the backward pass, operation by operation,
-and are compared with real runs in `tests/unit/moextend_pl/plan/`.
-
-Symbols as in `plan.facts`; S padded length, T tokens of one rank's batch.
+and are compared with real runs in `tests/unit/moextend_pl/plan/`. Symbols as in `plan.facts`; S padded length, T
+tokens of one rank's batch.
 """
 
 from __future__ import annotations
@@ -219,8 +218,9 @@ def saved_by_layer(layer: Layer, run: RunShape, state: int) -> float:
 
 
 def learned_tokens(shape: ModelShape, run: RunShape) -> float:
-    """Returns the tokens of a sequence that are learned; all of the text if not stated."""
-    return run.learned if run.learned is not None else max(run.length - run.images * shape.tokens_per_image, 0.0)
+    """Returns the tokens of a sequence whose logits are computed; all of the text, or all, if not stated."""
+    pictures = run.images * shape.tokens_per_image * (not shape.asks_pictures)
+    return run.learned if run.learned is not None else max(run.length - pictures, 0.0)
 
 
 def activation_bytes(shape: ModelShape, run: RunShape) -> float:

@@ -178,6 +178,8 @@ class ModelShape:
         tiles: Most images that one picture becomes, see `samples.tiling`; each has its placeholders.
         unit_bytes: The largest unit that FSDP2 gathers, a decoder layer or norm and head.
         unit_learning_bytes: What learns in the unit of which most learns.
+        asks_pictures: Whether logits are computed at picture tokens, too.
+        teacher: The frozen model that it learns from, whose memory is a part of its own.
     """
 
     parts: tuple[Part, ...]
@@ -193,6 +195,8 @@ class ModelShape:
     tiles: int = 1
     unit_bytes: int = 0
     unit_learning_bytes: int = 0
+    asks_pictures: bool = False
+    teacher: ModelShape | None = None
 
 
 GIB = 2**30

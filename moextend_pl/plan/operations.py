@@ -6,7 +6,7 @@ A multiplication and an addition are two. Symbols as in `plan.facts`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moextend_pl.plan.cost import EXPERTS_ONLY, NO_GRAPH, WHOLE, RunShape, computed_rows, graph_states, learned_tokens
 from moextend_pl.plan.facts import Layer, ModelShape
@@ -25,6 +25,7 @@ class Operations:
         inputs: Of the backward pass towards inputs (dX).
         weights: Of the backward pass towards weights that learn (dW).
         tower: Of the vision tower, both passes.
+        teacher: Of the forward pass of a frozen teacher, its tower included.
     """
 
     forward: float
@@ -32,11 +33,12 @@ class Operations:
     inputs: float
     weights: float
     tower: float
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.forward + self.again + self.inputs + self.weights + self.tower
+        return self.forward + self.again + self.inputs + self.weights + self.tower + self.teacher
 
 
 def layer_operations(layer: Layer, run: RunShape, state: int) -> tuple[float, float, float]:
@@ -87,4 +89,12 @@ def operations(shape: ModelShape, run: RunShape) -> Operations:
     if shape.projector is not None:
         forward += images * shape.projector.forward
         weights += images * shape.projector.backward
-    return Operations(forward, again, inputs, weights, tower)
+    return Operations(forward, again, inputs, weights, tower, teacher_operations(shape, run))
+
+
+def teacher_operations(shape: ModelShape, run: RunShape) -> float:
+    """Returns the operations of a frozen teacher, which is shown the whole micro-batch; its head, where terms ask."""
+    if shape.teacher is None:
+        return 0.0
+    alone = operations(shape.teacher, replace(run, learned=learned_tokens(shape, run)))
+    return alone.forward + alone.tower

@@ -123,6 +123,7 @@ def operations_text(executed: Operations, run: RunShape) -> str:
         "backward to inputs": executed.inputs,
         "backward to weights that learn": executed.weights,
         "vision tower": executed.tower,
+        **({"teacher, forward": executed.teacher} if executed.teacher else {}),
         "total": executed.total,
     }
     rows: Rows = [("operations per token", "", "10^9")]

@@ -6,6 +6,7 @@ Works on models of the meta device, which have shapes and no values.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moextend_pl.contracts import UserError
+from moextend_pl.distillation.distill import Distill
 from moextend_pl.models.delta import delta_tensors
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.blocks import MoEBlock, list_blocks
 from moextend_pl.moe.dispatch import meant_for_kernels, takes
+from moextend_pl.plan.cost import NF4_BYTES
 from moextend_pl.plan.facts import Layer, Matrix, ModelShape, Norm, Part, Stack
 from moextend_pl.plan.networks import measure_projector, measure_tower
+from moextend_pl.plan.stage_model import read_teacher
 from moextend_pl.samples.tiling.tiles import Tiling
 from moextend_pl.training.sharding.units import parameters_by_unit
 from moextend_pl.training.stage import StageModule
@@ -29,13 +33,38 @@ TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_
 
 
 def read_shape(module: StageModule, compute_bytes: int, mixed: torch.dtype | None = None) -> ModelShape:
-    """Reads the shape of a model.
+    """Reads the shape of a model, and of the teacher beside it.
 
     Args:
         module: Built, grown and frozen as a run would, on the meta device or any other.
         compute_bytes: Bytes of one value outside the experts.
         mixed: Type in which autocast computes; None without it.
     """
+    alone = _read_shape(module, compute_bytes, mixed)
+    if not isinstance(module, Distill):
+        return alone
+    teacher = read_teacher(module)
+    taught = _read_shape(teacher, compute_bytes, mixed)
+    nf4 = (teacher.language if isinstance(teacher, MoExtend) else teacher).compute.quantize == "nf4"
+    held = not module.teacher.spec.is_own_base  # else it is there already
+    return replace(
+        alone,
+        parts=(*alone.parts, _teacher_part(taught, nf4)) if held else alone.parts,
+        buffer_bytes=alone.buffer_bytes + held * taught.buffer_bytes,
+        asks_pictures=any(term.needs_logits and term.scopes & {"image", "all"} for term in module.terms),
+        teacher=taught,
+    )
+
+
+def _teacher_part(taught: ModelShape, nf4: bool) -> Part:
+    """Returns a teacher as one frozen part, which every process holds as a whole."""
+    size, count = (sum(getattr(part, name) for part in taught.parts) for name in ("bytes", "parameters"))
+    saved = nf4 * sum(part.quantisable * (part.bytes / part.parameters - NF4_BYTES) for part in taught.parts)
+    kinds = ",".join(sorted({kind for part in taught.parts for kind in part.dtype.split(",")}))
+    return Part("teacher", count, 0, round(size - saved), 0, 0, "nf4" if nf4 else kinds, quantisable=0)
+
+
+def _read_shape(module: StageModule, compute_bytes: int, mixed: torch.dtype | None = None) -> ModelShape:
     language = getattr(module, "language", module if isinstance(module, MoELanguageModel) else None)
     encoder = getattr(module, "encoder", module if isinstance(module, VisionEncoder) else None)
     layers = _layers(language, compute_bytes) if language is not None else ()

@@ -16,8 +16,11 @@ from moextend_pl.cli.stage import MoExtendCLI
 from moextend_pl.cli.stage_parser import plain_config, replace_plan
 from moextend_pl.cli.trainer_settings import sharing_of
 from moextend_pl.contracts import PLAN_FILE, UserError
+from moextend_pl.distillation.distill import Distill
 from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.encoder import TIMM
+from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.moextend import MoExtend
 from moextend_pl.runs.manifest import MANIFEST_FILE
 from moextend_pl.runs.preflight import PLAN_ARGUMENTS
 from moextend_pl.training.sharding.strategy import check_parts
@@ -173,3 +176,22 @@ def read_stage(argv: Sequence[str]) -> StageModel:
         module.configure_model()
     module.to(torch.float32 if stage.is_mixed else stage.compute_dtype)
     return stage
+
+
+def read_teacher(student: Distill) -> MoExtend | MoELanguageModel:
+    """Builds the model that a built student learns from, as frozen as it is, on the meta device and in its type.
+
+    Raises:
+        UserError: If its files are not there.
+    """
+    spec, own = student.teacher.spec, student.language
+    with torch.device("meta"):
+        if spec.run is not None:
+            return MoExtend.load(spec.run, quantize=spec.quantize).requires_grad_(False).to(student.dtype)
+        teacher = (
+            MoELanguageModel(base=own.base or own.config, tokenizer=own.tokenizer_path, dense=own.dense)
+            if spec.base is None
+            else MoELanguageModel(base=spec.base, dense=spec.dense, compute=ComputeSpec(quantize=spec.quantize))
+        )
+        teacher.configure_model()
+    return teacher.requires_grad_(False).to(student.dtype)

@@ -117,5 +117,6 @@ def _fingerprint(encoder: ConversationEncoder, shards: str) -> str:
         str(spec.tokens_per_image),
         str(encoder.max_length),
         *((spec.tiles, str(spec.image_size)) if spec.tiles else ()),
+        *(["thumbnail"] if spec.thumbnail else ()),
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

@@ -21,7 +21,6 @@ IGNORE_INDEX = -100
 
 PLAN_SCHEMA = 1
 PLAN_FILE = "extension_plan.yaml"
-
 INITS = ("copy", "preserving")
 ROUTINGS = ("open", "masked", "masked_tokens")
 CALIBRATIONS = ("additive", "multiplicative", "none")
@@ -46,7 +45,7 @@ class SampleSpec:
         packing_obstacle: Why the model cannot take rows of several documents; empty if it can.
         context: Longest sequence that the model was made for, in positions; None if it says none.
         resize: How images that are not square become one, see `samples.squares`; `resample` is the filter.
-        tiles: How images are cut into several, see `samples.tiling`; empty for not at all.
+        tiles, thumbnail: How images are cut, see `samples.tiling`, and if thumbnails alone have placeholders (NVLM-H).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +59,7 @@ class SampleSpec:
     resize: str = "squash"
     resample: str = "bicubic"
     tiles: str = ""
+    thumbnail: bool = False
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Sample:
         image_keys: I names, one an image, equal for equal pictures of one shard set.
         prompt, answer: Texts asked and expected when the sample is used for generation.
         task: Name of the task its shard set belongs to; empty if none was given.
-        tiles: (S,) which image each token is the tag of, from 1, else 0; for models that look at images (NVLM-X).
+        tiles: (S,) which image each tag (NVLM-X), or placeholder of a thumbnail (NVLM-H), stands for, from 1, else 0.
     """
 
     key: str
@@ -95,7 +95,7 @@ class HostFacts(NamedTuple):
     targets: Tensor  # (A,) ids to predict there
     images: Tensor  # (P,) places among all B * S of image placeholders
     tokens: int  # number of real tokens, image placeholders included
-    rows: Tensor | None = None  # (B, M) numbers of the images of each row, 0 for none, where there are `tiles`
+    looked: Tensor | None = None  # (3, B, M) images that words look at, as `host_facts.Looked`, where there are `tiles`
 
 
 class Batch(TypedDict):
@@ -117,7 +117,7 @@ class Batch(TypedDict):
     answers: NotRequired[list[str]]  # B
     tasks: NotRequired[list[str]]  # N, names of the tasks that samples belong to
     documents: NotRequired[Tensor]  # (B, S) int64, 0 on padding
-    tiles: NotRequired[Tensor]  # (B, S) int64, number of the image that a token is the tag of, counted over all rows
+    tiles: NotRequired[Tensor]  # (B, S) int64, number of the image that a token stands for, counted over all rows
     known: NotRequired[HostFacts]  # added by the model before the batch leaves the host
 
 

@@ -91,7 +91,7 @@ def model_arguments(model: DeltaModule) -> dict[str, dict[str, Any]]:
         raise UserError("Expected `language.base`, so that the run can be loaded again.")
     arguments: dict[str, dict[str, Any]] = {
         "encoder": model.encoder.rebuild_arguments(),
-        "projector": {name: getattr(model.projector, name) for name in ("kind", "merge", "cross_attention")},
+        "projector": model.projector.rebuild_arguments(),
         "language": {
             "base": language.base,
             "tokenizer": language.tokenizer_path,

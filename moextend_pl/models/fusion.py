@@ -43,6 +43,18 @@ def dense_layers(narrow: int, wide: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def standing_features(features_NPD: Tensor, tiles_BS: Tensor, places_T: Tensor) -> Tensor:
+    """Returns the features of those images that have placeholders, in the order of these: thumbnails (NVLM-H).
+
+    Args:
+        features_NPD: Projected features of all images.
+        tiles_BS: Which image each placeholder stands for, from 1.
+        places_T: As of `scatter_features`.
+    """
+    first_of_each = places_T[:: features_NPD.shape[1]]
+    return features_NPD.index_select(0, tiles_BS.flatten().index_select(0, first_of_each) - 1)
+
+
 def scatter_features(embeddings_BSD: Tensor, features_IPD: Tensor, places_T: Tensor) -> Tensor:
     """Overwrites placeholder embeddings with image features, in reading order.
 

@@ -205,7 +205,7 @@ class MoELanguageModel(AnswerMixin, StageModule):
         Args:
             batch: `input_ids` (B, S), `tasks` where a plan belongs to a task, `documents` where rows are packed.
         """
-        self.sight.open(batch)
+        self.sight.open(batch, self.image_token_id)
         is_image_BS, tasks = is_image(batch, self.image_token_id), batch.get("tasks")
         for plan, reach in self.extensions:
             routing = "open" if self._opened_to_text else plan.routing

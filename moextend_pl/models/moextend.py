@@ -25,7 +25,7 @@ from moextend_pl.models.base_model import compile_layers
 from moextend_pl.models.delta import DeltaModule, check_start, encoder_arguments, language_arguments, load_delta
 from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.feature_cache import FeatureCache, encode_once
-from moextend_pl.models.fusion import scatter_features
+from moextend_pl.models.fusion import scatter_features, standing_features
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.models.model_folder import base_folder
 from moextend_pl.models.projector import Projector
@@ -119,8 +119,8 @@ class MoExtend(AskMixin, DeltaModule):
         """Returns what the model asks of its data; tokenizer and image size have this one source."""
         tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
         facts = {name: self.encoder.config[name] for name in ("image_size", "resize", "resample", "tiles")}
-        options: dict[str, Any] = {"tokens_per_image": tokens, **facts, **self.encoder.image_statistics}
-        return replace(self.language.sample_spec(), **options)
+        options: dict[str, Any] = {**facts, **self.encoder.image_statistics, "thumbnail": self.projector.thumbnail}
+        return replace(self.language.sample_spec(), tokens_per_image=tokens, **options)
 
     def configure_model(self) -> None:
         """Builds, grows and freezes, once."""
@@ -141,7 +141,7 @@ class MoExtend(AskMixin, DeltaModule):
         self.projector.in_features, self.projector.out_features = self.encoder.channels, self.language.width
         self.projector.build_base()
         self.language.build_base(share_of(self))
-        self.projector.attach(self.language.model, self.language.sight, self.language.compute.compile)
+        self.projector.attach(self.language, self.encoder.config["tiles"])
         for part in upcycled_before:
             part.upcycle()
         earlier = () if manifest is None else manifest.plans
@@ -231,20 +231,20 @@ class MoExtend(AskMixin, DeltaModule):
             rank waits for their gradients.
         """
         embeddings_BSD = self.language.embed(batch["input_ids"])
-        has_image = len(batch["image_keys"]) > 0
-        encoder = self.encoder.parts()
-        zero = touch(
-            encoder["encoder_unread"] if has_image else [*self.encoder.parameters(), *self.projector.parameters()]
-        )
+        has_image, unread = len(batch["image_keys"]) > 0, self.encoder.parts()["encoder_unread"]
+        zero = touch(unread if has_image else [*self.encoder.parameters(), *self.projector.parameters()])
         embeddings_BSD = embeddings_BSD if zero is None else embeddings_BSD + zero
         if not has_image:
             return embeddings_BSD
         features_IPC = self.encode(batch["pixel_values"], batch["image_keys"])
         projected_IPD = merge_tokens(self.projector(features_IPC), merges)
+        places_T = self.with_host_facts(batch)["known"].images
         if self.projector.cross_attention:
-            self.language.sight.show(projected_IPD, batch["tiles"])
-            return embeddings_BSD
-        return scatter_features(embeddings_BSD, projected_IPD, self.with_host_facts(batch)["known"].images)
+            self.language.sight.show(projected_IPD, batch["tiles"], self.projector.embed_tags(self.language.embed))
+            if not self.projector.thumbnail:
+                return embeddings_BSD
+            projected_IPD = standing_features(projected_IPD, batch["tiles"], places_T)
+        return scatter_features(embeddings_BSD, projected_IPD, places_T)
 
     def forward(self, batch: Batch) -> LanguageOutput:
         """Computes the losses of a batch, those of the routers of tower and projector included."""

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from moextend_pl.contracts import SampleSpec, UpcycleSpec, UserError
 from moextend_pl.models.cross_attention.gated_attention import attach
-from moextend_pl.models.cross_attention.sight import Sight
 from moextend_pl.models.fusion import dense_layers, merge_neighbours
 from moextend_pl.moe.dense_mlp import read_mlp
 from moextend_pl.moe.upcycle import UpcycledMLP
 from moextend_pl.moe.watch import RouterWatch
+from moextend_pl.samples.tiling.tags import tag_table
 from moextend_pl.samples.tiling.tiles import Tiling
 from moextend_pl.training.optim import OptimSpec
 from moextend_pl.training.stage import StageModule
+
+if TYPE_CHECKING:
+    from moextend_pl.models.language import MoELanguageModel
 
 
 class Projector(StageModule):
@@ -34,22 +38,26 @@ class Projector(StageModule):
         merge: Side of the squares of tokens that are joined into one; 1 keeps them.
         cross_attention: If not 0, features do not stand among the words: tokens look at them by gated cross-attention
             before the last of every so many decoder layers (NVLM-X); `encoder.features.tiles` must have tags.
+        thumbnail: Whether with `cross_attention` a picture's thumbnail stands among the words and they look at its
+            tiles (NVLM-H).
         in_features: C; MoExtend fills it in from the tower.
         out_features: D; MoExtend fills it in from the language model.
         upcycle: How an `mlp2x_gelu` becomes a mixture of experts (CuMo's MLP-MoE); None leaves it dense.
         optim: Optimizer, where the projector is trained alone.
 
     Raises:
-        UserError: If `kind` is not known, or is to be upcycled and is no MLP of two layers, or `merge` is below 1.
+        UserError: If `kind` is not known, or is to be upcycled and is no MLP of two layers, or a number is too small.
     """
 
     layers: nn.Sequential | UpcycledMLP
+    tags: Tensor | None
 
     def __init__(
         self,
         kind: str = "mlp2x_gelu",
         merge: int = 1,
         cross_attention: int = 0,
+        thumbnail: bool = False,
         in_features: int | None = None,
         out_features: int | None = None,
         upcycle: UpcycleSpec | None = None,
@@ -66,13 +74,23 @@ class Projector(StageModule):
             raise UserError(f"Expected `projector.merge` of at least 1, got {merge}.")
         if cross_attention < 0:
             raise UserError(f"Expected `projector.cross_attention` of at least 0, got {cross_attention}.")
+        if thumbnail and not cross_attention:
+            raise UserError(
+                "Expected `projector.cross_attention` beside `thumbnail`, which leaves tiles to be looked at, got 0. "
+                "Set it to a number of layers, or leave out `thumbnail`."
+            )
         self.kind, self.merge, self.upcycle_spec, self.cross_attention = kind, merge, upcycle, cross_attention
-        self.gated = nn.ModuleList()
+        self.thumbnail, self.gated = thumbnail, nn.ModuleList()
+        self.register_buffer("tags", None, persistent=False)  # ids of those that are looked at with their tiles
         self.watch, self.recompute = RouterWatch(), False
         self.in_features, self.out_features = in_features, out_features
 
+    def rebuild_arguments(self) -> dict[str, Any]:
+        """Returns the arguments by which the same layers are built again, but for `upcycle`."""
+        return {name: getattr(self, name) for name in ("kind", "merge", "cross_attention", "thumbnail")}
+
     def tokens_per_image(self, encoder_tokens: int) -> int:
-        """Returns the number of places among the words that an image takes; none where words look at it.
+        """Returns the number of places among the words that an image takes; none where words look at all images.
 
         Args:
             encoder_tokens: P of the tower.
@@ -85,7 +103,7 @@ class Projector(StageModule):
                 f"Expected a square grid whose side divides by `projector.merge` = {self.merge}, got "
                 f"{encoder_tokens} tokens an image. Change `merge` or the tower's `pool`."
             )
-        return 0 if self.cross_attention else encoder_tokens // self.merge**2
+        return 0 if self.cross_attention and not self.thumbnail else encoder_tokens // self.merge**2
 
     def build(self) -> None:
         """Builds the layers, upcycled where that is asked for."""
@@ -138,10 +156,23 @@ class Projector(StageModule):
                 " that is looked at stands among the words by its tags alone. Set `tiles: 6`, or `1` for whole ones."
             )
 
-    def attach(self, model: PreTrainedModel, sight: Sight, compiled: bool) -> None:
-        """Builds the layers by which a language model looks at pictures, where that is asked for; see `attach`."""
+    def attach(self, language: MoELanguageModel, tiles: str) -> None:
+        """Builds the layers by which a language model looks at pictures, where that is asked for; see `attach`.
+
+        Args:
+            language: Built.
+            tiles: That of the encoder.
+        """
         if self.cross_attention:
-            self.gated = attach(model, self.cross_attention, sight, compiled)
+            self.gated = attach(language.model, self.cross_attention, language.sight, language.compute.compile)
+        if self.thumbnail:
+            self.tags = torch.tensor(tag_table(language.tokenizer, Tiling.parse(tiles)))
+
+    def embed_tags(self, embed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Returns tags as `Sight.show` takes them; None where there are none to look at."""
+        if self.tags is None or not self.tags.numel():
+            return None
+        return embed(self.tags.clamp(min=0)), self.tags >= 0
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Returns the one part, `projector`, layers of cross-attention included."""

@@ -57,7 +57,7 @@ def _smaller_batches(run: RunShape) -> list[RunShape]:
 
 
 def _shorter(shape: ModelShape, run: RunShape) -> list[RunShape]:
-    shortest = LENGTH_STEP * (math.ceil(run.images * shape.tokens_per_image) // LENGTH_STEP + 1)
+    shortest = LENGTH_STEP * (math.ceil(shape.placeholders(run.images)) // LENGTH_STEP + 1)
     lengths = reversed(range(shortest, run.length, LENGTH_STEP))
     return [replace(run, length=n, mean_length=min(run.mean_length, n), learned=None) for n in lengths]
 

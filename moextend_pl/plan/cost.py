@@ -219,7 +219,7 @@ def saved_by_layer(layer: Layer, run: RunShape, state: int) -> float:
 
 def learned_tokens(shape: ModelShape, run: RunShape) -> float:
     """Returns the tokens of a sequence whose logits are computed; all of the text, or all, if not stated."""
-    pictures = run.images * shape.tokens_per_image * (not shape.asks_pictures)
+    pictures = shape.placeholders(run.images) * (not shape.asks_pictures)
     return run.learned if run.learned is not None else max(run.length - pictures, 0.0)
 
 

@@ -175,7 +175,8 @@ class ModelShape:
         projector: The projector.
         tokens_per_image: Placeholders of one image.
         delta_bytes: Weights that a finished run writes.
-        tiles: Most images that one picture becomes, see `samples.tiling`; each has its placeholders.
+        tiles: Most images that one picture becomes, see `samples.tiling`.
+        looked_at: How many of these have no placeholders: words look at them.
         unit_bytes: The largest unit that FSDP2 gathers, a decoder layer or norm and head.
         unit_learning_bytes: What learns in the unit of which most learns.
         asks_pictures: Whether logits are computed at picture tokens, too.
@@ -193,10 +194,15 @@ class ModelShape:
     tokens_per_image: int
     delta_bytes: int
     tiles: int = 1
+    looked_at: int = 0
     unit_bytes: int = 0
     unit_learning_bytes: int = 0
     asks_pictures: bool = False
     teacher: ModelShape | None = None
+
+    def placeholders(self, images: float) -> float:
+        """Returns how many places among the words so many images have, those of pictures of the most tiles."""
+        return images * self.tokens_per_image * (self.tiles - self.looked_at) / self.tiles
 
 
 GIB = 2**30

@@ -82,7 +82,7 @@ def run_shape(config: dict[str, Any], wishes: Wishes, shape: ModelShape, **more:
             f"Batches of {batch} sequences on {ranks} GPUs, {accumulate} of them a step, cannot be shared by "
             f"{gpus} GPUs. Change `data.batch_size` or `trainer.accumulate_grad_batches`."
         )
-    image = shape.tiles * shape.tokens_per_image
+    image = round(shape.placeholders(shape.tiles))
     if image >= length:
         raise UserError(
             f"Expected sequences longer than the {image} tokens of an image, got {length}. Change "

@@ -72,6 +72,7 @@ def _read_shape(module: StageModule, compute_bytes: int, mixed: torch.dtype | No
     tokens = _tokens_per_image(module)  # first: it says in words what a forward pass would only stumble over
     tower, features = measure_tower(encoder, mixed) if encoder is not None else (None, None)
     whole = module if isinstance(module, MoExtend) else None
+    tiles = Tiling.parse(whole.encoder.config["tiles"]).most_squares if whole is not None else 1
     delta = delta_tensors(whole).values() if whole is not None else module.parameters()
     units = parameters_by_unit(model) if model is not None else []
     return ModelShape(
@@ -84,7 +85,8 @@ def _read_shape(module: StageModule, compute_bytes: int, mixed: torch.dtype | No
         tower=tower,
         projector=measure_projector(whole.projector, features, mixed) if whole and features is not None else None,
         tokens_per_image=tokens,
-        tiles=Tiling.parse(whole.encoder.config["tiles"]).most_squares if whole is not None else 1,
+        tiles=tiles,
+        looked_at=tiles - whole.projector.thumbnail if whole is not None and whole.projector.cross_attention else 0,
         delta_bytes=sum(map(_bytes, delta)),
         unit_bytes=max((sum(map(_bytes, unit)) for unit in units), default=0),
         unit_learning_bytes=max((sum(_bytes(p) for p in unit if p.requires_grad) for unit in units), default=0),

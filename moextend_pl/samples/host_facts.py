@@ -5,11 +5,21 @@ Shapes: B batch, S sequence, A learned positions, P image placeholders, M most i
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moextend_pl.contracts import IGNORE_INDEX, Batch, HostFacts
+
+
+class Looked(NamedTuple):
+    """The M images that the words of each row look at, in their order."""
+
+    images: Tensor  # (B, M) their numbers, 0 for none
+    shown: Tensor  # (B, M) number of the image whose tokens show them: their own, or their thumbnail's (NVLM-H)
+    places: Tensor  # (B, M) which tile of its picture each is, from 0, where a thumbnail shows them
 
 
 def with_host_facts(batch: Batch, image_token_id: int) -> Batch:
@@ -29,13 +39,13 @@ def with_host_facts(batch: Batch, image_token_id: int) -> Batch:
         targets=next_BS[learned_BS],
         images=is_image(batch, image_token_id).flatten().nonzero().squeeze(-1),
         tokens=int(batch["attention_mask"].sum()),
-        rows=tiles_by_row(batch["tiles"]) if "tiles" in batch else None,
+        looked=torch.stack(looked_at(batch, image_token_id)) if "tiles" in batch else None,
     )
     return {**batch, "known": known}
 
 
 def is_image(batch: Batch, image_token_id: int) -> Tensor:
-    """Returns which tokens stand for images, (B, S): their placeholders, or tags where images are looked at."""
+    """Returns which tokens stand for images, (B, S): their placeholders, or tags where all images are looked at."""
     return batch["tiles"] > 0 if "tiles" in batch else batch["input_ids"] == image_token_id
 
 
@@ -50,6 +60,31 @@ def tiles_by_row(tiles_BS: Tensor) -> Tensor:
     count_B = (last_B - before_B).clamp(min=0)
     place_M = torch.arange(1, int(count_B.max()) + 1, device=tiles_BS.device)
     return torch.where(place_M <= count_B[:, None], before_B[:, None] + place_M, 0)
+
+
+def looked_at(batch: Batch, image_token_id: int) -> Looked:
+    """Finds which images words look at: all but those that stand among the words by placeholders.
+
+    An image without a token of its own is a tile of the picture whose thumbnail comes next.
+
+    Args:
+        batch: With `tiles`.
+        image_token_id: Id of image placeholders.
+    """
+    tiles_BS1, numbers_BM = batch["tiles"].unsqueeze(2), tiles_by_row(batch["tiles"])
+    own_BSM = (tiles_BS1 == numbers_BM.unsqueeze(1)) & (tiles_BS1 > 0)
+    stands_BM = (own_BSM & (batch["input_ids"] == image_token_id).unsqueeze(2)).any(dim=1)
+    has_tokens_BM = own_BSM.any(dim=1)
+    later = numbers_BM.masked_fill(~has_tokens_BM, torch.iinfo(numbers_BM.dtype).max)
+    shown_BM = later.flip(1).cummin(dim=1).values.flip(1)
+    earlier = torch.cat([numbers_BM[:, :1] - 1, numbers_BM.masked_fill(~has_tokens_BM, 0)[:, :-1]], dim=1)
+    places_BM = numbers_BM - earlier.cummax(dim=1).values - 1
+    looked_BM = (numbers_BM > 0) & ~stands_BM
+    # At least one, so that layers that look take part where pictures are of one tile.
+    most = max(int(looked_BM.sum(dim=1).max()), 1)
+    order_BM = (~looked_BM).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    kept = (each.masked_fill(~looked_BM, 0).gather(1, order_BM) for each in (numbers_BM, shown_BM, places_BM))
+    return Looked(*kept)
 
 
 def samples_in(batch: Batch) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.distilled import student, teaching_run
-from helpers.tiles import tiled
-from helpers.tiny_world import GROWN, TinyWorld, make_plan, perturb
+from helpers.tiles import SIZES, photo, tiled, write_tagged_base
+from helpers.tiny_world import GROWN, QUESTION, TinyWorld, make_plan, perturb
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +30,9 @@ from moextend_pl.distillation.teacher import TeacherSpec
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.samples.collate import collate_packed
+from moextend_pl.samples.conversation import ConversationEncoder
+from moextend_pl.samples.pixels import PixelTransform
+from moextend_pl.samples.turns import Turn
 from moextend_pl.training.finite import Step, skip_step
 from moextend_pl.training.optim import OptimSpec, build_optimizer
 
@@ -132,8 +135,9 @@ def third_stage_of_cumo(world: TinyWorld, _: Path, again: bool = False) -> MoExt
     return model
 
 
-def looking(world: TinyWorld, _: Path) -> MoExtend:
-    model = tiled(world, str(world.base), 1, looks=2)
+def looking(world: TinyWorld, folder: Path, thumbnail: bool = False) -> MoExtend:
+    base = write_tagged_base(world, folder / "base") if thumbnail else str(world.base)
+    model = tiled(world, base, 6 if thumbnail else 1, looks=2, thumbnail=thumbnail)
     model.extension_plan, model.train_plan = make_plan(routing="masked"), TrainPlan(EXTEND)
     model.configure_model()
     assert model.language.image_token_id
@@ -193,6 +197,21 @@ def test_a_step_with_a_teacher_asks_the_device_for_no_value(
 ) -> None:
     model = make(tiny_world, tmp_path)
     step(model, tiny_world.batch(model, "iti"))
+
+
+def test_a_step_that_reads_thumbnails_and_looks_at_tiles_asks_the_device_for_no_value(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    model = looking(tiny_world, tmp_path, thumbnail=True)
+    encoder, transform = ConversationEncoder(model.sample_spec()), PixelTransform(model.sample_spec())
+    samples = []
+    for number in range(3):
+        pixels = [] if number == 1 else [transform(photo(SIZES[number + 1]))]
+        turns = (Turn("<image>\n" * len(pixels) + QUESTION, "red"),)
+        samples.append(encoder.encode("k", turns, pixels, [f"p{number}"] * len(pixels)))
+    batch = collate_packed([samples[:1], samples[1:]], 0)
+    assert model.with_host_facts(batch)["known"].looked.shape == (3, 2, 6)
+    step(model, batch)
 
 
 def test_a_step_over_packed_rows_asks_the_device_for_no_value(tiny_world: TinyWorld) -> None:

@@ -56,10 +56,12 @@ def write_tagged_base(world: TinyWorld, folder: Path, most: int = 6) -> str:
     return str(folder)
 
 
-def tiled(world: TinyWorld, base: str, tiles: int | str = 6, looks: int = 0, **language: Any) -> MoExtend:
+def tiled(
+    world: TinyWorld, base: str, tiles: int | str = 6, looks: int = 0, thumbnail: bool = False, **language: Any
+) -> MoExtend:
     """Returns MoExtend that sees tiles of 32 pixels, or looks at them before so manieth layer, not built yet."""
     return MoExtend(
         encoder=VisionEncoder(path=str(world.encoder), image_size=SIDE, features=FeatureSpec(tiles=tiles)),
-        projector=Projector(kind="mlp2x_gelu", cross_attention=looks),
+        projector=Projector(kind="mlp2x_gelu", cross_attention=looks, thumbnail=thumbnail),
         language=MoELanguageModel(base=base, **language),
     )

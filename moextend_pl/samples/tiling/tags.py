@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
+from transformers import PreTrainedTokenizerBase
+
 from moextend_pl.contracts import SampleSpec, UserError
 from moextend_pl.samples.tiling.tiles import Tiling
 
@@ -28,7 +30,7 @@ class PicturePlaces:
         spec: What the model asks of its data.
 
     Attributes:
-        looked_at: Whether pictures have no placeholders: what stands for a tile is its tag.
+        looked_at: Whether words look at tiles: what stands for a tile is its tag, or a thumbnail's placeholders.
 
     Raises:
         UserError: If tiles have tags that the tokenizer cannot tell apart.
@@ -37,7 +39,8 @@ class PicturePlaces:
     def __init__(self, spec: SampleSpec) -> None:
         self.tiling = Tiling.parse(spec.tiles)
         self.placeholders = [spec.image_token_id] * spec.tokens_per_image
-        self.looked_at = bool(self.tiling.most) and not self.placeholders
+        self.thumbnail = spec.thumbnail
+        self.looked_at = bool(self.tiling.most) and (self.thumbnail or not self.placeholders)
         self.ids = cache(self._ids)
         self._tags: dict[str, list[int]] = {}
         if self.tiling.most and self.tiling.tagged:
@@ -68,11 +71,21 @@ class PicturePlaces:
             squares: As in `ids`.
             before: How many tiles stand before it in the sample.
         """
+        if self.thumbnail:
+            return [0] * len(self._tags[THUMBNAIL_TAG]) + [before + squares] * len(self.placeholders)
         sizes = [len(self._tags.get(tag, ())) + len(self.placeholders) for tag in self._named(squares)]
         return [before + number for number, size in enumerate(sizes, start=1) for _ in range(size)]
 
     def _named(self, squares: int) -> list[str]:
-        return tile_tags(squares, self.tiling.most)
+        return [THUMBNAIL_TAG] if self.thumbnail else tile_tags(squares, self.tiling.most)
+
+
+def tag_table(tokenizer: PreTrainedTokenizerBase, tiling: Tiling) -> list[list[int]]:
+    """Returns the ids of the tags of all tiles but the thumbnail, in their order, -1 behind those of shorter ones."""
+    tags = tile_tags(tiling.most_squares, tiling.most)[:-1]
+    rows = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in tags]
+    longest = max(map(len, rows), default=0)
+    return [row + [-1] * (longest - len(row)) for row in rows]
 
 
 def tile_names(name: str, squares: int) -> list[str]:

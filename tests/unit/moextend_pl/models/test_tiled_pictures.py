@@ -36,8 +36,11 @@ def built(world: TinyWorld, base: str) -> MoExtend:
     return model.eval()
 
 
-def test_lengths_of_packed_rows_are_those_of_the_samples(tiny_world: TinyWorld, base: str, tmp_path: Path) -> None:
-    spec = tiled(tiny_world, base).sample_spec()
+@pytest.mark.parametrize("looks", [0, 1], ids=["D", "H"])
+def test_lengths_of_packed_rows_are_those_of_the_samples(
+    tiny_world: TinyWorld, base: str, tmp_path: Path, looks: int
+) -> None:
+    spec = tiled(tiny_world, base, looks=looks, thumbnail=looks > 0).sample_spec()
     folder = write_many_shapes(tmp_path / "set")
     data = ImageTextShards(folder, batch_size=2, rows=RowSpec(max_length=128, packing=True), spec=spec)
     data.setup("fit")
@@ -45,10 +48,11 @@ def test_lengths_of_packed_rows_are_those_of_the_samples(tiny_world: TinyWorld, 
     lengths = [samples.length(unit) for unit in range(len(samples))]
     assert lengths == [len(samples[unit].input_ids) for unit in range(len(samples))]
     batch = next(iter(data.train_dataloader()))
-    assert int((batch["input_ids"] == spec.image_token_id).sum()) == spec.tokens_per_image * len(batch["image_keys"])
+    standing = len(batch["tiles"].unique()) - 1 if looks else len(batch["image_keys"])
+    assert int((batch["input_ids"] == spec.image_token_id).sum()) == spec.tokens_per_image * standing
     assert len(batch["pixel_values"]) == len(batch["image_keys"]) > len(batch["keys"])
     other = ImageTextShards(folder, batch_size=2, rows=RowSpec(max_length=128, packing=True))
-    other.spec = tiled(tiny_world, base, "2").sample_spec()
+    other.spec = tiled(tiny_world, base, 6 if looks else 2).sample_spec()
     other.setup("fit")
     assert len(list(Path(folder).glob("lengths-*.npy"))) == 2
 
@@ -61,29 +65,29 @@ def test_tiles_are_encoded_each_once_as_pictures_are(tiny_world: TinyWorld, base
     assert isinstance(merged, str)
 
 
-def stage(world: TinyWorld, base: str, run: Path, data: str, looks: int) -> Path:
+def stage(world: TinyWorld, base: str, run: Path, data: str, looks: int, thumbnail: bool) -> Path:
     path = write_stage(world, run, "align", steps=6, every=3, val=data)
     config: dict[str, Any] = yaml.safe_load(path.read_text())
     arguments = config["model"]["init_args"]
     arguments["encoder"]["features"] = {"tiles": 6}
     arguments["language"]["base"] = base
-    arguments["projector"]["cross_attention"] = looks
+    arguments["projector"].update(cross_attention=looks, thumbnail=thumbnail)
     config["data"]["init_args"].update(train=data, batch_size=2, rows={"packing": True, "max_length": 128})
     path.write_text(yaml.safe_dump(config))
     return path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("looks", [0, 2], ids=["among the words", "looked at"])
+@pytest.mark.parametrize(("looks", "thumbnail"), [(0, False), (2, False), (2, True)], ids=["D", "X", "H"])
 def test_a_tiled_stage_goes_on_as_if_not_stopped_and_answers_alike_everywhere(
-    tiny_world: TinyWorld, base: str, tmp_path: Path, looks: int
+    tiny_world: TinyWorld, base: str, tmp_path: Path, looks: int, thumbnail: bool
 ) -> None:
     data = write_many_shapes(tmp_path / "set")
-    whole = stage(tiny_world, base, tmp_path / "whole", data, looks)
+    whole = stage(tiny_world, base, tmp_path / "whole", data, looks, thumbnail)
     cli.run(["fit", "--config", str(whole)])
     kept = tmp_path / "whole" / CHECKPOINT_FOLDER / "previous.ckpt"
     assert torch.load(kept, weights_only=True)["global_step"] == 3
-    again = stage(tiny_world, base, tmp_path / "again", data, looks)
+    again = stage(tiny_world, base, tmp_path / "again", data, looks, thumbnail)
     cli.run(["fit", "--config", str(again), "--ckpt_path", str(kept)])
     deltas = [load_file(tmp_path / run / "delta.safetensors") for run in ("whole", "again")]
     assert deltas[0].keys() == deltas[1].keys()

@@ -31,6 +31,9 @@ def test_pictures_that_are_cut_are_planned_with_their_most_tiles(tiny_world: Tin
     looking = tiled(tiny_world, str(tiny_world.base), 1, looks=1)
     looking.configure_model()
     assert LOOKED_AT in uncounted(SimpleNamespace(config=config, module=looking))
-    assert read_shape(looking, 4).tokens_per_image == 0
+    assert read_shape(looking, 4).placeholders(1) == 0
+    reading = tiled(tiny_world, str(tiny_world.base), 6, looks=1, thumbnail=True)
+    reading.configure_model()
+    assert read_shape(reading, 4).placeholders(7) == shape.tokens_per_image
     with pytest.raises(UserError, match=r"longer than the 28 tokens of an image, got 28"):
         run_shape(config, Wishes(length=28), shape)

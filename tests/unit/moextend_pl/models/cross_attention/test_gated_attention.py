@@ -35,8 +35,8 @@ def base(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> str
     return write_tagged_base(tiny_world, tmp_path_factory.mktemp("tagged") / "base")
 
 
-def built(world: TinyWorld, base: str, moved: bool = False, planned: bool = False) -> MoExtend:
-    model = tiled(world, base, looks=1)
+def built(world: TinyWorld, base: str, moved: bool = False, planned: bool = False, thumbnail: bool = False) -> MoExtend:
+    model = tiled(world, base, looks=1, thumbnail=thumbnail)
     model.extension_plan = make_plan(init="preserving", routing="masked") if planned else None
     model.train_plan = TrainPlan(("projector",))
     model.configure_model()
@@ -166,8 +166,11 @@ def test_another_tile_changes_nothing_for_a_tag(tiny_world: TinyWorld, base: str
     assert torch.equal(outputs[0][own == 1], outputs[1][own == 1])
 
 
-def test_answers_with_a_cache_are_those_of_whole_passes_alone_and_in_company(tiny_world: TinyWorld, base: str) -> None:
-    model = built(tiny_world, base, moved=True)
+@pytest.mark.parametrize("thumbnail", [False, True], ids=["X", "H"])
+def test_answers_with_a_cache_are_those_of_whole_passes_alone_and_in_company(
+    tiny_world: TinyWorld, base: str, thumbnail: bool
+) -> None:
+    model = built(tiny_world, base, moved=True, thumbnail=thumbnail)
     asked = [sample(model, 1, prompt=True), sample(model, prompt=True), sample(model, 2, 0, prompt=True)]
     together = model.answer(collate_generation(asked, 0))
     for one, answer in zip(asked, together, strict=True):
@@ -219,3 +222,5 @@ def test_what_it_cannot_do_is_refused_in_one_sentence(tiny_world: TinyWorld, bas
         tiled(tiny_world, base, looks=1, compute=ComputeSpec(compile=True)).configure_model()
     with pytest.raises(UserError, match=r"Expected `projector.cross_attention` of at least 0, got -1"):
         tiled(tiny_world, base, looks=-1)
+    with pytest.raises(UserError, match=r"Expected `projector.cross_attention` beside `thumbnail`"):
+        tiled(tiny_world, base, thumbnail=True)

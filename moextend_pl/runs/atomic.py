@@ -44,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _settle(temporary, mode)
         temporary.replace(path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     except Exception as error:
         # torch and safetensors tell of a full disk, a quota or a limit in words of their own.
         if not isinstance(error, OSError) and (fault := _refusal(temporary)):
@@ -77,7 +77,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         if path.exists():
             path.rename(old)
         temporary.rename(path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     finally:
         for rest in (temporary, old):
             shutil.rmtree(rest, ignore_errors=True)
@@ -97,7 +97,7 @@ def _settle(path: Path, mode: int) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk."""
     with contextlib.suppress(OSError):  # some file systems cannot
         descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,8 @@
-"""Lightning's checkpoint files: written whole or not at all, the last two kept, and read only if undamaged."""
+"""Lightning's checkpoint files: written whole or not at all, the last two kept, and read only if undamaged.
+
+One file a step, and no folder with a manifest beside: the archive that torch writes ends with the list of its entries
+and their checksums, so that content, checksums and place change by one rename.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from moextend_pl.contracts import UserError
-from moextend_pl.runs.atomic import write_atomically
+from moextend_pl.runs.atomic import sync_folder, write_atomically
 
 CHECKPOINT_FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"
@@ -34,6 +38,7 @@ def take_place(newest: Path) -> None:
     if last.exists():
         last.replace(newest.with_name(PREVIOUS_CHECKPOINT))
     newest.replace(last)
+    sync_folder(last.parent)
 
 
 def newest_valid(folder: Path) -> Path | None:

@@ -89,6 +89,7 @@ def test_row_9_all_are_told_by_usr1_at_a_random_moment(
     assert_ended_together(process, ranks, tmp_path / "run")
 
 
+@pytest.mark.skipif(TRIALS < 4, reason="moments that are chosen are tried in test_two_processes.py")
 @pytest.mark.parametrize("trial", range(TRIALS // 2))
 def test_row_10_each_rank_in_turn_is_told_by_sigterm_at_a_random_moment(
     tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trial: int

@@ -246,8 +246,8 @@ def check_parts(module: LightningModule, share: str) -> None:
         )
     if any(compute.compile for compute in computes):
         raise UserError(
-            "Layers that are sharded are not compiled: gathering their weights would break the graph. Remove "
-            "`language.compute.compile`, or use `trainer.strategy: ddp`."
+            "Layers that are shared are not compiled: gathering their weights, or sending tokens to experts, would "
+            "break the graph. Remove `language.compute.compile`, or use `trainer.strategy: ddp`."
         )
     if share == EXPERTS:
         for language in languages:

@@ -181,7 +181,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def kill_when(config: Path, ready: Callable[[], bool], *more: str, timeout: float = 120) -> None:
+def kill_when(config: Path, ready: Callable[[], bool], *more: str, timeout: float = 240) -> None:
     """Starts a stage and kills it (SIGKILL) as soon as something is true.
 
     Raises:

@@ -15,7 +15,8 @@ class MoExtendConfig(PreTrainedConfig):
         encoder: The tower: `name` and `tower_args` of a timm one or `config` of a transformers one, `layer`, `pool`,
             `scales`, `reference`, `grid_side`, `upcycle`, and `together`, how many images are encoded at a time: with
             1, which is faster on a CPU, features may differ from the run's in their last bit.
-        projector: `depth`, `merge`, `in_features`, `out_features` and `upcycle`.
+        projector: `depth`, `merge`, `in_features`, `out_features` and `upcycle`; where tokens look at images also
+            `cross_attention`, `thumbnail`, and `tags`, ids looked at with tiles, -1 behind those of shorter ones.
         upcycle: How the MLPs of the language model became experts; None if they did not.
         plans: Extension plans, first one first, as `ExtensionPlan.to_dict` writes them.
         image_token_id: Id that stands on every place that an image feature fills.

@@ -61,11 +61,13 @@ def configuration_of(model: MoExtend, task: str = "") -> MoExtendConfig:
     }
     if encoder.is_timm:
         facts["name"] = facts["name"].removeprefix("timm/")
-    sizes = {name: getattr(projector, name) for name in ("depth", "merge", "in_features", "out_features")}
+    names = ("depth", "merge", "in_features", "out_features", "cross_attention", "thumbnail")
+    tags = None if projector.tags is None else projector.tags.tolist()
     config = MoExtendConfig(
         text_config=_plain(language.model.config),
         encoder=facts,
-        projector={**sizes, "upcycle": _spec(projector.upcycle_spec)},
+        projector={name: getattr(projector, name) for name in names}
+        | {"upcycle": _spec(projector.upcycle_spec), "tags": tags},
         upcycle=_spec(language.upcycle_spec),
         plans=[{**plan.to_dict(), "report": {}} for plan in model.plans],
         image_token_id=language.image_token_id,
@@ -101,11 +103,6 @@ def exported(model: MoExtend, task: str = "") -> MoExtendForConditionalGeneratio
     Raises:
         UserError: If its base is in 4 bits, or questions would need another task.
     """
-    if model.projector.cross_attention:
-        raise UserError(
-            "Expected a run whose pictures stand among the words, got one with `projector.cross_attention`, which an "
-            "exported folder does not have yet. Ask it by `chat`, `generate` or `evaluate`."
-        )
     if model.language.compute.quantize is not None:
         raise UserError(
             f"Expected a run whose base has 16 or 32 bits, got `quantize: {model.language.compute.quantize}`: the "

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from moextend_pl.contracts import ExtensionPlan, UpcycleSpec
 from moextend_pl.export.configuration import MoExtendConfig
 from moextend_pl.export.seeing import ImageEncoder, ImageProjector, keep_buffers
-from moextend_pl.models.fusion import scatter_features
+from moextend_pl.models.cross_attention.gated_attention import attach
+from moextend_pl.models.cross_attention.sight import Sight
+from moextend_pl.models.fusion import scatter_features, standing_features
 from moextend_pl.moe.extension.growth import extensions, grow
 from moextend_pl.moe.extension.reach import OneAtATime, Reach, check_task, reachable
 from moextend_pl.moe.upcycle import upcycle
@@ -24,8 +26,8 @@ from moextend_pl.moe.upcycle import upcycle
 class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Answers questions about images; texts without an image are the base's business alone where routing is masked.
 
-    Which tokens may reach new experts is kept in the model from a prompt to the end of its answer. A model answers one
-    call at a time, of any number of prompts; calls from other threads wait.
+    Which tokens may reach new experts, or look at images, is kept in the model from a prompt to the end of its answer.
+    A model answers one call at a time, of any number of prompts; calls from other threads wait.
 
     Args:
         config: As it was exported.
@@ -47,7 +49,9 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if spec is not None:
             upcycle(self.language_model, spec)
         self.image_token_id = int(config.image_token_id or 0)
-        self.turn = OneAtATime()
+        self.turn, self.sight = OneAtATime(), Sight()
+        if looking := config.projector.get("cross_attention"):
+            self.projector.gated = attach(self.language_model, looking, self.sight)
         self.extensions: list[tuple[ExtensionPlan, Reach]] = []
         for plan in map(ExtensionPlan.from_dict, config.plans):
             self.extensions.append((plan, Reach()))
@@ -71,35 +75,74 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embedded: Tensor = self.projector(self.encoder(pixel_values))
         return embedded
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        tiles: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """Embeds (B, S) ids, image features on their placeholders, and declares which tokens reach new experts.
 
         Args:
             input_ids: With the placeholders of each image.
             pixel_values: (I, 3, H, W), in the order of the placeholders; None without images.
+            tiles: (B, S), as of `forward`.
+            attention_mask: (B, S), as of `forward`.
 
         Raises:
             ValueError: If placeholders and images are not of the same number, or the task is not the model's.
         """
-        is_image_BS = input_ids.eq(self.image_token_id)
+        is_image_BS = input_ids.eq(self.image_token_id) if tiles is None else tiles > 0
         has_image = bool(is_image_BS.any())
         check_task([plan for plan, _ in self.extensions], self.config.task, has_image)
         for plan, reach in self.extensions:
             tasks = [self.config.task] * len(input_ids)
             reach.set(reachable(plan.routing, plan.task, is_image_BS, tasks))
-        embeddings_BSD: Tensor = self.get_input_embeddings()(input_ids.masked_fill(is_image_BS, 0))
+        self._look(input_ids, pixel_values, tiles if has_image else None, attention_mask)
+        placed_BS = input_ids.eq(self.image_token_id)
+        embeddings_BSD: Tensor = self.get_input_embeddings()(input_ids.masked_fill(placed_BS, 0))
         if not has_image and (pixel_values is None or not len(pixel_values)):
             return embeddings_BSD
         if pixel_values is None:
             raise ValueError("Expected `pixel_values` for the image placeholders in `input_ids`, got none.")
-        places_T = is_image_BS.flatten().nonzero().flatten()
-        return scatter_features(embeddings_BSD, self.get_image_features(pixel_values), places_T)
+        features_IPD, places_T = self.get_image_features(pixel_values), placed_BS.flatten().nonzero().flatten()
+        if tiles is not None:
+            self.sight.show(features_IPD, tiles, self._tags())
+            if not self.config.projector["thumbnail"]:
+                return embeddings_BSD
+            features_IPD = standing_features(features_IPD, tiles, places_T)
+        return scatter_features(embeddings_BSD, features_IPD, places_T)
+
+    def _look(self, ids_BS: Tensor, pixels: Tensor | None, tiles_BS: Tensor | None, mask_BS: Tensor | None) -> None:
+        """Declares what tokens look at.
+
+        Raises:
+            ValueError: If the model looks at images and is not told what stands for them, or the other way round.
+        """
+        looks, images = bool(self.config.projector.get("cross_attention")), 0 if pixels is None else len(pixels)
+        told = 0 if tiles_BS is None else int(tiles_BS.max())
+        if told != images * looks:
+            raise ValueError(f"Expected `tiles` of {images * looks} images, as the processor makes it, got {told}.")
+        batch: Any = {"input_ids": ids_BS, "image_keys": range(told)}
+        batch["attention_mask"] = torch.ones_like(ids_BS) if mask_BS is None else mask_BS
+        if tiles_BS is not None:
+            batch["tiles"] = tiles_BS
+        self.sight.open(batch, self.image_token_id)
+
+    def _tags(self) -> tuple[Tensor, Tensor] | None:
+        """Returns embedded tags, as `Sight.show` takes them."""
+        if not self.config.projector["tags"]:
+            return None
+        ids = torch.tensor(self.config.projector["tags"], device=self.device)
+        return self.get_input_embeddings()(ids.clamp(min=0)), ids >= 0
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        tiles: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -109,6 +152,8 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: (B, S); with a filled cache, what comes after it, of the same sequences.
             pixel_values: (I, 3, H, W) of the images in `input_ids`.
             attention_mask: (B, S), 1 on real tokens.
+            tiles: (B, S), which image each token stands for, counted from 1 over all rows, else 0; of models whose
+                tokens look at images.
             labels: (B, S), -100 where nothing is learned.
             kwargs: Whatever the base language model takes.
 
@@ -125,7 +170,7 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if cache is not None and cache.get_seq_length() > 0:
                 embeddings_BSD = self.get_input_embeddings()(input_ids)
             else:
-                embeddings_BSD = self.embed(input_ids, pixel_values)
+                embeddings_BSD = self.embed(input_ids, pixel_values, tiles, attention_mask)
             return self.language_model(
                 inputs_embeds=embeddings_BSD, attention_mask=attention_mask, labels=labels, **kwargs
             )
@@ -173,6 +218,7 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        tiles: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generates as the base language model does, from prompts with images.
@@ -183,6 +229,7 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: (B, S) prompts, padded on the left.
             pixel_values: (I, 3, H, W) of their images.
             attention_mask: (B, S); by default all tokens are real.
+            tiles: (B, S), as of `forward`.
             kwargs: Further options of generation.
 
         Returns:
@@ -198,8 +245,10 @@ class MoExtendForConditionalGeneration(PreTrainedModel, GenerationMixin):
         options = self._options(generation_config, mask_BS, kwargs)
         with self.turn:
             try:
-                made = self.language_model.generate(inputs_embeds=self.embed(ids_BS, pixel_values), **options)
+                embeddings_BSD = self.embed(ids_BS, pixel_values, tiles, mask_BS)
+                made = self.language_model.generate(inputs_embeds=embeddings_BSD, **options)
             finally:
+                self.sight.close()
                 for _, reach in self.extensions:
                     reach.set(None)
         answers = self._within_context(made if isinstance(made, Tensor) else made.sequences, mask_BS, options)

@@ -19,7 +19,7 @@ from transformers.image_transforms import to_pil_image
 
 from moextend_pl.contracts import Sample, SampleSpec, UserError
 from moextend_pl.inference.pictures import open_picture
-from moextend_pl.samples.collate import pad
+from moextend_pl.samples.collate import numbered_tiles, pad
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.messages import Question, read_messages
 from moextend_pl.samples.pixels import PixelTransform, to_rgb
@@ -123,7 +123,8 @@ class MoExtendProcessor(ProcessorMixin):
         pixels = self.image_processor(pictures)["pixel_values"] if pictures else torch.zeros(0)
         squares = self.image_processor.squares(pictures)
         tiles = [tuple(islice(squares, each.count(IMAGE_MARK))) for each in texts]
-        rows = [self.encoder().encode_text(each, some) for each, some in zip(texts, tiles, strict=True)]
+        encoded = [self.encoder().encode_text(each, some) for each, some in zip(texts, tiles, strict=True)]
+        rows = [(each.ids, each.tiles) for each in encoded]
         return self._features(rows, pixels, return_tensors)
 
     def apply_chat_template(  # type: ignore[override]
@@ -168,7 +169,8 @@ class MoExtendProcessor(ProcessorMixin):
             return texts[0] if is_one else texts
         samples = [self._sample(question) for question in questions]
         pixels = torch.cat([sample.pixel_values for sample in samples])
-        inputs = self._features([sample.input_ids for sample in samples], pixels, return_tensors, is_one)
+        rows = [(sample.input_ids, sample.tiles) for sample in samples]
+        inputs = self._features(rows, pixels, return_tensors, is_one)
         return inputs if return_dict else inputs["input_ids"]
 
     def _sample(self, question: Question) -> Sample:
@@ -182,15 +184,20 @@ class MoExtendProcessor(ProcessorMixin):
         return sample
 
     def _features(
-        self, rows: list[Tensor], pixels: Tensor, return_tensors: str | None, is_one: bool = False
+        self,
+        rows: list[tuple[Tensor, Tensor | None]],
+        pixels: Tensor,
+        return_tensors: str | None,
+        is_one: bool = False,
     ) -> BatchFeature:
-        masks = [torch.ones_like(row) for row in rows]
-        data: dict[str, Any] = {"input_ids": rows, "attention_mask": masks}
+        ids = [row for row, _ in rows]
+        data: dict[str, Any] = {"input_ids": ids, "attention_mask": [torch.ones_like(row) for row in ids]}
+        tiles = [each for _, each in rows if each is not None]
+        if tiles and pixels.numel():
+            data["tiles"] = numbered_tiles(tiles)
         if return_tensors is not None:
-            data = {
-                "input_ids": pad(rows, self.encoder().pad_id, left=True),
-                "attention_mask": pad(masks, 0, left=True),
-            }
+            fills = {"input_ids": self.encoder().pad_id}
+            data = {name: pad(value, fills.get(name, 0), left=True) for name, value in data.items()}
         elif is_one:
             data = {name: value[0] for name, value in data.items()}
         if return_tensors is None:

@@ -1,7 +1,7 @@
 """The code that travels in an exported folder, for `trust_remote_code`: files of this package, their imports rewritten.
 
-Kernels, 4 bits and shares of processes stay at home: what they have in common with the rest is replaced by a few lines
-that say so.
+Kernels, 4 bits, shares of processes and files of bases stay at home: what they have in common with the rest is replaced
+by a few lines that say so.
 """
 
 from __future__ import annotations
@@ -26,6 +26,34 @@ AUTO_MAP = {
 }
 IMPORT = re.compile(rf"^(\s*from ){PACKAGE}\.([\w.]+)( import )", re.MULTILINE)
 STAND_INS = {
+    "models.model_folder": '''"""Stands for folders of bases and towers, of which an exported model needs none."""
+
+from typing import Any
+
+
+def read_config(*_: Any, **__: Any) -> Any:
+    """Is never called."""
+    raise NotImplementedError
+
+
+def read_model(*_: Any, **__: Any) -> Any:
+    """Is never called."""
+    raise NotImplementedError
+''',
+    "runs.fingerprints": '''"""Stands for checks of weights, which transformers reads for an exported model."""
+
+from typing import Any
+
+
+def check_weights(*_: Any) -> None:
+    """Is never called."""
+    raise NotImplementedError
+
+
+def check_weight_file(*_: Any) -> Any:
+    """Is never called."""
+    raise NotImplementedError
+''',
     "moe.dispatch": '''"""Stands for the package's kernels: without them transformers computes all experts."""
 
 from typing import Any

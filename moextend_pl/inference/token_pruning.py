@@ -22,9 +22,9 @@ from transformers.masking_utils import sdpa_mask
 from moextend_pl.contracts import UserError
 from moextend_pl.inference.reduction import Reduction
 from moextend_pl.inference.token_importance import importance, kept_share, most_important
+from moextend_pl.moe.blocks import decoder_layers
 from moextend_pl.moe.extension.extended_router import ExtendedRouter
 from moextend_pl.samples.packing import layer_kinds
-from moextend_pl.training.sharding.units import decoder_layers
 
 RATED_ATTENTION = "moextend_rated"
 """Name under which transformers knows `rated_attention` once it was registered."""

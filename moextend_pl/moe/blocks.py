@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moextend_pl.contracts import UserError
 from moextend_pl.moe.families import router_weight
@@ -67,6 +69,17 @@ def _router_name(block: nn.Module, num_experts: int) -> str | None:
         if wrapped or router_weight(child, num_experts) is not None:
             return name
     return None
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the layers of a transformers model, none of them inside of another."""
+    layers: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
+            layers.append(module)
+            inside.update(module.modules())
+    return layers
 
 
 def list_blocks(model: nn.Module) -> list[MoEBlock]:

@@ -78,9 +78,13 @@ def _labels_within(sample: Sample) -> Tensor:
 
 
 def _tiles(samples: Sequence[Sample]) -> list[Tensor]:
-    """Returns the numbers of tiles of each sample, counted over all."""
-    before = [0, *accumulate(len(sample.image_keys) for sample in samples)]
     own = [torch.zeros_like(each.input_ids) if each.tiles is None else each.tiles for each in samples]
+    return numbered_tiles(own)
+
+
+def numbered_tiles(own: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the numbers of tiles of each sample, counted over all; the last of a sample is that of its last image."""
+    before = [0, *accumulate(int(tiles.max()) for tiles in own)]
     return [torch.where(tiles > 0, tiles + first, 0) for tiles, first in zip(own, before, strict=False)]
 
 

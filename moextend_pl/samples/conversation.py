@@ -46,14 +46,14 @@ class Encoded:
         labels: S labels.
         images: How many images the ids hold; fewer than the conversation has if it was truncated.
         supervised: Whether any label is left to learn.
-        tiles: S numbers of the tile that each id stands for, from 1; 0 for text.
+        tiles: S numbers of the tile that each id stands for, from 1; 0 for text; None where none is looked at.
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
     images: int
     supervised: bool
-    tiles: torch.Tensor
+    tiles: torch.Tensor | None
 
 
 class ConversationEncoder:
@@ -137,9 +137,9 @@ class ConversationEncoder:
         """
         return len(self._encode(turns, tiles).ids)
 
-    def encode_text(self, text: str, tiles: tuple[int, ...] = ()) -> torch.Tensor:
-        """Returns the ids of a text that a chat template made, with placeholders where `<image>` stands."""
-        return self._expand(Rendered(text, ()), tiles, truncate=False).ids
+    def encode_text(self, text: str, tiles: tuple[int, ...] = ()) -> Encoded:
+        """Encodes a text that a chat template made, with placeholders where `<image>` stands."""
+        return self._expand(Rendered(text, ()), tiles, truncate=False)
 
     def prompt_length(self, turns: tuple[Turn, ...], tiles: tuple[int, ...] = ()) -> int:
         """Returns how many positions everything left of the last answer takes; arguments as of `length`."""
@@ -215,7 +215,7 @@ class ConversationEncoder:
                 break
         supervised = any(label != IGNORE_INDEX for label in labels[:limit])
         ids_S, labels_S, owners_S = (torch.tensor(each[:limit]) for each in (ids, labels, owners))
-        return Encoded(ids_S, labels_S, images, supervised, owners_S)
+        return Encoded(ids_S, labels_S, images, supervised, owners_S if self._places.looked_at else None)
 
     def _tokenise(self, piece: str, answers: list[tuple[int, int]], breaks: list[int]) -> tuple[list[int], list[bool]]:
         """Returns ids of a text, and which of them lie inside an answer.
@@ -269,7 +269,7 @@ class ConversationEncoder:
             image_keys=[key for name, count in shown for key in tile_names(name, count)],
             prompt=prompt,
             answer=answer,
-            tiles=encoded.tiles.clone() if self._places.looked_at else None,
+            tiles=None if encoded.tiles is None else encoded.tiles.clone(),
         )
 
 

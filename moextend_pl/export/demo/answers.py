@@ -16,6 +16,7 @@ from moextend_pl.inference.chat import answered, next_question
 from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.inference.streaming import stream
 from moextend_pl.models.moextend import MoExtend
+from moextend_pl.samples.host_facts import is_image
 from moextend_pl.samples.messages import Picture, Question
 from moextend_pl.samples.turns import IMAGE_MARK
 
@@ -58,7 +59,11 @@ def base_answer(model: MoExtend, batch: Batch, spec: GenerationSpec) -> str:
     language = model.language
     with language.turn:
         language.close_reach()
-        (answer,) = decoding.answers(language.model, language.tokenizer, batch, model.embed, spec)
+        language.sight.open(batch, language.image_token_id)  # layers that look belong to the projector
+        try:
+            (answer,) = decoding.answers(language.model, language.tokenizer, batch, model.embed, spec)
+        finally:
+            language.sight.close()
     return answer
 
 
@@ -118,4 +123,4 @@ class Demonstration:
         # The lock is taken and given back in the thread that generates: who goes away cannot keep it.
         with language.turn, language.watch.recording() as records:
             self.model.answer(batch, self.spec, tell)
-        return expert_map(records, batch["input_ids"][0] == language.image_token_id, self.old)
+        return expert_map(records, is_image(batch, language.image_token_id)[0], self.old)

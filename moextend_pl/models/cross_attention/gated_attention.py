@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moextend_pl.contracts import UserError
 from moextend_pl.models.cross_attention.sight import Sight
-from moextend_pl.training.sharding.units import decoder_layers
+from moextend_pl.moe.blocks import decoder_layers
 
 WIDER = 4
 """How much wider the inner layer of the feed-forward network is."""

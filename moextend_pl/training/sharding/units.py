@@ -11,10 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moextend_pl.contracts import UserError
-from moextend_pl.moe.blocks import find_blocks
+from moextend_pl.moe.blocks import decoder_layers, find_blocks
 from moextend_pl.moe.parallel import exchange
 from moextend_pl.moe.parallel.cut import check_cut, cut, of_whole
 from moextend_pl.training.half_precision import exact_places
@@ -24,17 +23,6 @@ def language_of(module: nn.Module) -> PreTrainedModel | None:
     """Returns the model that predicts words: the transformers model with a head; None where there is none."""
     models = (each for each in module.modules() if isinstance(each, PreTrainedModel))
     return next((each for each in models if each.get_output_embeddings() is not None), None)
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the layers of a transformers model, none of them inside of another."""
-    layers: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
-            layers.append(module)
-            inside.update(module.modules())
-    return layers
 
 
 def kept_whole(model: PreTrainedModel) -> set[nn.Parameter]:

@@ -14,9 +14,9 @@ from transformers import DynamicCache, MixtralForCausalLM
 from moextend_pl.contracts import UserError
 from moextend_pl.inference.token_importance import STEPS, TEMPERATURE
 from moextend_pl.inference.token_pruning import pruned
+from moextend_pl.moe.blocks import decoder_layers
 from moextend_pl.moe.extension.growth import grow, new_parameters
 from moextend_pl.moe.extension.reach import Reach
-from moextend_pl.training.sharding.units import decoder_layers
 
 LAYERS, FIRST, LAST = 6, 2, 5
 BEFORE, PICTURE, BEHIND = 3, 16, 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers.stages import write_stage
-from helpers.tiles import SIZES, photo, tiled, write_many_shapes, write_tagged_base
+from helpers.tiles import SIZES, as_file, photo, tiled, write_many_shapes, write_tagged_base
 from helpers.tiny_world import QUESTION, TinyWorld
 from PIL import Image
 from safetensors.torch import load_file
@@ -100,8 +101,27 @@ def test_a_tiled_stage_goes_on_as_if_not_stopped_and_answers_alike_everywhere(
     asked = [[photo(SIZES[(n + m) % 5], n + m) for m in range(1 + (n % 3 == 0))] for n in range(4)]
     answers = model.answer(batch)
     assert answers == model.generate(asked, [QUESTION] * 4)
-    if not looks:
-        exported_alike(model, tmp_path / "exported", asked, answers)
+    exported_alike(model, tmp_path / "exported", asked, answers)
+    if thumbnail:
+        assert served(tmp_path / "whole", asked[3]) == answers[3]
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "exported")
+    with torch.no_grad():
+        ours = model.language(batch, model.embed(batch))
+        names = ("input_ids", "attention_mask", "pixel_values", *(["tiles"] if looks else []))
+        torch.testing.assert_close(theirs(**{name: batch[name] for name in names}).logits, ours, atol=1e-6, rtol=0)
+
+
+def served(run: Path, pictures: list[Image.Image]) -> str:
+    server = pytest.importorskip("moextend_pl.export.serving.server")
+    client = pytest.importorskip("starlette.testclient")
+    files = [base64.b64encode(as_file(picture)).decode() for picture in pictures]
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{file}"}} for file in files
+    ]
+    asked = {"model": "run", "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}]}
+    with client.TestClient(server.build("run", *server.read(run, None, "", "cpu"), 2**20)) as there:
+        told = there.post("/v1/chat/completions", json=asked).json()
+    return str(told["choices"][0]["message"]["content"]).strip()
 
 
 def exported_alike(model: MoExtend, folder: Path, asked: list[list[Image.Image]], answers: list[str]) -> None:
@@ -117,5 +137,6 @@ def exported_alike(model: MoExtend, folder: Path, asked: list[list[Image.Image]]
         written = processor(images=pictures, text=text, return_tensors="pt")
         assert torch.equal(written["input_ids"], inputs["input_ids"])
         assert torch.equal(written["pixel_values"], inputs["pixel_values"])
+        assert "tiles" not in inputs or torch.equal(written["tiles"], inputs["tiles"])
         made = theirs.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
         assert processor.decode(made, skip_special_tokens=True).strip() == answer

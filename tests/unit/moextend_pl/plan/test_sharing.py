@@ -15,11 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moextend_pl import cli
+from moextend_pl.moe.blocks import decoder_layers
 from moextend_pl.plan import cost
 from moextend_pl.plan.sharing import memory, received_bytes
 from moextend_pl.runs.sharded import local
 from moextend_pl.training.optim import OptimSpec, build_optimizer
-from moextend_pl.training.sharding.units import decoder_layers, shard, share_experts
+from moextend_pl.training.sharding.units import shard, share_experts
 
 RANKS = 4
 PARTS = {

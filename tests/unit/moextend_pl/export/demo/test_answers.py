@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.asked import extended, shown
+from helpers.tiles import SIZES, photo, tiled, write_tagged_base
 from helpers.tiny_world import EXPERTS, LAYERS, QUESTION, TinyWorld, make_plan, perturb
 from PIL import Image
 
-from moextend_pl.contracts import UserError
+from moextend_pl.contracts import TrainPlan, UserError
 from moextend_pl.export.demo.answers import Demonstration, Told, without_pictures
 from moextend_pl.export.demo.conversation_html import conversation_html
 from moextend_pl.export.demo.visit import Visit, next_turn
@@ -21,7 +22,7 @@ from moextend_pl.inference.chat import next_question
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.blocks import find_blocks
-from moextend_pl.samples.messages import Question
+from moextend_pl.samples.messages import Question, ask
 
 SECOND, NEW = "is it red ?", 5
 
@@ -65,6 +66,22 @@ def test_answers_are_those_of_generate_and_the_base_s_those_of_transformers(
     assert (alone.base, alone.blind) == (stock_answer(stock, model, next_question(None, QUESTION)), None)
     if model.plans[0].routing == "masked":
         assert alone.answer == alone.base
+
+
+@pytest.mark.parametrize("thumbnail", [False, True], ids=["X", "H"])
+def test_the_base_looks_at_pictures_by_the_layers_that_the_run_gave_it(
+    tiny_world: TinyWorld, tmp_path: Path, thumbnail: bool
+) -> None:
+    looking = tiled(tiny_world, write_tagged_base(tiny_world, tmp_path / "base"), looks=1, thumbnail=thumbnail)
+    looking.extension_plan, looking.train_plan = make_plan(init="preserving"), TrainPlan(("projector",))
+    looking.configure_model()
+    perturb(looking.parts()["projector"], 0.3)
+    demonstration = Demonstration(looking, max_new_tokens=NEW)
+    *_, told = demonstration.ask(None, QUESTION, [photo(SIZES[2])])
+    assert told.answer == told.base != told.blind  # new experts that did not learn
+    batch = looking.prompt(ask(QUESTION, [photo(SIZES[2])]))
+    assert told.chosen is not None
+    assert told.chosen.tokens["image"] == int((batch["tiles"] > 0).sum())
 
 
 def test_the_map_is_a_plain_count_of_what_reached_the_experts(model: MoExtend) -> None:

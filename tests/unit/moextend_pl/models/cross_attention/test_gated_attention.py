@@ -16,7 +16,7 @@ from transformers import MixtralForCausalLM
 from callbacks.usage_report import count_selections
 from moextend_pl.contracts import Batch, Sample, TrainPlan, UserError
 from moextend_pl.distillation.scopes import find_scopes
-from moextend_pl.export.folder import write_model
+from moextend_pl.export.folder import exported
 from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.cross_attention.gated_attention import GatedAttention, looking_layers
 from moextend_pl.models.cross_attention.sight import visible_tiles
@@ -203,8 +203,12 @@ def test_a_delta_holds_what_is_new_alone_and_is_loaded_again(tiny_world: TinyWor
     batch = collate_training([sample(model, 1), sample(model)], 0)
     again = MoExtend.load(tmp_path)
     assert torch.equal(logits(again, batch), logits(model, batch))
-    with pytest.raises(UserError, match=r"Expected a run whose pictures stand among the words"):
-        write_model(again, tmp_path / "exported")
+    theirs = exported(again).eval()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**inputs, tiles=batch["tiles"]).logits, logits(model, batch))
+    with pytest.raises(ValueError, match=r"Expected `tiles` of 3 images, as the processor makes it, got 0"):
+        theirs(**inputs)
     with pytest.raises(UserError, match=r"Expected `reduce` as aim_merge .* `projector.cross_attention`"):
         again.generate(photo(SIZES[1]), QUESTION, reduce="aim")
     assert isinstance(again.generate(photo(SIZES[1]), QUESTION, reduce="aim_merge:1"), str)

@@ -15,9 +15,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moextend_pl.contracts import UserError
 from moextend_pl.models.moextend import MoExtend
+from moextend_pl.moe.blocks import decoder_layers
 from moextend_pl.moe.extension.extended_experts import ExtendedExperts
 from moextend_pl.runs.sharded import local
-from moextend_pl.training.sharding.units import decoder_layers, language_of, shard
+from moextend_pl.training.sharding.units import language_of, shard
 
 RANKS = 4
 

@@ -13,12 +13,14 @@ from callbacks.usage_report import USAGE_FILE, Counts, check_validation_set, mea
 from moextend_pl.contracts import PLAN_FILE, ExtensionPlan, LayerGrowth, UserError, run_directory
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.moe.extension.growth import router_parameters
-from moextend_pl.moe.selection import LayerRule, source_experts
+from moextend_pl.moe.selection import LayerRule, random_experts, source_experts
 from moextend_pl.reports.plots import plot_scores, plot_usage
 from moextend_pl.runs.atomic import write_atomically, write_json
 from moextend_pl.runs.sharded import sharded_as, whole
 
 log = logging.getLogger(__name__)
+
+SOURCES = ("after", "before", "random")
 
 
 def check_task_is_taught(plan: ExtensionPlan, data: Any) -> None:
@@ -59,8 +61,8 @@ class ExpertExtension(Callback):
         rule: Layer rule of a probe run.
         plan: Plan file of an extend run.
         new_experts: New experts in each chosen layer.
-        source: Whether source experts are the most used `after` the probe (as the paper's code) or
-            `before` it (as its Eq. 8).
+        source: Whether source experts are the most used `after` the probe (as the paper's code) or `before` it (as its
+            Eq. 8), or drawn at `random`, to compare with, by `seed`.
         init: `copy` or `preserving`; in an extend run it replaces the plan's.
         routing: `masked`, `masked_tokens` or `open`; likewise.
         calibration: `additive`, `multiplicative` or `none`; likewise.
@@ -90,8 +92,8 @@ class ExpertExtension(Callback):
     ) -> None:
         if (rule is None) == (plan is None):
             raise UserError("Expected exactly one of `rule` (probe run) and `plan` (extend run) in ExpertExtension.")
-        if source not in ("after", "before"):
-            raise UserError(f"Expected `source` of ExpertExtension to be after or before, got {source!r}.")
+        if source not in SOURCES:
+            raise UserError(f"Expected `source` of ExpertExtension in {list(SOURCES)}, got {source!r}. Correct it.")
         if new_experts < 1:
             raise UserError(f"Expected `new_experts` >= 1, got {new_experts}.")
         if plan is not None and (new_experts, source) != (1, "after"):
@@ -195,8 +197,8 @@ class ExpertExtension(Callback):
         """Applies the rule to counts by token kind and layer, from before the probe and from after it."""
         assert self.rule is not None
         layers = self.rule.choose(before["all"], after["all"])
-        used = after["all"] if self.source == "after" else before["all"]
-        growth = tuple(LayerGrowth(layer, source_experts(used[layer], self.new_experts)) for layer in layers)
+        used = before["all"] if self.source == "before" else after["all"]
+        growth = tuple(LayerGrowth(layer, self._sources(layer, used[layer])) for layer in layers)
         report = {
             "rule": type(self.rule).__name__,
             "source": self.source,
@@ -205,6 +207,11 @@ class ExpertExtension(Callback):
             },
         }
         return ExtensionPlan(layers=growth, report=report, **self.options)
+
+    def _sources(self, layer: int, used_E: torch.Tensor) -> tuple[int, ...]:
+        if self.source == "random":
+            return random_experts(len(used_E), self.new_experts, self.options.get("seed", 0), layer)
+        return source_experts(used_E, self.new_experts)
 
     def _write(self, run: Path, plan: ExtensionPlan, after: Counts) -> None:
         data = {"before": usage_lists(self._before), "after": usage_lists(after)}

@@ -119,7 +119,8 @@ def write_layers(study: Study, out: Path) -> None:
         out: Folder of the study.
     """
     source = ROOT / "configs"
-    stages = [source / study.configs / f"{stage}.yaml" for stage in (*study.base, *study.stages)]
+    names = (*study.base, *study.stages, *(variant.last for variant in study.variants if variant.last))
+    stages = [source / study.configs / f"{stage}.yaml" for stage in names]
     for path in {layer.resolve() for stage in stages for layer in expand_layers(stage, "the study")[:-1]}:
         target = out / "configs" / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,14 +168,15 @@ class _Maker:
         study, folders = self.study, base_folders(self.study, self.out)
         after = ("base/data", *(f"base/{stage}" for stage in study.base))
         name, changed = "", False
-        for stage in study.stages:
-            changed = changed or stage in variant.changes
+        stages = (*study.stages[:-1], variant.last or study.stages[-1])
+        for stage in stages:
+            changed = changed or stage in variant.changes or stage == variant.last
             name = f"seed{seed}/{stage}/{variant.name if changed else 'default'}"
             folders[f"{study.folder}/{stage}"] = str(self.out / name)
             own = [study.seeded, study.every.get(stage, {}), variant.changes.get(stage, {}), self.quick]
             if name not in self.runs:
                 config = stage_file(study, stage, own, folders, seed)
-                self._add(name, stage, config, after, measured=stage == study.stages[-1])
+                self._add(name, stage, config, after, measured=stage == stages[-1])
             after = (name,)
         return name
 

@@ -1,4 +1,4 @@
-"""From the outcomes of the runs to a table, a picture, and what disagrees with the papers."""
+"""From the outcomes of the runs to a table, a picture, and what becomes of each claim."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from pages import grid
 
 from ablation.planning import DEFAULT, Plan
 from ablation.running import DONE, Outcome
-from ablation.studies import Claim, Study
+from ablation.studies import Claim, Level, Study
+from ablation.verdicts import Effect, corrected, paired_effect, smallest_effect, verdict
 
 METRICS = {"vqa": "pictures", "text": "text", "text_open": "text, open routing"}
 Rows = dict[tuple[str, str], "Row"]
@@ -80,48 +82,78 @@ def levels(study: Study, rows: Rows) -> list[tuple[str, str, Row]]:
     return found or [(DEFAULT.factor, DEFAULT.level, rows[DEFAULT.factor, DEFAULT.level])]
 
 
-def findings(study: Study, rows: Rows) -> list[str]:
-    """Compares what came out with what the papers say, seed by seed.
+@dataclass(frozen=True)
+class Finding:
+    """What the runs say of a claim.
 
-    Two levels share their seeds and all earlier stages, so the difference is taken within each seed; it counts
-    if its mean is larger than its standard deviation over the seeds.
+    Attributes:
+        claim: The claim.
+        effect: Of the differences within each seed; None if fewer than two seeds have both levels.
+        p: Corrected for the number of claims with an effect.
+        smallest: The effect that these seeds would have shown with probability 0.8, corrected likewise.
+        verdict: In a word, or why there is none.
+    """
+
+    claim: Claim
+    effect: Effect | None
+    p: float | None
+    smallest: float | None
+    verdict: str
+
+
+def findings(study: Study, rows: Rows) -> list[Finding]:
+    """Compares what came out with what is said, seed by seed.
+
+    Two levels share their seeds and all earlier stages, so the difference is taken within each seed.
     """
     by_level = {(factor, level): row for factor, level, row in levels(study, rows)}
-    return [_finding(claim, by_level) for claim in study.claims if _is_there(claim, by_level)]
+    claims = [claim for claim in study.claims if {claim.better, claim.worse} <= by_level.keys()]
+    differences = [_differences(claim, by_level) for claim in claims]
+    effects = [paired_effect(found) if len(found) > 1 else None for found in differences]
+    tried = [effect.p for effect in effects if effect is not None]
+    left = iter(corrected(tried))
+    found = []
+    for claim, effect, values in zip(claims, effects, differences, strict=True):
+        if effect is None:
+            trouble = next(iter((by_level[claim.worse].troubles | by_level[claim.better].troubles).values()), "")
+            word = trouble or ("one seed, no verdict" if values else "no result")
+            found.append(Finding(claim, None, None, None, word))
+            continue
+        p, smallest = next(left), smallest_effect(effect.spread, effect.seeds, len(tried))
+        found.append(Finding(claim, effect, p, smallest, verdict(effect, p)))
+    return found
 
 
-def _is_there(claim: Claim, rows: Mapping[tuple[str, str], Row]) -> bool:
-    return all((claim.factor, level) in rows for level in (claim.better, claim.worse))
+def _differences(claim: Claim, rows: Mapping[Level, Row]) -> list[float]:
+    better, worse = (rows[level].values[claim.metric] for level in (claim.better, claim.worse))
+    return [value - worse[seed] for seed, value in better.items() if seed in worse]
 
 
-def _finding(claim: Claim, rows: Mapping[tuple[str, str], Row]) -> str:
-    better, worse = (rows[claim.factor, level] for level in (claim.better, claim.worse))
-    what = f"{claim.factor}: {claim.better} over {claim.worse} ({claim.source})"
-    pairs = [
-        (value, worse.values[claim.metric][seed])
-        for seed, value in better.values[claim.metric].items()
-        if seed in worse.values[claim.metric]
-    ]
-    if not pairs:
-        trouble = next(iter((worse.troubles | better.troubles).values()), "no result")
-        return f"not compared - {what}: {trouble}"
-    mean, spread = mean_and_spread([first - second for first, second in pairs])
-    numbers = f"{100 * mean:+.1f} points" + (f" ± {100 * spread:.1f}" if spread is not None else "")
-    return f"{verdict(mean, spread)} - {what}: here {numbers} on {METRICS[claim.metric]}, {len(pairs)} seed(s)"
+def claims_table(found: Sequence[Finding]) -> str:
+    """Returns the verdicts as a table; differences in points."""
+    rows = []
+    for one in found:
+        (factor, better), (other, worse) = one.claim.better, one.claim.worse
+        what = f"{factor}: {better} over {'' if other == factor else f'{other} '}{worse}"
+        cells = ["-"] * 4
+        if (effect := one.effect) is not None and one.p is not None and one.smallest is not None:
+            low, mean, high, least = (100 * n for n in (effect.low, effect.mean, effect.high, one.smallest))
+            cells = [f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", f"{one.p:.2g}", f"{least:.2f}", str(effect.seeds)]
+        rows.append([what, one.claim.source, METRICS[one.claim.metric], *cells, one.verdict])
+    columns = ["claim", "who says so", "on", "points, 95 %", "p", "would be seen", "seeds", "verdict"]
+    return grid(columns, rows)
 
 
-def verdict(difference: float, spread: float | None) -> str:
-    """Judges a difference that a paper says is positive.
-
-    Args:
-        difference: Mean over seeds.
-        spread: Standard deviation over seeds, None for one seed.
-    """
-    if spread is None:
-        return "one seed, no verdict"
-    if abs(difference) <= spread:
-        return "within noise"
-    return "agrees" if difference > 0 else "DISAGREES"
+def promise(study: Study, seeds: int) -> str:
+    """Returns what so many seeds can find, as it is known before they are run."""
+    if not study.pilot or seeds < 2:
+        return ""
+    alone, among_all = (100 * smallest_effect(study.pilot, seeds, n) for n in (1, len(study.claims)))
+    return (
+        f"Known before the runs: if differences spread by {100 * study.pilot:.1f} points over seeds, {seeds} seeds "
+        f"find one of {alone:.1f} points with probability 0.8 where it is the only claim, and one of {among_all:.1f} "
+        f"points among {len(study.claims)} claims."
+    )
 
 
 def summary(study: Study, rows: Rows) -> list[dict[str, Any]]:
@@ -137,28 +169,34 @@ def summary(study: Study, rows: Rows) -> list[dict[str, Any]]:
     return items
 
 
-def markdown(study: Study, rows: Rows) -> str:
-    """Writes table and findings."""
-    lines = [
-        f"| factor | level | {' | '.join(METRICS.values())} | s | new parameters | layers by seed |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def levels_table(study: Study, rows: Rows) -> str:
+    """Returns mean and standard deviation of every level as a table."""
+    lines = []
     for item in summary(study, rows):
-        mark = " (default)" if item["default"] else ""
-        cells = [item["factor"], f"{item['level']}{mark}", *(_number(item[metric]) for metric in METRICS)]
         facts = item["facts"]
-        cells.append("-" if item["seconds"] is None else f"{item['seconds']:.0f}")
-        cells.append(", ".join(sorted({f"{n:,}" for n in facts["new_parameters"].values()})) or "-")
-        cells.append("; ".join(",".join(map(str, chosen)) for chosen in facts["layers"].values()) or "-")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(
+            [
+                item["factor"],
+                f"{item['level']}{' (default)' if item['default'] else ''}",
+                *(_number(item[metric]) for metric in METRICS),
+                "-" if item["seconds"] is None else f"{item['seconds']:.0f}",
+                ", ".join(sorted({f"{n:,}" for n in facts["trained_parameters"].values()})) or "-",
+                "; ".join(",".join(map(str, chosen)) for chosen in facts["layers"].values()) or "-",
+            ]
+        )
+    return grid(["factor", "level", *METRICS.values(), "s", "parameters learned", "layers by seed"], lines)
+
+
+def markdown(study: Study, rows: Rows) -> str:
+    """Writes tables of levels and claims."""
     troubles = [
         f"- {item['factor']}, {item['level']}, seed {seed}: {trouble}"
         for item in summary(study, rows)
         for seed, trouble in item["troubles"].items()
     ]
-    parts = ["# Ablation", "Mean ± standard deviation over seeds of exact-match accuracy.", "\n".join(lines)]
+    parts = ["# Ablation", "Mean ± standard deviation over seeds of exact-match accuracy.", levels_table(study, rows)]
     parts += ["## Without a result", "\n".join(troubles)] if troubles else []
-    parts += ["## Against the papers", "\n".join(f"- {line}" for line in findings(study, rows)), "![](ablation.png)"]
+    parts += ["## Claims", claims_table(findings(study, rows)), "![](ablation.png)"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -22,11 +22,13 @@ class Variant:
         factor: What is varied.
         level: How.
         changes: Stage -> overrides of its file.
+        last: Stage file that stands in the place of the study's last one.
     """
 
     factor: str
     level: str
     changes: Mapping[str, Overrides]
+    last: str = ""
 
     @property
     def name(self) -> str:
@@ -34,23 +36,29 @@ class Variant:
         return f"{self.factor}-{self.level}".replace(" ", "_")
 
 
+Level = tuple[str, str]
+"""A factor and one of its levels."""
+
+
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says about two levels of a factor.
+    """What is said of two levels.
 
     Attributes:
-        factor: The factor.
-        better: Level that the paper finds better.
+        better: Level that is said to be better.
         worse: The other one.
-        source: Where and by how much.
+        source: Who says it, where, and by how much.
         metric: Measure that it speaks of here.
     """
 
-    factor: str
-    better: str
-    worse: str
+    better: Level
+    worse: Level
     source: str
     metric: str = "vqa"
+
+
+def _claim(factor: str, better: str, worse: str, source: str, metric: str = "vqa") -> Claim:
+    return Claim((factor, better), (factor, worse), source, metric)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,8 @@ class Study:
         seeded: Overrides of all of `stages`, to make a seed count.
         defaults: Factor -> its level in the stage files as they are.
         variants: All other levels.
-        claims: What the papers say.
+        claims: What is said, by the papers first of all.
+        pilot: Standard deviation over seeds of a difference of accuracies, as known before the runs.
         seconds: Usual seconds of a stage on one core, for the time left.
         quick: Overrides of every stage for a smoke test.
         quick_data: Further options of `shards build` for a smoke test.
@@ -84,6 +93,7 @@ class Study:
     defaults: Mapping[str, str]
     variants: tuple[Variant, ...]
     claims: tuple[Claim, ...] = ()
+    pilot: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)
     quick: Overrides = field(default_factory=dict)
     quick_data: tuple[str, ...] = ()
@@ -102,10 +112,15 @@ def _rule(level: str, name: str, **options: Any) -> Variant:
 PARTS = "trainer.callbacks+.TrainOnly.init_args.parts"
 
 
+LEARNS = ("learns", "new experts, masked")
+FULL = ("learns", "all (full fine-tuning)")
+
+
 def _extend(factor: str, level: str, option: str) -> Variant:
     return Variant(factor, level, {"3_extend": {f"{EXTENSION}.{option}": level}})
 
 
+SHORT_TEST = {"trainer.limit_test_batches": 4, "trainer.limit_predict_batches": 4}
 MOEXTEND_SCENES = Study(
     data="scenes",
     configs="scenes",
@@ -120,12 +135,18 @@ MOEXTEND_SCENES = Study(
         "init": "preserving",
         "routing": "masked",
         "source": "after",
+        "new experts": "1",
+        LEARNS[0]: LEARNS[1],
     },
     variants=(
+        Variant(*FULL, {}, last="full_finetune"),
+        _extend("routing", "open", "routing"),
         _rule("KL divergence", "DivergenceRule", fraction=0.5),
         _rule("interval", "IntervalLayers", step=2),
         _rule("random", "RandomRule", fraction=0.5, seed=SEED),
         _rule("first half", "FirstLayers", fraction=0.5),
+        _rule("last half", "LastLayers", fraction=0.5),
+        _rule("least shift", "LeastShiftRule", fraction=0.5),
         _rule("all", "AllLayers"),
         _extend("calibration", "multiplicative", "calibration"),
         Variant(
@@ -134,26 +155,30 @@ MOEXTEND_SCENES = Study(
             {"3_extend": {f"{EXTENSION}.calibration": "none", PARTS: ["projector", "new_experts", "new_routers"]}},
         ),
         _extend("init", "copy", "init"),
-        _extend("routing", "open", "routing"),
         _extend("routing", "masked_tokens", "routing"),
         Variant("source", "before", {"2_probe": {f"{EXTENSION}.source": "before"}}),
+        Variant("source", "random", {"2_probe": {f"{EXTENSION}.source": "random", f"{EXTENSION}.seed": SEED}}),
+        *(Variant("new experts", str(n), {"2_probe": {f"{EXTENSION}.new_experts": n}}) for n in (2, 4)),
     ),
     claims=(
-        Claim("layer rule", "shift", "interval", "MoExtend, Table 3: 59.9 against 59.7"),
-        Claim("layer rule", "shift", "first half", "MoExtend, Table 3: 59.9 against 59.6"),
-        Claim("layer rule", "shift", "all", "MoExtend, Table 3: 59.9 against 59.6"),
-        Claim("calibration", "additive", "multiplicative", "MoExtend, Table 5: 446.1 against 444.8 or a divergence"),
-        Claim("calibration", "additive", "none", "MoExtend, Section 2.4: calibration is needed; no row without it"),
-        Claim("init", "copy", "preserving", "MoExtend, Table 4: copying is best; nothing like preserving is in it"),
+        Claim(LEARNS, FULL, "MoExtend: forgets less", "text"),
+        Claim(("routing", "open"), FULL, "MoExtend: forgets less, as published", "text_open"),
+        Claim(LEARNS, FULL, "sees as well after the same steps"),
+        _claim("layer rule", "shift", "interval", "MoExtend, Table 3: 59.9 against 59.7"),
+        _claim("layer rule", "shift", "first half", "MoExtend, Table 3: 59.9 against 59.6"),
+        _claim("layer rule", "shift", "last half", "MoExtend, Section 2.2; no row of its own"),
+        _claim("layer rule", "shift", "random", "MoExtend, Section 2.2; no row of its own"),
+        _claim("layer rule", "shift", "least shift", "MoExtend, Section 2.2: its contrary"),
+        _claim("layer rule", "shift", "all", "MoExtend, Table 3: 59.9 against 59.6"),
+        _claim("calibration", "additive", "multiplicative", "MoExtend, Table 5: 446.1 against 444.8 or a divergence"),
+        _claim("calibration", "additive", "none", "MoExtend, Section 2.4: calibration is needed; no row without it"),
+        _claim("init", "copy", "preserving", "MoExtend, Table 4: copying is best; nothing like preserving is in it"),
+        _claim("source", "after", "random", "MoExtend, Eq. 8: the most used expert"),
+        _claim("new experts", "2", "1", "more experts learn more"),
+        _claim("new experts", "4", "1", "more experts learn more"),
     ),
     seconds={"data": 20, "0_vision": 40, "0_language": 180, "1_align": 25, "2_probe": 15, "3_extend": 60},
-    every={
-        "3_extend": {
-            "trainer.limit_test_batches": 4,
-            "trainer.limit_predict_batches": 4,
-            f"{EXTENSION}.seed": SEED,
-        }
-    },
+    every={"3_extend": {**SHORT_TEST, f"{EXTENSION}.seed": SEED}, "full_finetune": SHORT_TEST},
     quick_data=("--images", "60"),
     quick={
         "trainer.max_steps": 2,
@@ -174,8 +199,10 @@ MOEXTEND = replace(
     folder="runs/quickstart",
     data_folder="runs/quickstart/data",
     # A fifth of the quickstart's steps: where it ends, all variants answer nearly everything.
-    every={"3_extend": {**MOEXTEND_SCENES.every["3_extend"], "trainer.max_steps": 300}},
+    every={stage: {**own, "trainer.max_steps": 300} for stage, own in MOEXTEND_SCENES.every.items()},
     quick_data=(),
+    # Two levels that spread by 0.011 each, over three seeds of an earlier study.
+    pilot=0.016,
 )
 
 STAGE_3 = "3_instruction"
@@ -231,23 +258,23 @@ CUMO = Study(
         _stage_3("losses", "balance", _spec("encoder", "projector", z=0.0)),
     ),
     claims=(
-        Claim("built up", "projector upcycled", "projector from scratch", "CuMo, Table 3: SEED 67.1 against 65.1"),
-        Claim("built up", "projector upcycled", "dense, tower frozen", "CuMo, Table 3: SEED 67.1 against 66.4"),
-        Claim("built up", "and both losses", "projector upcycled", "CuMo, Table 3: SEED 67.4 against 67.1"),
-        Claim("built up", "and dense tower learns", "and both losses", "CuMo, Table 3: SEED 69.0 against 67.4"),
-        Claim(
+        _claim("built up", "projector upcycled", "projector from scratch", "CuMo, Table 3: SEED 67.1 against 65.1"),
+        _claim("built up", "projector upcycled", "dense, tower frozen", "CuMo, Table 3: SEED 67.1 against 66.4"),
+        _claim("built up", "and both losses", "projector upcycled", "CuMo, Table 3: SEED 67.4 against 67.1"),
+        _claim("built up", "and dense tower learns", "and both losses", "CuMo, Table 3: SEED 69.0 against 67.4"),
+        _claim(
             "built up",
             "and upcycled tower (CuMo)",
             "and dense tower learns",
             "CuMo, Table 3: SEED 69.8 against 69.0",
         ),
-        Claim(
+        _claim(
             "built up",
             "and upcycled language model",
             "and upcycled tower (CuMo)",
             "CuMo, Table 3: SEED 69.9 against 69.6",
         ),
-        Claim("experts", "2 of 4", "2 of 8", "CuMo, Table 3: SEED 69.8 against 69.2 in the tower"),
+        _claim("experts", "2 of 4", "2 of 8", "CuMo, Table 3: SEED 69.8 against 69.2 in the tower"),
     ),
     seconds={"data": 20, "0_vision": 60, "0_language": 60, "1_pretrain": 60, "2_prefinetune": 60, STAGE_3: 90},
     every={

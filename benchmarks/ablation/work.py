@@ -25,7 +25,7 @@ def measure(config: Path) -> dict[str, Any]:
         config: Stage file of the run.
 
     Returns:
-        Accuracy by set; `text_open` where the plan masks text; new parameters and extended layers of a grown model.
+        Accuracy by set; `text_open` where no text is kept from what learned; parameters and layers of a grown model.
     """
     accuracies, command = measure_stage(config)
     model, plan = command.model, command.model.extension_plan
@@ -38,7 +38,9 @@ def measure(config: Path) -> dict[str, Any]:
         found["new_parameters"] = sum(p.numel() for p in new)
         found["layers"] = [growth.layer for growth in plan.layers]
         found["sources"] = [list(growth.sources) for growth in plan.layers]
-        found["text_open"] = accuracies["text"] if plan.routing == "open" else measure_open_routing(command)
+    if "text" in accuracies:
+        masked = plan is not None and plan.routing != "open"
+        found["text_open"] = measure_open_routing(command) if masked else accuracies["text"]
     return found
 
 

@@ -68,6 +68,23 @@ def source_experts(usage_E: Tensor, count: int = 1) -> tuple[int, ...]:
     return tuple(usage_E.argsort(descending=True, stable=True)[:count].tolist())
 
 
+def random_experts(experts: int, count: int, seed: int, layer: int) -> tuple[int, ...]:
+    """Returns experts drawn at random, each layer apart, to compare the most used ones with.
+
+    Args:
+        experts: E.
+        count: How many to return.
+        seed: Seed of the draw.
+        layer: 0-based index of the layer.
+
+    Raises:
+        UserError: If the layer has fewer experts.
+    """
+    if count > experts:
+        raise UserError(f"Expected at most {experts} new experts in a layer of as many experts, got {count}.")
+    return tuple(random.Random(f"{seed} {layer}").sample(range(experts), count))
+
+
 def strongest(scores: Mapping[int, float], fraction: float) -> list[int]:
     """Returns the floor(fraction * L) layers of highest score, sorted; a tie goes to the lower layer."""
     # Rounding may leave a product just below its integer: 15 / 22 * 22 is 14.999999999999998.
@@ -118,6 +135,14 @@ class ShiftRule(_Fractional):
         return strongest(self.scores(before, after), self.fraction)
 
 
+class LeastShiftRule(_Fractional):
+    """The layers whose usage shifted least: the contrary of the paper's rule, to try it by."""
+
+    def choose(self, before: Usage, after: Usage) -> list[int]:
+        """Returns the layers of smallest shift."""
+        return strongest({layer: -score for layer, score in self.scores(before, after).items()}, self.fraction)
+
+
 class DivergenceRule(_Fractional):
     """The layers whose usage diverged most, by Kullback-Leibler divergence."""
 
@@ -163,6 +188,14 @@ class FirstLayers(_Fractional):
     def choose(self, before: Usage, after: Usage) -> list[int]:
         """Returns the floor(fraction * L) lowest layers."""
         return strongest({layer: -float(layer) for layer in before}, self.fraction)
+
+
+class LastLayers(_Fractional):
+    """The last layers, half of them unless told otherwise."""
+
+    def choose(self, before: Usage, after: Usage) -> list[int]:
+        """Returns the floor(fraction * L) highest layers."""
+        return strongest({layer: float(layer) for layer in before}, self.fraction)
 
 
 class IntervalLayers(LayerRule):

@@ -74,6 +74,17 @@ def test_probe_plan_is_the_rule_applied_to_the_written_usage(probed: tuple[MoExt
     assert plan.report["scores"] == pytest.approx(ShiftRule().scores(before, after), abs=1e-6)
 
 
+def test_random_sources_are_those_of_the_seed_whatever_was_used() -> None:
+    used = {"all": {0: torch.tensor([9, 1, 1, 1]), 1: torch.tensor([9, 1, 1, 1])}}
+    plans = [
+        ExpertExtension(rule=AllLayers(), source="random", seed=seed).choose(used, used) for seed in (0, 0, 1, 2, 3)
+    ]
+    sources = [[growth.sources for growth in plan.layers] for plan in plans]
+    assert sources[0] == sources[1]
+    assert any(growth != sources[0] for growth in sources[2:])
+    assert any(source != (0,) for growth in sources for source in growth)
+
+
 def test_probe_counts_every_token_of_the_validation_set_once(
     probed: tuple[MoExtend, Path], tiny_world: TinyWorld
 ) -> None:
@@ -197,7 +208,7 @@ def test_extend_run_grows_exactly_the_plan(tiny_world: TinyWorld, make_trainer: 
     [
         ({}, "exactly one of `rule`"),
         ({"rule": AllLayers(), "plan": "plan.yaml"}, "exactly one of `rule`"),
-        ({"rule": AllLayers(), "source": "during"}, "after or before, got 'during'"),
+        ({"rule": AllLayers(), "source": "during"}, "after', 'before', 'random'], got 'during'"),
         ({"rule": AllLayers(), "new_experts": 0}, "`new_experts` >= 1, got 0"),
         ({"plan": "nowhere.yaml"}, "found no file. Run the probe stage first"),
         ({"plan": "nowhere.yaml", "new_experts": 2}, "belong to a probe run"),

@@ -11,7 +11,14 @@ from scipy.stats import entropy
 
 from moextend_pl.contracts import UserError
 from moextend_pl.moe import selection
-from moextend_pl.moe.selection import LayerRule, divergence_score, shift_score, source_experts, strongest
+from moextend_pl.moe.selection import (
+    LayerRule,
+    divergence_score,
+    random_experts,
+    shift_score,
+    source_experts,
+    strongest,
+)
 
 # Shift by layer: 1 most, then 5, 3, 2, and none in 0 (changes of shares by 0.4, 0.3, 0.2, 0.1, 0).
 BEFORE = {layer: torch.tensor([50, 50]) for layer in (0, 1, 2, 3, 5)}
@@ -24,6 +31,8 @@ BY_HAND = {
     "DivergenceRule": [1, 5],
     "AllLayers": [0, 1, 2, 3, 5],
     "FirstLayers": [0, 1],
+    "LastLayers": [3, 5],
+    "LeastShiftRule": [0, 2],
     "IntervalLayers": [0, 2, 5],
     "ExplicitLayers": [0, 3],
     "BudgetRule": [1, 5],
@@ -147,3 +156,14 @@ def test_sources_are_the_most_used_with_ties_to_the_lower_index() -> None:
 def test_impossible_settings_are_refused(build: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_random_experts_are_distinct_and_drawn_anew_for_each_layer_and_seed() -> None:
+    drawn = [random_experts(8, 2, seed, layer) for seed in range(20) for layer in range(10)]
+    assert drawn == [random_experts(8, 2, seed, layer) for seed in range(20) for layer in range(10)]
+    assert all(len(set(pair)) == 2 for pair in drawn)
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=8)
+    assert counts.min() > 25  # 50 each, by chance
+    assert len({tuple(drawn[n : n + 10]) for n in range(0, 200, 10)}) == 20
+    with pytest.raises(UserError, match="at most 3 new experts"):
+        random_experts(3, 4, 0, 0)

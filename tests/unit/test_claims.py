@@ -1,4 +1,4 @@
-"""The ablation command: which runs a study needs, which are left, and what is made of their numbers."""
+"""The command that tries claims: which runs a study needs, which are left, and what is made of their numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from scipy.stats import ttest_1samp, ttest_rel
 
 from moextend_pl.contracts import UserError
 
@@ -23,10 +25,11 @@ ROOT = Path(__file__).parents[2]
 def ablation() -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        import ablate
-        from ablation import planning, report, running, studies
+        import claims
+        from ablation import planning, report, running, studies, verdicts
 
-        yield SimpleNamespace(ablate=ablate, planning=planning, report=report, running=running, studies=studies)
+        rooms = {"planning": planning, "report": report, "running": running, "studies": studies, "verdicts": verdicts}
+        yield SimpleNamespace(claims=claims, **rooms)
 
 
 @pytest.fixture
@@ -51,10 +54,10 @@ def test_variants_share_every_stage_that_they_do_not_change(ablation: SimpleName
     of_the_probe = sum("2_probe" in variant.changes for variant in study.variants)
     assert {stage: stages.count(stage) for stage in set(stages)} == {
         "data": 1, "0_vision": 1, "0_language": 1, "1_align": 2,
-        "2_probe": 2 * (1 + of_the_probe), "3_extend": 2 * (1 + len(study.variants)),
+        "2_probe": 2 * (1 + of_the_probe), "3_extend": 2 * len(study.variants), "full_finetune": 2,
     }  # fmt: skip
     assert [name for name, run in plan.runs.items() if run.measured] == [
-        name for name in plan.runs if "/3_extend/" in name
+        name for name in plan.runs if "/3_extend/" in name or "/full_finetune/" in name
     ]
 
 
@@ -164,8 +167,9 @@ def test_a_changed_stage_and_all_after_it_are_run_again(ablation: SimpleNamespac
     changed = replace(study, every={**study.every, "2_probe": {"trainer.max_steps": 7}})
     after = ablation.planning.make_plan(changed, tmp_path, study.variants, [0])
     _, started = run_plan(ablation, after, tmp_path)
-    assert {after.runs[name].stage for name in started} == {"2_probe", "3_extend"}
-    assert len(started) == sum(run.stage in ("2_probe", "3_extend") for run in after.runs.values())
+    changed_stages = {"2_probe", "3_extend", "full_finetune"}  # the baseline starts where the extension does
+    assert {after.runs[name].stage for name in started} == changed_stages
+    assert len(started) == sum(run.stage in changed_stages for run in after.runs.values())
 
 
 def test_a_failed_run_stops_only_what_reads_from_it_and_is_tried_again(
@@ -215,20 +219,72 @@ def test_a_run_that_failed_or_diverged_is_told_and_left_out_of_the_mean(ablation
 
 
 @pytest.mark.parametrize(
-    ("shift", "interval", "start"),
+    ("shift", "interval", "word"),
     [
-        ([0.50, 0.60, 0.70], [0.45, 0.56, 0.65], "agrees"),  # seeds differ, the difference is always 0.05
-        ([0.50, 0.60, 0.70], [0.55, 0.66, 0.75], "DISAGREES"),
-        ([0.50, 0.60, 0.70], [0.60, 0.50, 0.71], "within noise"),
+        ([0.50, 0.60, 0.70], [0.45, 0.56, 0.65], "supported"),  # seeds differ, the difference is always near 0.05
+        ([0.50, 0.60, 0.70], [0.55, 0.66, 0.75], "contradicted"),
+        ([0.50, 0.60, 0.70], [0.60, 0.50, 0.71], "undecided"),
         ([0.50], [0.60], "one seed, no verdict"),
     ],
 )
 def test_findings_follow_from_the_difference_within_each_seed(
-    ablation: SimpleNamespace, shift: list[float], interval: list[float], start: str
+    ablation: SimpleNamespace, shift: list[float], interval: list[float], word: str
 ) -> None:
     numbers = {("default", "default"): [*map(outcome, shift)], ("layer rule", "interval"): [*map(outcome, interval)]}
     (found,) = ablation.report.findings(ablation.studies.MOEXTEND_SCENES, rows_of(ablation, numbers))
-    assert found.startswith(f"{start} - layer rule: shift over interval (MoExtend, Table 3")
+    assert (found.claim.better, found.claim.worse, found.verdict) == (
+        ("layer rule", "shift"), ("layer rule", "interval"), word,
+    )  # fmt: skip
+
+
+def test_each_claim_is_judged_by_its_p_value_corrected_for_all(ablation: SimpleNamespace) -> None:
+    default, close, far = [0.5, 0.6, 0.7], [0.48, 0.57, 0.66], [0.40, 0.51, 0.6]
+    first = {("default", "default"): [*map(outcome, default)], ("layer rule", "interval"): [*map(outcome, close)]}
+    study = ablation.studies.MOEXTEND_SCENES
+    (alone,) = ablation.report.findings(study, rows_of(ablation, first))
+    both = ablation.report.findings(study, rows_of(ablation, {**first, ("layer rule", "random"): [*map(outcome, far)]}))
+    assert alone.p == pytest.approx(0.0351, abs=1e-4)  # t = 0.03 / (0.01 / sqrt(3)) of 2 degrees, by a table
+    assert [one.verdict for one in (alone, both[0])] == ["supported", "supported"]
+    assert both[1].p == pytest.approx(2 * ablation.verdicts.paired_effect([0.1, 0.09, 0.1]).p)
+    assert both[0].smallest > alone.smallest
+
+
+def test_an_effect_has_the_interval_and_p_value_of_a_paired_t_test(ablation: SimpleNamespace) -> None:
+    first, second = [5.1, 4.8, 6.0, 5.5], [4.0, 4.9, 5.1, 4.2]
+    effect = ablation.verdicts.paired_effect([a - b for a, b in zip(first, second, strict=True)])
+    assert effect.p == pytest.approx(ttest_rel(first, second).pvalue)
+    assert (effect.high - effect.low) / 2 == pytest.approx(3.1824 * effect.spread / 2, rel=1e-4)  # from a printed table
+    assert ablation.verdicts.paired_effect([0.1, 0.1]).p == 0.0
+    assert ablation.verdicts.paired_effect([0.0, 0.0]).p == 1.0
+
+
+def test_the_smallest_effect_is_found_four_times_in_five(ablation: SimpleNamespace) -> None:
+    generator = np.random.default_rng(0)
+    for seeds, claims in ((8, 1), (8, 15), (3, 1)):
+        true = ablation.verdicts.smallest_effect(2.0, seeds, claims)
+        drawn = generator.normal(true, 2.0, (20_000, seeds))
+        found = (ttest_1samp(drawn, 0.0, axis=1).pvalue < 0.05 / claims) & (drawn.mean(axis=1) > 0)
+        assert found.mean() == pytest.approx(0.8, abs=0.015)
+
+
+def test_p_values_are_corrected_as_holm_does(ablation: SimpleNamespace) -> None:
+    # Sorted 0.005, 0.01, 0.03, 0.04, times 4, 3, 2, 1, and never falling.
+    assert ablation.verdicts.corrected([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert ablation.verdicts.corrected([0.9, 0.8]) == [1.0, 1.0]
+    assert ablation.verdicts.corrected([]) == []
+
+
+def test_the_page_gets_the_tables_of_a_study(ablation: SimpleNamespace, tmp_path: Path) -> None:
+    page = tmp_path / "claims.md"
+    page.write_text("# Page\n\n<!-- claims.py moextend -->\nold\n<!-- end -->\n")
+    copied = [outcome(0.4), outcome(0.5)]
+    rows = rows_of(ablation, {("default", "default"): [outcome(0.5), outcome(0.61)], ("init", "copy"): copied})
+    ablation.claims.write_page(page, "moextend", ablation.studies.MOEXTEND, rows, 8)
+    text = page.read_text()
+    assert "| init: copy over preserving | MoExtend, Table 4" in text
+    assert "| pictures | -10.50 [" in text
+    assert "| init | copy | 0.4500 ± 0.0707 |" in text
+    assert "8 seeds find one of" in text
 
 
 def test_the_plot_shows_every_level(ablation: SimpleNamespace, tmp_path: Path) -> None:
@@ -240,22 +296,22 @@ def test_the_plot_shows_every_level(ablation: SimpleNamespace, tmp_path: Path) -
 
 def test_variants_are_chosen_by_factor_or_by_name(ablation: SimpleNamespace) -> None:
     study = ablation.studies.MOEXTEND_SCENES
-    choose = ablation.ablate.chosen_variants
+    choose = ablation.claims.chosen_variants
     assert {v.factor for v in choose(study, ["layer_rule"])} == {"layer rule"}
-    assert [v.name for v in choose(study, ["routing-open", "init"])] == ["init-copy", "routing-open"]
+    assert sorted(v.name for v in choose(study, ["routing-open", "init"])) == ["init-copy", "routing-open"]
     assert choose(study, []) == list(study.variants)
     with pytest.raises(UserError, match="got 'colour'"):
         choose(study, ["colour"])
 
 
 def test_a_mistake_ends_in_one_line_and_exit_code_2(ablation: SimpleNamespace, tmp_path: Path, capsys: Any) -> None:
-    assert ablation.ablate.main(["moextend", "--out", str(tmp_path), "--only", "colour"]) == 2
+    assert ablation.claims.main(["moextend", "--out", str(tmp_path), "--only", "colour"]) == 2
     assert capsys.readouterr().err.startswith("error: Expected `--only`")
 
 
 @pytest.mark.slow
 def test_the_quick_study_runs_and_then_has_nothing_left_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/ablate.py"), "moextend_scenes", "--out", str(tmp_path / "a")]
+    command = [sys.executable, str(ROOT / "benchmarks/claims.py"), "moextend_scenes", "--out", str(tmp_path / "a")]
     command += ["--quick", "--seeds", "0", "--only", "routing-open"]
     first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert first.returncode == 0, first.stdout + first.stderr

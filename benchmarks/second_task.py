@@ -17,6 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def extend(base: Path, out: Path, task: str, start: Path, steps: int) -> Path:
     """Runs one extend stage and returns its run directory."""
     run, plan_file = out / task, out / f"{task}_plan.yaml"
     plan = ExtensionPlan.load(base / "2_probe" / "extension_plan.yaml")
-    plan.with_options(task=task, report={}).save(plan_file)
+    replace(plan, task=task, report={}).save(plan_file)
     # The projector is a part of the first task: if it learned again, what the first task sees would change.
     parts = ["new_experts", "new_routers", "calibration"] + (["projector"] if task == TASKS[0] else [])
     callbacks = {

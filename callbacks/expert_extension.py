@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class ExpertExtension(Callback):
         source: Whether source experts are the most used `after` the probe (as the paper's code) or `before` it (as its
             Eq. 8), or drawn at `random`, to compare with, by `seed`.
         init: `copy` or `preserving`; in an extend run it replaces the plan's.
-        routing: `masked`, `masked_tokens` or `open`; likewise.
+        routing: `masked`, `masked_tokens`, `masked_sound` or `open`; likewise.
         calibration: `additive`, `multiplicative` or `none`; likewise.
         seed: Seed of the calibration weights; likewise.
         task: Name of the task that masked routing keeps the new experts for; likewise.
@@ -104,7 +105,7 @@ class ExpertExtension(Callback):
         self.rule, self.new_experts, self.source = rule, new_experts, source
         options = {"init": init, "routing": routing, "calibration": calibration, "seed": seed, "task": task}
         self.options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        self.plan = ExtensionPlan.load(Path(plan)).with_options(**self.options) if plan is not None else None
+        self.plan = replace(ExtensionPlan.load(Path(plan)), **self.options) if plan is not None else None
         self._routers: list[torch.Tensor] = []
         self._before: Counts = {}
         self._ended = False
@@ -130,6 +131,11 @@ class ExpertExtension(Callback):
                 raise UserError(
                     f"Expected `routing: open` for {type(pl_module).__name__}, which sees no pictures, got "
                     f"{self.plan.routing!r}: no token would reach the new experts."
+                )
+            if self.plan.routing == "masked_sound" and getattr(pl_module, "hearing", None) is None:
+                raise UserError(
+                    "Expected a model with `hearing` for `routing: masked_sound`, got one that does not hear: no token "
+                    "would reach the new experts. Give the model `hearing`, or set `routing: masked`."
                 )
             if stage == "fit":
                 check_task_is_taught(self.plan, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,11 @@ from datamodules.streaming import ShardError
 from moextend_pl.contracts import IGNORE_INDEX, SampleSpec, UserError
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.pixels import decode_image, open_image
+from moextend_pl.samples.sound.waveform import read_sound, sound_suffix
 from moextend_pl.samples.templates import load_tokenizer
+
+AUDIT_RATE = 16_000
+"""Samples a second that sounds are heard at, as nearly every encoder asks."""
 
 BAR = 40
 """Signs of the longest bar of a histogram."""
@@ -33,7 +38,7 @@ class AuditOptions:
     Attributes:
         workers: Processes.
         tokenizer: Folder of a tokenizer with a chat template; lengths are counted in characters if None.
-        tokens_per_image: Placeholders that an image expands to.
+        tokens_per_image: Placeholders that an image, or a sound, expands to.
         max_length: Cut as training would; None for no limit.
     """
 
@@ -194,7 +199,7 @@ def load_spec(tokenizer: str | Path, tokens_per_image: int) -> SampleSpec:
         UserError: If there is no such folder, or it holds no tokenizer.
     """
     loaded = load_tokenizer(tokenizer)
-    return SampleSpec(loaded, len(loaded), tokens_per_image, image_size=32)
+    return SampleSpec(loaded, len(loaded), tokens_per_image, image_size=32, tokens_per_sound=tokens_per_image)
 
 
 @dataclass(frozen=True)
@@ -269,6 +274,9 @@ def _audit_sample(reader: ShardReader, number: int, options: AuditOptions, part:
             part.formats[str(image.format)] += 1
             sides = [*part.sides, *image.size]
             part.sides = [min(sides), max(sides)]
+        for data in raw.sounds:
+            read_sound(data, raw.origin, AUDIT_RATE, math.inf)
+            part.formats[sound_suffix(data, raw.origin).upper()] += 1
         part.images_per_sample[len(raw.images)] += 1
         _measure(raw, options, part)
     except ShardError:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,9 @@ from moextend_pl.contracts import Batch, Sample, UserError
 from moextend_pl.samples.collate import collate_generation, collate_packed, collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.pixels import PixelTransform, decode_image, open_image
-from moextend_pl.samples.turns import Turn, single_turn
+from moextend_pl.samples.sound.features import SoundTransform, with_sounds
 
 TURNS = ("together", "single")
-BYTES_OF_TURN = 256
-"""What two texts and the object that holds them take beside their characters, about."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,9 @@ class ConversationDataset(Dataset[Sample]):
         self.encoder = encoder
         self.generation = generation
         self.packed = packed
-        self.transform = PixelTransform(encoder.spec)
-        self._raw = Kept[RawSample](keep, _bytes_of)
-        self._squares = Kept[np.ndarray](keep, _bytes_of_pixels)
+        self.transform, self.listen = PixelTransform(encoder.spec), SoundTransform(encoder.spec)
+        self._raw = Kept[RawSample](keep, RawSample.size)
+        self._squares = Kept[np.ndarray](keep, _bytes_of_features)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -162,12 +161,14 @@ class ConversationDataset(Dataset[Sample]):
             return placeholder(self.encoder.filler(), BadSample(shard, key, reason))
 
     def _sample(self, unit: int) -> Sample:
-        key, turns, images, origin = self.read(unit)
-        # Named by content: the same picture has the same name in whatever sample it lies.
-        names = [hashlib.blake2b(data, digest_size=8).hexdigest() for data in images]
-        pixels = [self._pixels(name, data, origin) for name, data in zip(names, images, strict=True)]
+        raw = self.read(unit)
+        names, heard = _names(raw.images), _names(raw.sounds)
+        pixels = [self._pixels(name, data, raw.origin) for name, data in zip(names, raw.images, strict=True)]
         encode = self.encoder.encode_prompt if self.generation else self.encoder.encode
-        return replace(encode(key, turns, pixels, names), task=self.table.task(unit))
+        sample = replace(encode(raw.key, raw.turns, pixels, names), task=self.table.task(unit))
+        found = zip(heard, raw.sounds, strict=True)
+        sounds = [self._squares.get(name, partial(self.listen, data, raw.origin)) for name, data in found]
+        return with_sounds(sample, self.encoder.spec, sounds, heard)
 
     def _pixels(self, name: str, data: bytes, origin: str) -> torch.Tensor:
         levels = self._squares.get(
@@ -175,30 +176,28 @@ class ConversationDataset(Dataset[Sample]):
         )
         return self.transform.normalised(levels)
 
-    def read(self, unit: int) -> tuple[str, tuple[Turn, ...], tuple[bytes, ...], str]:
-        """Returns key, turns, image files and, for messages, origin of a unit.
+    def read(self, unit: int) -> RawSample:
+        """Returns a unit as it lies in its shard; a turn of its own has its number behind the key.
 
         Raises:
             UserError: If the sample is damaged.
         """
         reader, number, turn = self.table.locate(unit)
         raw = self._raw.get(int(self.table.sample[unit]), lambda: reader.read(number))
-        if turn is None:
-            return raw.key, raw.turns, raw.images, raw.origin
-        if turn >= len(raw.turns):
+        if turn is not None and turn >= len(raw.turns):
             raise UserError(
                 f"{raw.origin}: the index says that it has turn {turn}, got {len(raw.turns)} turn(s). Run `python -m "
                 "moextend_pl shards index` on its folder."
             )
-        one, which = single_turn(raw.turns, turn, len(raw.images))
-        return f"{raw.key}#{turn}", (one,), tuple(raw.images[i] for i in which), raw.origin
+        return raw if turn is None else raw.single(turn)
 
     def length(self, unit: int) -> int:
         """Returns the tokens of a unit; 1 if it is damaged, which is said when it is due."""
         try:
-            _, turns, images, origin = self.read(unit)
-            cut = images if self.transform.tiling.most else ()  # the size decides, which an image's head tells
-            return max(1, self.encoder.length(turns, tuple(self.transform.squares(open_image(d, origin)) for d in cut)))
+            raw = self.read(unit)
+            cut = raw.images if self.transform.tiling.most else ()  # the size decides, which an image's head tells
+            squares = tuple(self.transform.squares(open_image(data, raw.origin)) for data in cut)
+            return max(1, self.encoder.length(raw.turns, squares))
         except ShardError:
             raise
         except UserError:
@@ -230,13 +229,13 @@ class ConversationDataset(Dataset[Sample]):
         return Delivery(batch, bad_samples_of(itertools.chain(*samples) if self.packed else samples))
 
 
-def _bytes_of(raw: RawSample) -> int:
-    texts = sum(len(turn.human) + len(turn.gpt) + BYTES_OF_TURN for turn in raw.turns)
-    return sum(map(len, raw.images)) + texts
+def _names(files: Sequence[bytes]) -> list[str]:
+    """Names files by content: the same picture has the same name in whatever sample it lies."""
+    return [hashlib.blake2b(data, digest_size=8).hexdigest() for data in files]
 
 
-def _bytes_of_pixels(square: np.ndarray) -> int:
-    return square.nbytes
+def _bytes_of_features(features: np.ndarray) -> int:
+    return features.nbytes
 
 
 def _failure(error: OSError | MemoryError) -> Failure:

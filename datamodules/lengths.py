@@ -118,5 +118,6 @@ def _fingerprint(encoder: ConversationEncoder, shards: str) -> str:
         str(encoder.max_length),
         *((spec.tiles, str(spec.image_size)) if spec.tiles else ()),
         *(["thumbnail"] if spec.thumbnail else ()),
+        *((str(spec.tokens_per_sound),) if spec.sounds else ()),
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

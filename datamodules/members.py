@@ -1,4 +1,4 @@
-"""Names of the files inside shards: KEY.json, KEY.txt, KEY.jpg, KEY.1.png, and nothing that leads elsewhere."""
+"""Names of the files inside shards: KEY.json, KEY.txt, KEY.jpg, KEY.1.png, KEY.wav; nothing leads elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.turns import IMAGE_FORMATS, lone_surrogate
+from moextend_pl.samples.turns import IMAGE_FORMATS, SOUND_FORMATS, lone_surrogate
 
 TEXTS = ("json", "txt")
 """Extensions of texts: LLaVA's conversations or facts with a caption, and a plain caption."""
@@ -62,19 +62,29 @@ def split_member(name: str) -> tuple[str, str] | None:
 
 
 def is_used(extension: str) -> bool:
-    """Tells whether a member belongs to a sample: `json`, `txt`, and images as `png` or `0.png`; others are skipped."""
+    """Tells whether a member belongs to a sample: `json`, `txt`, images as `png` or `0.png`, sounds alike; or not."""
     number, dot, kind = extension.lower().rpartition(".")
     if not dot:
-        return kind in (*TEXTS, *IMAGE_FORMATS)
-    return kind in IMAGE_FORMATS and NUMBER.fullmatch(number) is not None
+        return kind in (*TEXTS, *IMAGE_FORMATS, *SOUND_FORMATS)
+    return kind in (*IMAGE_FORMATS, *SOUND_FORMATS) and NUMBER.fullmatch(number) is not None
 
 
 def is_text(extension: str) -> bool:
-    """Tells whether a member is a text and no image."""
+    """Tells whether a member is a text."""
     return extension.lower() in TEXTS
 
 
+def is_sound(extension: str) -> bool:
+    """Tells whether a member is a sound."""
+    return extension.lower().rpartition(".")[2] in SOUND_FORMATS
+
+
+def is_image(extension: str) -> bool:
+    """Tells whether a member that is used is an image."""
+    return not is_text(extension) and not is_sound(extension)
+
+
 def image_order(member: Member) -> int:
-    """Sorts KEY.0.png before KEY.1.png; use as the key of `sorted`."""
+    """Sorts KEY.0.png before KEY.1.png, and sounds alike; use as the key of `sorted`."""
     number = member.extension.partition(".")[0]
     return int(number) if number.isdigit() else 0

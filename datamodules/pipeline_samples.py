@@ -14,11 +14,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from datamodules.bad_samples import BadSample, Placeholder, bad_samples_of, placeholder
 from datamodules.dataset import Delivery, Failure
 from datamodules.foreign import conversations_of
-from datamodules.members import Member, image_order, is_text, is_used
+from datamodules.members import Member, image_order, is_image, is_sound, is_used
 from moextend_pl.contracts import Sample, UserError
 from moextend_pl.samples.collate import collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.pixels import PixelTransform, decode_image, decoded
+from moextend_pl.samples.sound.features import SoundTransform, with_sounds
 from moextend_pl.samples.turns import parse_turns
 
 CONVERSATIONS, KEY, PLACE = "conversations", "__key__", "__url__"
@@ -36,7 +37,7 @@ class PipelineSamples(IterableDataset[Any]):
     def __init__(self, make: Callable[[], Iterable[Any]], encoder: ConversationEncoder) -> None:
         self.make, self.pipeline = make, make()
         self.encoder = encoder
-        self.transform = PixelTransform(encoder.spec)
+        self.transform, self.listen = PixelTransform(encoder.spec), SoundTransform(encoder.spec)
 
     def __iter__(self) -> Iterator[Sample | Failure]:
         for round_ in itertools.count():
@@ -75,11 +76,13 @@ class PipelineSamples(IterableDataset[Any]):
             return placeholder(self.encoder.filler(), BadSample(place, key, reason))
 
     def _encode(self, sample: Mapping[str, Any], key: str, origin: str) -> Sample:
-        pictures = pictures_of(sample)
+        pictures, sounds = pictures_of(sample), sounds_of(sample, origin)
         images = [decode_image(p, origin) if isinstance(p, bytes) else decoded(p, origin) for p in pictures]
         names = [_content_name(*pair) for pair in zip(pictures, images, strict=True)]
-        turns = parse_turns(conversations_of(texts_of(sample), len(images), origin), len(images), origin)
-        return self.encoder.encode(key, turns, [self.transform(image) for image in images], names)
+        turns = parse_turns(conversations_of(texts_of(sample), len(images), origin), len(images), origin, len(sounds))
+        encoded = self.encoder.encode(key, turns, [self.transform(image) for image in images], names)
+        heard = [hashlib.blake2b(data, digest_size=8).hexdigest() for data in sounds]
+        return with_sounds(encoded, self.encoder.spec, [self.listen(data, origin) for data in sounds], heard)
 
     def collate(self, samples: list[Any]) -> Delivery | Failure:
         """Pads and stacks, and says which samples were bad; lets a failure pass."""
@@ -94,7 +97,7 @@ def pictures_of(sample: Mapping[str, Any]) -> list[bytes | Image.Image]:
         UserError: If one is something else.
     """
     found = [value for name in PICTURES for value in _listed(sample.get(name))]
-    named = [Member(name, 0, 0) for name in sample if is_used(name) and not is_text(name)]
+    named = [Member(name, 0, 0) for name in sample if is_used(name) and is_image(name)]
     found += [sample[member.extension] for member in sorted(named, key=image_order)]
     for picture in found:
         if not isinstance(picture, bytes | Image.Image):
@@ -102,6 +105,19 @@ def pictures_of(sample: Mapping[str, Any]) -> list[bytes | Image.Image]:
                 f"expected pictures as bytes or PIL images, got {type(picture).__name__}. With webdataset use "
                 '`decode("pil")`, or no `decode`.'
             )
+    return found
+
+
+def sounds_of(sample: Mapping[str, Any], origin: str) -> list[bytes]:
+    """Returns the sounds of a sample in their order, as files.
+
+    Raises:
+        UserError: If one is something else.
+    """
+    named = [Member(name, 0, 0) for name in sample if is_used(name) and is_sound(name)]
+    found = [sample[member.extension] for member in sorted(named, key=image_order)]
+    if wrong := [type(sound).__name__ for sound in found if not isinstance(sound, bytes)]:
+        raise UserError(f"{origin}: expected sounds as bytes of files, got {wrong[0]}. Leave them as they are read.")
     return found
 
 

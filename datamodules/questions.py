@@ -13,6 +13,7 @@ from moextend_pl.samples.turns import IMAGE_MARK
 
 QUESTIONS_FILE, PICTURES = "questions.jsonl", "images"
 LATER, SEVERAL, TOLD = "later questions of conversations", "samples with several pictures", "samples with instructions"
+HEARD = "samples with sounds"
 
 
 def write_questions(place: str | Path, out: Path, limit: int) -> tuple[int, Counter[str]]:
@@ -36,8 +37,8 @@ def write_questions(place: str | Path, out: Path, limit: int) -> tuple[int, Coun
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
     for number in (place * len(reader) // count for place in range(count)):
         raw = reader.read(number)
-        if len(raw.images) > 1 or raw.turns[0].system:
-            left[SEVERAL if len(raw.images) > 1 else TOLD] += 1
+        if len(raw.images) > 1 or raw.sounds or raw.turns[0].system:
+            left[SEVERAL if len(raw.images) > 1 else HEARD if raw.sounds else TOLD] += 1
             continue
         left[LATER] += len(raw.turns) - 1
         rows.append(_row(raw, out / PICTURES, f"{number:06d}"))

@@ -14,31 +14,46 @@ import numpy as np
 from datamodules.cache import Source
 from datamodules.foreign import conversations_of
 from datamodules.index import Shard, load_index
-from datamodules.members import Member, image_order, is_text
+from datamodules.members import Member, image_order, is_image, is_sound, is_text
 from datamodules.scan import MAX_SAMPLE_BYTES
 from datamodules.streaming import StreamOptions
 from datamodules.tar import BLOCK, belongs
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.turns import Turn, lone_surrogate, parse_turns
+from moextend_pl.samples.turns import Turn, lone_surrogate, parse_turns, single_turn
 
 MAX_OPEN_SHARDS = 16
+BYTES_OF_TURN = 256
+"""What two texts and the object that holds them take beside their characters, about."""
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it lies in its shard, images not yet decoded.
+    """A sample as it lies in its shard, images and sounds not yet decoded.
 
     Attributes:
         key: Its name inside the shard set.
         turns: Questions and answers.
         images: Content of the image files, in order.
         origin: Shard and key, for messages.
+        sounds: Content of the sound files, in order.
     """
 
     key: str
     turns: tuple[Turn, ...]
     images: tuple[bytes, ...]
     origin: str
+    sounds: tuple[bytes, ...] = ()
+
+    def size(self) -> int:
+        """Returns the bytes that it takes in memory, about."""
+        texts = sum(len(turn.human) + len(turn.gpt) + BYTES_OF_TURN for turn in self.turns)
+        return sum(map(len, (*self.images, *self.sounds))) + texts
+
+    def single(self, position: int) -> RawSample:
+        """Returns one turn as a sample of its own, with what belongs to it."""
+        one, (images, sounds) = single_turn(self.turns, position, len(self.images), len(self.sounds))
+        shown, heard = tuple(self.images[n] for n in images), tuple(self.sounds[n] for n in sounds)
+        return RawSample(f"{self.key}#{position}", (one,), shown, self.origin, heard)
 
 
 class ShardReader:
@@ -112,9 +127,10 @@ class ShardReader:
         pairs = list(zip(members, contents, strict=True))
         texts = {member.extension.lower(): data for member, data in pairs if is_text(member.extension)}
         pairs = sorted((p for p in pairs if not is_text(p[0].extension)), key=lambda pair: image_order(pair[0]))
-        images = tuple(data for _, data in pairs)
-        turns = parse_turns(conversations_of(texts, len(images), origin), len(images), origin)
-        return RawSample(key=key, turns=turns, images=images, origin=origin)
+        images = tuple(data for member, data in pairs if is_image(member.extension))
+        sounds = tuple(data for member, data in pairs if is_sound(member.extension))
+        turns = parse_turns(conversations_of(texts, len(images), origin), len(images), origin, len(sounds))
+        return RawSample(key=key, turns=turns, images=images, origin=origin, sounds=sounds)
 
     def describe(self, number: int) -> tuple[str, str]:
         """Returns shard and key of a sample without reading it.

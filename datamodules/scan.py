@@ -14,7 +14,7 @@ import numpy as np
 from datamodules.foreign import MAX_TEXT_BYTES, conversations_of
 from datamodules.index import Shard, file_sha256, save_index
 from datamodules.keys import Keys
-from datamodules.members import Member, is_text, is_used, split_member
+from datamodules.members import Member, is_image, is_text, is_used, split_member
 from datamodules.tar import TarError, walk
 from moextend_pl.contracts import UserError
 
@@ -51,7 +51,7 @@ class Found:
     @property
     def images(self) -> int:
         """How many images it has."""
-        return sum(not is_text(member.extension) for member in self.members)
+        return sum(is_image(member.extension) for member in self.members)
 
 
 def index_shard(path: Path, faults: list[str] | None = None, skipped: Counter[str] | None = None) -> Shard:

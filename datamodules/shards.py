@@ -21,6 +21,7 @@ from datamodules.members import MEMBER_NAME, check_name
 from datamodules.scan import build_index
 from moextend_pl.contracts import UserError
 from moextend_pl.samples.pixels import open_image
+from moextend_pl.samples.sound.waveform import sound_suffix
 
 SAMPLES_PER_SHARD = 1000
 MAX_NAME = 99
@@ -44,11 +45,13 @@ class Entry:
         key: Its name; no dots, so that every reader finds the same key.
         conversations: As LLaVA writes them.
         images: Content of its image files, in order.
+        sounds: Content of its sound files, in order.
     """
 
     key: str
     conversations: list[dict[str, str]]
     images: tuple[bytes, ...] = ()
+    sounds: tuple[bytes, ...] = ()
 
 
 def conversation(*turns: tuple[str, str]) -> list[dict[str, str]]:
@@ -134,7 +137,7 @@ def write_shard(path: Path, entries: Iterable[Entry]) -> int:
     """Writes one tar file, none if there is no sample, and returns how many samples it holds.
 
     Raises:
-        UserError: If a key cannot be a name, or an image is of no known kind.
+        UserError: If a key cannot be a name, or an image or a sound is of no known kind.
     """
     count = 0
     with contextlib.ExitStack() as stack:
@@ -154,6 +157,9 @@ def _members(entry: Entry) -> dict[str, Any]:
     for number, data in enumerate(entry.images):
         suffix = SUFFIXES[str(open_image(data, entry.key).format)]
         sample[suffix if len(entry.images) == 1 else f"{number}.{suffix}"] = data
+    for number, data in enumerate(entry.sounds):
+        suffix = sound_suffix(data, entry.key)
+        sample[suffix if len(entry.sounds) == 1 else f"{number}.{suffix}"] = data
     problem = key_problem(entry.key)
     if problem:
         raise UserError(f"{problem}.")

@@ -11,6 +11,8 @@ from datamodules.reader import RawSample, ShardReader
 from moextend_pl.contracts import IGNORE_INDEX, Sample, SampleSpec, UserError
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.pixels import decode_image, open_image
+from moextend_pl.samples.sound.waveform import sound_suffix
+from moextend_pl.samples.turns import IMAGE_MARK, SOUND_MARK
 
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
@@ -30,13 +32,15 @@ def find_sample(place: str | Path, key: str) -> RawSample:
 
 
 def describe_sample(raw: RawSample) -> list[str]:
-    """Returns where a sample lies, its images and its turns."""
+    """Returns where a sample lies, its images, its sounds and its turns."""
     lines = [raw.origin]
     for position, data in enumerate(raw.images):
         image = open_image(data, raw.origin)
         lines.append(
             f"image {position}: {image.format} {image.size[0]} x {image.size[1]} {image.mode}, {len(data)} bytes"
         )
+    for position, data in enumerate(raw.sounds):
+        lines.append(f"sound {position}: {sound_suffix(data, raw.origin).upper()}, {len(data)} bytes")
     return lines + [f"human: {turn.human}\ngpt:   {turn.gpt}" for turn in raw.turns]
 
 
@@ -77,10 +81,11 @@ def _marked(sample: Sample, spec: SampleSpec, colour: bool) -> list[str]:
     run = 0
     ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
     for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if token == spec.image_token_id:
+        if token >= spec.image_token_id:
             run += 1
             if position + 1 == len(ids) or ids[position + 1] != token:
-                out.append(f"{GREY if colour else ''}<image>*{run}{PLAIN if colour else ''}")
+                mark = IMAGE_MARK if token == spec.image_token_id else SOUND_MARK
+                out.append(f"{GREY if colour else ''}{mark}*{run}{PLAIN if colour else ''}")
                 run = 0
             continue
         text = f"{spec.tokenizer.convert_ids_to_tokens(token)}:{token}"

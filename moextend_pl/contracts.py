@@ -22,7 +22,7 @@ IGNORE_INDEX = -100
 PLAN_SCHEMA = 1
 PLAN_FILE = "extension_plan.yaml"
 INITS = ("copy", "preserving")
-ROUTINGS = ("open", "masked", "masked_tokens")
+ROUTINGS = ("open", "masked", "masked_tokens", "masked_sound")
 CALIBRATIONS = ("additive", "multiplicative", "none")
 COUNTINGS = ("reference", "paper")
 
@@ -46,6 +46,8 @@ class SampleSpec:
         context: Longest sequence that the model was made for, in positions; None if it says none.
         resize: How images that are not square become one, see `samples.squares`; `resample` is the filter.
         tiles, thumbnail: How images are cut, see `samples.tiling`, and if thumbnails alone have placeholders (NVLM-H).
+        sounds: Folder with the feature extractor of sounds, for a model that hears; `sound_seconds` is the longest one.
+        tokens_per_sound: Placeholders that one sound expands to; their id is that of images, and one.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +62,9 @@ class SampleSpec:
     resample: str = "bicubic"
     tiles: str = ""
     thumbnail: bool = False
+    sounds: str = ""
+    sound_seconds: float = 0.0
+    tokens_per_sound: int = 0
 
 
 @dataclass
@@ -75,6 +80,7 @@ class Sample:
         prompt, answer: Texts asked and expected when the sample is used for generation.
         task: Name of the task its shard set belongs to; empty if none was given.
         tiles: (S,) which image each tag (NVLM-X), or placeholder of a thumbnail (NVLM-H), stands for, from 1, else 0.
+        sounds, sound_keys: (N, ...) features of sounds in the order of their placeholders, and names; None without any.
     """
 
     key: str
@@ -86,6 +92,8 @@ class Sample:
     answer: str = ""
     task: str = ""
     tiles: Tensor | None = None
+    sounds: Tensor | None = None
+    sound_keys: list[str] = field(default_factory=list)
 
 
 class HostFacts(NamedTuple):
@@ -96,6 +104,7 @@ class HostFacts(NamedTuple):
     images: Tensor  # (P,) places among all B * S of image placeholders
     tokens: int  # number of real tokens, image placeholders included
     looked: Tensor | None = None  # (3, B, M) images that words look at, as `host_facts.Looked`, where there are `tiles`
+    sounds: Tensor | None = None  # (Q,) places of sound placeholders
 
 
 class Batch(TypedDict):
@@ -118,6 +127,8 @@ class Batch(TypedDict):
     tasks: NotRequired[list[str]]  # N, names of the tasks that samples belong to
     documents: NotRequired[Tensor]  # (B, S) int64, 0 on padding
     tiles: NotRequired[Tensor]  # (B, S) int64, number of the image that a token stands for, counted over all rows
+    sounds: NotRequired[Tensor]  # (U, ...) float32 features of sounds, where there are any
+    sound_keys: NotRequired[list[str]]  # U
     known: NotRequired[HostFacts]  # added by the model before the batch leaves the host
 
 
@@ -153,7 +164,8 @@ class ExtensionPlan:
         layers: Growth of each extended layer, by rising layer index.
         init: `copy` (the paper: a new expert competes with all others) or `preserving` (with its source only, so that
             the function at step 0 is the base's).
-        routing: `open` (every token may reach new experts), `masked` (no sequence without an image) or `masked_tokens`.
+        routing: `open` (every token may reach new experts), `masked` (no sequence without an image), `masked_tokens`
+            (no other token than an image's) or `masked_sound` (no sequence without a sound).
         calibration: `additive` (the paper's code: a correction added to routing scores), `multiplicative` (its Eq. 10)
             or `none`.
         seed: Seed of the calibration's random weights.
@@ -184,18 +196,11 @@ class ExtensionPlan:
             raise UserError(f"Expected every layer of the extension plan once and in rising order, got {indices}.")
         for growth in self.layers:
             if growth.layer < 0 or not growth.sources or min(growth.sources) < 0:
-                raise UserError(
-                    f"Expected a layer >= 0 with at least one source expert >= 0, got layer {growth.layer} "
-                    f"with sources {list(growth.sources)}."
-                )
+                raise UserError(f"Expected a layer >= 0 with at least one source expert >= 0, got {growth}.")
 
     def same_growth(self, other: ExtensionPlan) -> bool:
         """Tells whether another plan grows a model in the same way, whatever its report says."""
         return replace(self, report={}) == replace(other, report={})
-
-    def with_options(self, **changes: Any) -> ExtensionPlan:
-        """Returns the plan with some of its fields changed."""
-        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain lists and numbers, ready for YAML or JSON."""
@@ -280,11 +285,6 @@ class UpcycleSpec:
             raise UserError(f"Expected `counting` of `upcycle` in {list(COUNTINGS)}, got {self.counting!r}.")
         if self.balance < 0 or self.z < 0:
             raise UserError(f"Expected `balance` and `z` of `upcycle` >= 0, got {self.balance} and {self.z}.")
-
-    @property
-    def structure(self) -> tuple[int, int, tuple[int, ...] | None]:
-        """What decides which tensors there are and what they compute."""
-        return self.experts, self.top_k, None if self.layers is None else tuple(sorted(self.layers))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any] | None) -> UpcycleSpec | None:

@@ -103,6 +103,8 @@ def exported(model: MoExtend, task: str = "") -> MoExtendForConditionalGeneratio
     Raises:
         UserError: If its base is in 4 bits, or questions would need another task.
     """
+    if model.hearing is not None:
+        raise UserError("Expected a model that does not hear, got one with `hearing`; no exported folder has it yet.")
     if model.language.compute.quantize is not None:
         raise UserError(
             f"Expected a run whose base has 16 or 32 bits, got `quantize: {model.language.compute.quantize}`: the "
@@ -193,5 +195,6 @@ def export_run(run: Path, folder: Path, task: str = "", shard: str = SHARD, base
         UserError: If there is no finished run, or it cannot be exported.
     """
     manifest = read_manifest(run)
+    manifest.check_hears_not("an exported folder")
     write_model(MoExtend.load(run, base), folder, task, shard)
     write_card(manifest, folder, USE, manifest.bases.get("language", {}).get("name"))

@@ -37,9 +37,10 @@ def share(run: Path, folder: Path, base: str = "", tower: str = "") -> None:
         tower: Name of the tower in a hub, whose weights then stay out.
 
     Raises:
-        UserError: If there is no finished run, or its model has no base.
+        UserError: If there is no finished run, or its model has no base, or hears.
     """
     manifest = read_manifest(run)
+    manifest.check_hears_not("a folder to share")
     arguments, bases = manifest.model_arguments(), dict(manifest.bases)
     language = arguments["language"]
     base_folder = Path(language["base"])

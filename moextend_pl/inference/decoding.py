@@ -164,7 +164,7 @@ def row_seeds(batch: Batch, seed: int) -> list[int]:
     """Returns a seed for each prompt that depends on the prompt and a common seed, and on no other prompt.
 
     Args:
-        batch: Prompts; images are known by their names, which are made of their content.
+        batch: Prompts; images and sounds are known by their names, which are made of their content.
         seed: The common one.
     """
     ids_BS = batch["input_ids"].cpu()
@@ -172,16 +172,25 @@ def row_seeds(batch: Batch, seed: int) -> list[int]:
     if "tiles" in batch:
         counts = (tiles_by_row(batch["tiles"].cpu()) > 0).sum(dim=1)
     else:
-        is_image_BS = ids_BS == ids_BS.max() if batch["image_keys"] else torch.zeros_like(ids_BS)
-        counts = is_image_BS.sum(dim=1) // max(int(is_image_BS.sum()) // max(len(batch["image_keys"]), 1), 1)
-    names = iter(batch["image_keys"])
+        highest = int(ids_BS.max()) - ("sounds" in batch)  # the highest but one where there are sounds
+        counts = _counts(ids_BS == highest, len(batch["image_keys"]))
+    heard = batch.get("sound_keys", [])
+    sounds = _counts(ids_BS == ids_BS.max(), len(heard))
+    names, tones = iter(batch["image_keys"]), iter(heard)
     seeds = []
-    for ids, mask, count in zip(ids_BS, batch["attention_mask"].cpu(), counts.tolist(), strict=True):
-        own = [next(names) for _ in range(count)]
+    for ids, mask, *count in zip(ids_BS, batch["attention_mask"].cpu(), counts.tolist(), sounds.tolist(), strict=True):
+        own = [next(names) for _ in range(count[0])] + [next(tones) for _ in range(count[1])]
         text = f"{seed} {ids[mask.bool()].tolist()} {own}"
         digest = hashlib.blake2b(text.encode(), digest_size=SEED_BYTES).digest()
         seeds.append(int.from_bytes(digest, "big"))
     return seeds
+
+
+def _counts(is_placeholder_BS: Tensor, keys: int) -> Tensor:
+    """Returns how many of a batch's images, or sounds, each row has, (B,)."""
+    if not keys:
+        return torch.zeros(len(is_placeholder_BS), dtype=torch.int64)
+    return is_placeholder_BS.sum(dim=1) // max(int(is_placeholder_BS.sum()) // keys, 1)
 
 
 class SeededDraw(LogitsProcessor):

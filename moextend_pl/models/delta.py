@@ -40,7 +40,6 @@ from moextend_pl.runs.manifest import (
 )
 from moextend_pl.runs.numbers import check_finite
 from moextend_pl.runs.sharded import whole
-from moextend_pl.runs.sources import refuse_other_sources
 from moextend_pl.training.language_losses import RouterWeights
 from moextend_pl.training.stage import StageModule, shapes_only
 
@@ -103,9 +102,10 @@ def model_arguments(model: DeltaModule) -> dict[str, dict[str, Any]]:
             "dense": language.dense,
         },
     }
+    hearing = getattr(model, "hearing", None)
     for name, part in model.upcyclable().items():
         arguments[name]["upcycle"] = asdict(part.upcycle_spec) if part.upcycle_spec else None
-    return arguments
+    return arguments if hearing is None else {**arguments, "hearing": hearing.rebuild_arguments()}
 
 
 def encoder_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,10 +203,7 @@ def check_start(module: DeltaModule, run: Path) -> None:
     Raises:
         UserError: If it is so, before any weight is read.
     """
-    manifest = read_manifest(run)
-    if manifest.sources:
-        advice = "Restore the files, or train that stage again."
-        refuse_other_sources({"files": manifest.sources}, module.sources(), ["files"], str(manifest.run), advice)
+    read_manifest(run).check_sources(module.sources()["files"])
 
 
 def inherited_names(run: Path) -> set[str]:

@@ -55,13 +55,14 @@ def standing_features(features_NPD: Tensor, tiles_BS: Tensor, places_T: Tensor) 
     return features_NPD.index_select(0, tiles_BS.flatten().index_select(0, first_of_each) - 1)
 
 
-def scatter_features(embeddings_BSD: Tensor, features_IPD: Tensor, places_T: Tensor) -> Tensor:
-    """Overwrites placeholder embeddings with image features, in reading order.
+def scatter_features(embeddings_BSD: Tensor, features_IPD: Tensor, places_T: Tensor, kind: str = "image") -> Tensor:
+    """Overwrites placeholder embeddings with features of images or sounds, in reading order.
 
     Args:
         embeddings_BSD: Embedded ids; what stands on placeholders does not matter.
         features_IPD: Projected features of the batch's images, in the order of their placeholders.
         places_T: Places of the placeholders among all B * S, see `contracts.HostFacts`.
+        kind: What they are of.
 
     Returns:
         (B, S, D) embeddings; gradients reach the features and the text embeddings.
@@ -72,9 +73,9 @@ def scatter_features(embeddings_BSD: Tensor, features_IPD: Tensor, places_T: Ten
     features_TD = features_IPD.reshape(-1, embeddings_BSD.shape[-1])
     if len(places_T) != len(features_TD):
         raise UserError(
-            f"Expected as many image placeholders as image features, got {len(places_T)} placeholders and "
-            f"{len(features_TD)} features of {len(features_IPD)} images. The data must expand each image to the "
-            "number of tokens that `sample_spec().tokens_per_image` states."
+            f"Expected as many {kind} placeholders as {kind} features, got {len(places_T)} placeholders and "
+            f"{len(features_TD)} features of {len(features_IPD)} {kind}s. The data must expand each {kind} to the "
+            f"number of tokens that `sample_spec().tokens_per_{kind}` states."
         )
     # By places and not by a mask, whose gradient waits for a GPU.
     filled = embeddings_BSD.flatten(0, 1).index_copy(0, places_T, features_TD.to(embeddings_BSD.dtype))

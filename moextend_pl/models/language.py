@@ -29,7 +29,7 @@ from moextend_pl.moe.extension.reach import OneAtATime, Reach, is_reachable, rea
 from moextend_pl.moe.kernels.norms import use_liger_norms
 from moextend_pl.moe.upcycle import upcycle, upcycled_mlps
 from moextend_pl.moe.watch import RouterWatch
-from moextend_pl.samples.host_facts import is_image, with_host_facts
+from moextend_pl.samples.host_facts import sensed, with_host_facts
 from moextend_pl.samples.packing import attention_inputs, packing_obstacle, sample_tokens
 from moextend_pl.samples.templates import load_tokenizer
 from moextend_pl.training.activations import checkpoint_activations
@@ -206,13 +206,12 @@ class MoELanguageModel(AnswerMixin, StageModule):
             batch: `input_ids` (B, S), `tasks` where a plan belongs to a task, `documents` where rows are packed.
         """
         self.sight.open(batch, self.image_token_id)
-        is_image_BS, tasks = is_image(batch, self.image_token_id), batch.get("tasks")
+        tasks = batch.get("tasks")
         for plan, reach in self.extensions:
             routing = "open" if self._opened_to_text else plan.routing
-            somewhere = None
-            if "known" in batch:
-                somewhere = is_reachable(routing, plan.task, tasks, len(batch["known"].images))
-            reach.set(reachable(routing, plan.task, is_image_BS, tasks, batch.get("documents")), somewhere)
+            sensed_BS, count = sensed(batch, self.image_token_id, routing)
+            somewhere = None if count is None else is_reachable(routing, plan.task, tasks, count)
+            reach.set(reachable(routing, plan.task, sensed_BS, tasks, batch.get("documents")), somewhere)
 
     def close_reach(self) -> None:
         """Lets no token reach a new expert, nor look at an image, as a model that nobody told of one."""
@@ -225,8 +224,8 @@ class MoELanguageModel(AnswerMixin, StageModule):
         self.close_reach()
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Embeds ids; image placeholders, which lie outside the vocabulary, become the embedding of id 0."""
-        return self.model.get_input_embeddings()(input_ids.masked_fill(input_ids == self.image_token_id, 0))
+        """Embeds ids; placeholders, which lie outside the vocabulary, become the embedding of id 0."""
+        return self.model.get_input_embeddings()(input_ids.masked_fill(input_ids >= self.image_token_id, 0))
 
     def with_host_facts(self, batch: Batch) -> Batch:
         """Adds what a step must know of a batch, which costs nothing while the batch is on the host."""

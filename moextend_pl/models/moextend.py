@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +26,12 @@ from moextend_pl.models.encoder import VisionEncoder
 from moextend_pl.models.feature_cache import FeatureCache, encode_once
 from moextend_pl.models.fusion import scatter_features, standing_features
 from moextend_pl.models.language import MoELanguageModel
+from moextend_pl.models.modalities.hearing import Hearing
 from moextend_pl.models.model_folder import base_folder
 from moextend_pl.models.projector import Projector
 from moextend_pl.moe.touch import touch
-from moextend_pl.moe.upcycle import agreed_spec
-from moextend_pl.runs.manifest import Manifest, read_manifest
+from moextend_pl.moe.upcycle import upcycled_before
+from moextend_pl.runs.manifest import read_manifest
 from moextend_pl.training.activations import checkpoint_blocks
 from moextend_pl.training.half_precision import default_dtype
 from moextend_pl.training.language_losses import LanguageOutput
@@ -41,6 +41,7 @@ from moextend_pl.training.sharding.reading import share_of
 
 log = logging.getLogger(__name__)
 Place = str | Path | None
+BASES = ("encoder", "encoder_unread", "language", "routers", "sound_encoder")
 
 
 class MoExtend(AskMixin, DeltaModule):
@@ -50,6 +51,7 @@ class MoExtend(AskMixin, DeltaModule):
         encoder: The tower; frozen unless the training plan names `encoder`.
         projector: From features to embeddings; its widths are filled in.
         language: The language model; grown by the extension plan.
+        hearing: The sense of hearing, where there is one.
         init_from: Run directory (or delta file) of an earlier stage whose new weights are the start.
         cache_features: Whether features of a frozen tower are computed once an image and kept, up to 1 GiB.
         activation_checkpointing: Whether blocks of the tower and the projector, where they learn, compute their
@@ -63,6 +65,7 @@ class MoExtend(AskMixin, DeltaModule):
         encoder: VisionEncoder,
         projector: Projector,
         language: MoELanguageModel,
+        hearing: Hearing | None = None,
         init_from: str | None = None,
         cache_features: bool = True,
         activation_checkpointing: bool = False,
@@ -71,7 +74,7 @@ class MoExtend(AskMixin, DeltaModule):
         super().__init__(optim)
         check_asked_only(language.generation.reduce)
         projector.check_tiles(encoder.config["tiles"])
-        self.encoder, self.projector, self.language = encoder, projector, language
+        self.encoder, self.projector, self.language, self.hearing = encoder, projector, language, hearing
         self.init_from = Path(init_from) if init_from else None
         self.cache_features, self.activation_checkpointing = cache_features, activation_checkpointing
         self.features = FeatureCache()
@@ -98,6 +101,7 @@ class MoExtend(AskMixin, DeltaModule):
         manifest = read_manifest(Path(run)).with_folders(base and base_folder(str(base)), tower)
         parts = manifest.model_arguments()
         parts["language"]["quantize"] = quantize or parts["language"].get("quantize")
+        heard = parts.pop("hearing", None)
         for arguments in parts.values():
             arguments["upcycle"] = UpcycleSpec.from_dict(arguments.get("upcycle"))
         try:
@@ -105,6 +109,7 @@ class MoExtend(AskMixin, DeltaModule):
                 encoder=VisionEncoder(**encoder_arguments(parts["encoder"])),
                 projector=Projector(**parts["projector"]),
                 language=MoELanguageModel(**language_arguments(parts["language"])),
+                hearing=None if heard is None else Hearing(**heard),
                 init_from=str(run),
             )
         except TypeError as error:  # of an argument that there is not
@@ -118,9 +123,9 @@ class MoExtend(AskMixin, DeltaModule):
     def sample_spec(self) -> SampleSpec:
         """Returns what the model asks of its data; tokenizer and image size have this one source."""
         tokens = self.projector.tokens_per_image(self.encoder.tokens_per_image)
-        facts = {name: self.encoder.config[name] for name in ("image_size", "resize", "resample", "tiles")}
-        options: dict[str, Any] = {**facts, **self.encoder.image_statistics, "thumbnail": self.projector.thumbnail}
-        return replace(self.language.sample_spec(), tokens_per_image=tokens, **options)
+        facts = dict(self.hearing.facts() if self.hearing else {}, thumbnail=self.projector.thumbnail)
+        facts |= {name: self.encoder.config[name] for name in ("image_size", "resize", "resample", "tiles")}
+        return replace(self.language.sample_spec(), tokens_per_image=tokens, **(facts | self.encoder.image_statistics))
 
     def configure_model(self) -> None:
         """Builds, grows and freezes, once."""
@@ -135,14 +140,16 @@ class MoExtend(AskMixin, DeltaModule):
         First the earlier stage's model, then its weights, then what changes: new experts copy what was learned.
         """
         manifest = None if self.init_from is None else read_manifest(self.init_from)
-        upcycled_before = [] if manifest is None else self._inherit_upcycling(manifest)
+        upcycled = [] if manifest is None else upcycled_before(self.upcyclable(), manifest.model, str(self.init_from))
         self.encoder.build_base()
         self.encoder.eval()
         self.projector.in_features, self.projector.out_features = self.encoder.channels, self.language.width
         self.projector.build_base()
         self.language.build_base(share_of(self))
         self.projector.attach(self.language, self.encoder.config["tiles"])
-        for part in upcycled_before:
+        if self.hearing is not None:
+            self.hearing.build_for(self.language.width)
+        for part in upcycled:
             part.upcycle()
         earlier = () if manifest is None else manifest.plans
         for plan in earlier:
@@ -163,20 +170,11 @@ class MoExtend(AskMixin, DeltaModule):
             self.language.extend(own)
         compile_layers(self.language.model, self.language.compute)
 
-    def _inherit_upcycling(self, manifest: Manifest) -> list[VisionEncoder | Projector | MoELanguageModel]:
-        """Returns the parts that the earlier stage had upcycled, to be upcycled alike."""
-        parts = []
-        for name, part in self.upcyclable().items():
-            earlier = UpcycleSpec.from_dict(manifest.model.get(name, {}).get("upcycle"))
-            if earlier is not None:
-                part.upcycle_spec = agreed_spec(earlier, part.upcycle_spec, f"{self.init_from}: the {name}")
-                parts.append(part)
-        return parts
-
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Returns `encoder`, `encoder_unread`, `projector` and the parts of the language model."""
+        """Returns `encoder`, `encoder_unread`, `projector`, the parts of the language model, and those of hearing."""
         encoder = {name: part for name, part in self.encoder.parts().items() if name != "heads"}
-        return {**encoder, **self.projector.parts(), **self.language.parts()}
+        heard = {} if self.hearing is None else self.hearing.parts()
+        return {**encoder, **self.projector.parts(), **self.language.parts(), **heard}
 
     @property
     def plans(self) -> tuple[ExtensionPlan, ...]:
@@ -189,8 +187,7 @@ class MoExtend(AskMixin, DeltaModule):
 
     def base_names(self) -> set[str]:
         """Returns the names of the parameters that the base's own files hold; all others are new."""
-        parts = self.parts()
-        base = {id(p) for part in ("encoder", "encoder_unread", "language", "routers") for p in parts[part]}
+        base = {id(p) for part, own in self.parts().items() if part in BASES for p in own}
         base -= {id(p) for p in (*self.encoder.new_parameters(), *self.language.upcycled_parameters())}
         return {name for name, parameter in self.named_parameters() if id(parameter) in base}
 
@@ -227,10 +224,12 @@ class MoExtend(AskMixin, DeltaModule):
             merges: Rounds of merging, see `merge_tokens`.
 
         Returns:
-            (B, S, D); projector and tower take part with a zero where the batch has no image, so that no
-            rank waits for their gradients.
+            (B, S, D); parts without anything to perceive take part with a zero: no rank waits for their gradients.
         """
         embeddings_BSD = self.language.embed(batch["input_ids"])
+        if self.hearing is not None:
+            batch = self.with_host_facts(batch)
+            embeddings_BSD = self.hearing.place(embeddings_BSD, batch, self.features, self.cache_features)
         has_image, unread = len(batch["image_keys"]) > 0, self.encoder.parts()["encoder_unread"]
         zero = touch(unread if has_image else [*self.encoder.parameters(), *self.projector.parameters()])
         embeddings_BSD = embeddings_BSD if zero is None else embeddings_BSD + zero

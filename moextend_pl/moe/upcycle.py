@@ -9,7 +9,8 @@ gate and up projection are stacked), E experts, K selected per token, S = T * K 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -190,11 +191,36 @@ def agreed_spec(earlier: UpcycleSpec | None, asked: UpcycleSpec | None, what: st
     Raises:
         UserError: If the two do not have the same experts.
     """
-    if earlier is not None and asked is not None and earlier.structure != asked.structure:
+    if earlier is not None and asked is not None and _structure(earlier) != _structure(asked):
         raise UserError(
             f"{what} is upcycled already, as {earlier}. Expected the same of its `upcycle`, or none, got {asked}."
         )
     return asked or earlier
+
+
+def upcycled_before(parts: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]], origin: str) -> list[Any]:
+    """Returns the parts that an earlier stage had upcycled, to be upcycled alike.
+
+    Args:
+        parts: Those that may be, by name; each has its `upcycle_spec`.
+        earlier: What that stage's manifest says of each.
+        origin: Where the stage lies, for the error message.
+
+    Raises:
+        UserError: As `agreed_spec`.
+    """
+    found = []
+    for name, part in parts.items():
+        spec = UpcycleSpec.from_dict(earlier.get(name, {}).get("upcycle"))
+        if spec is not None:
+            part.upcycle_spec = agreed_spec(spec, part.upcycle_spec, f"{origin}: the {name}")
+            found.append(part)
+    return found
+
+
+def _structure(spec: UpcycleSpec) -> tuple[int, int, tuple[int, ...] | None]:
+    """Returns what decides which tensors there are and what they compute."""
+    return spec.experts, spec.top_k, None if spec.layers is None else tuple(sorted(spec.layers))
 
 
 def upcycle(model: nn.Module, spec: UpcycleSpec) -> None:

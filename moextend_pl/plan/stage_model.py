@@ -163,6 +163,8 @@ def read_stage(argv: Sequence[str]) -> StageModel:
     module = reader.model
     if not isinstance(module, StageModule):
         raise UserError(f"`plan` knows the costs of this project's models, got {type(module).__name__}.")
+    if getattr(module, "hearing", None) is not None:
+        raise UserError("`plan` does not know the costs of `hearing` yet. Plan the stage without it, as a lower bound.")
     trainer = reader.plain["trainer"]
     precision = str(trainer.get("precision") or "32-true")
     stage = StageModel(module, reader.plain, PRECISIONS.get(precision, precision), tuple(reader.notes))

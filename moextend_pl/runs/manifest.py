@@ -18,6 +18,7 @@ from moextend_pl.contracts import ExtensionPlan, UserError
 from moextend_pl.runs.atomic import read_json, write_atomically, write_json
 from moextend_pl.runs.fingerprints import file_sha256
 from moextend_pl.runs.named import find_base, name_of
+from moextend_pl.runs.sources import refuse_other_sources
 from moextend_pl.samples.templates import NAMED_TEMPLATES
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ CONTENT = {
 }
 # Arguments of the language model that are places too, where they are given; a template may also be one of ours by name.
 FILES = ("tokenizer", "chat_template")
+HEARING = "hearing"
+"""A part that not every model has; its `path` is a folder too."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Manifest:
 
     Attributes:
         plans: Extension plans of the model, first one first.
-        model: Arguments of tower, projector and language model; folders relative to the run directory.
+        model: Arguments of tower, projector, language model and `hearing`; folders relative to the run directory.
         trained: Names of the tensors that learned.
         frozen: SHA-256 of every tensor that did not, by its name in the base.
         delta_sha256: SHA-256 of the delta file.
@@ -129,6 +132,8 @@ class Manifest:
             arguments["encoder"] = {"resize": "squash", "resample": "bicubic", **arguments["encoder"]}
         for name in _places(arguments["language"]):
             arguments["language"][name] = os.path.normpath(self.run / arguments["language"][name])
+        if HEARING in arguments:
+            arguments[HEARING]["path"] = os.path.normpath(self.run / str(arguments[HEARING]["path"]))
         return arguments
 
     @property
@@ -143,6 +148,35 @@ class Manifest:
         if part not in self.bases or place.is_dir():
             return place
         return find_base(**self.bases[part], near=self.run.resolve().parent)
+
+    def check_sources(self, files: Mapping[str, Any]) -> None:
+        """Refuses to start from a run whose base or tower was configured otherwise; a sense may come later.
+
+        Args:
+            files: What a model is made from now, see `runs.sources`.
+
+        Raises:
+            UserError: If it is so.
+        """
+        if self.sources:
+            now = {name: v for name, v in files.items() if HEARING in self.model or not name.startswith(f"{HEARING}/")}
+            advice = "Restore the files, or train that stage again."
+            refuse_other_sources({"files": self.sources}, {"files": now}, ["files"], str(self.run), advice)
+
+    def check_hears_not(self, what: str) -> None:
+        """Refuses a model that hears where nothing knows of sounds yet.
+
+        Args:
+            what: What has no place for them.
+
+        Raises:
+            UserError: If it does.
+        """
+        if HEARING in self.model:
+            raise UserError(
+                f"Expected a model that does not hear, got {self.run} with `hearing`: {what} has no place for sounds "
+                "yet. Ask it about pictures and texts by `generate` or `chat`, about sounds by a test set."
+            )
 
     def with_folders(self, base: str | Path | None, tower: str | Path | None) -> Manifest:
         """Returns the same with other folders; whether they hold the same is found out when they are read.
@@ -173,6 +207,8 @@ def relative_arguments(arguments: dict[str, dict[str, Any]], run: Path) -> dict[
         told[part][name] = os.path.relpath(told[part][name], run)
     for name in _places(told["language"]):
         told["language"][name] = os.path.relpath(told["language"][name], run)
+    if HEARING in told:
+        told[HEARING]["path"] = os.path.relpath(told[HEARING]["path"], run)
     return told
 
 

@@ -95,10 +95,19 @@ def _with_tiles(batch: Batch, samples: Sequence[Sample], rows: Sequence[Tensor],
     return batch
 
 
+def _with_sounds(batch: Batch, samples: Sequence[Sample]) -> Batch:
+    """Adds the sounds of all samples, which follow each other, where there are any."""
+    sounds = [sample.sounds for sample in samples if sample.sounds is not None]
+    if sounds:
+        batch["sounds"] = torch.cat(sounds)
+        batch["sound_keys"] = [name for sample in samples for name in sample.sound_keys]
+    return batch
+
+
 def _collate(
     samples: Sequence[Sample], ids: Sequence[Tensor], labels: Sequence[Tensor], pad_id: int, left: bool = False
 ) -> Batch:
-    return Batch(
+    batch = Batch(
         keys=[sample.key for sample in samples],
         input_ids=pad(ids, pad_id, left),
         attention_mask=pad([torch.ones_like(row) for row in ids], 0, left),
@@ -107,3 +116,4 @@ def _collate(
         image_keys=[name for sample in samples for name in sample.image_keys],
         tasks=[sample.task for sample in samples],
     )
+    return _with_sounds(batch, samples)

@@ -9,20 +9,20 @@ from itertools import count
 
 from transformers import PreTrainedTokenizerBase
 
-from moextend_pl.samples.turns import IMAGE_MARK, Turn
+from moextend_pl.samples.turns import Turn, without_marks
 
 PRIVATE_USE = 0xF0000
 """Characters from here on have no meaning of their own, see https://www.unicode.org/faq/private_use.html."""
 
 
 def control_strings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Returns the texts that a tokenizer reads as control tokens, without the mark of an image.
+    """Returns the texts that a tokenizer reads as control tokens, without the marks of images and sounds.
 
     A text of one character is left out: nothing could be told apart inside of it.
     """
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     strings = added | set(tokenizer.all_special_tokens)
-    return tuple(sorted(text for text in strings if len(text) > 1 and IMAGE_MARK not in text))
+    return tuple(sorted(text for text in strings if len(text) > 1 and without_marks(text) == text))
 
 
 class Disguise:

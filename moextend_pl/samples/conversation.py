@@ -15,8 +15,8 @@ import torch
 from moextend_pl.contracts import IGNORE_INDEX, Sample, SampleSpec, UserError
 from moextend_pl.samples.control_tokens import Disguise, control_strings
 from moextend_pl.samples.templates import answer_spans
-from moextend_pl.samples.tiling.tags import PicturePlaces, tile_names
-from moextend_pl.samples.turns import IMAGE_MARK, Turn
+from moextend_pl.samples.tiling.tags import PicturePlaces, marked_pieces, tile_names
+from moextend_pl.samples.turns import IMAGE_MARK, SOUND_MARK, Turn, without_marks
 
 CACHED_TEXTS, CACHED_CHARACTERS = 16_384, 512
 """Short texts repeat; long ones do not, and remembering them would fill the memory of every worker."""
@@ -27,7 +27,7 @@ class Rendered:
     """A conversation as one text.
 
     Attributes:
-        text: What the chat template made of it; images still stand as `<image>`.
+        text: What the chat template made of it; images still stand as `<image>`, sounds as `<sound>`.
         answers: (start, end) of each learned span, in characters.
         breaks: Places that no token may lie across.
     """
@@ -122,7 +122,7 @@ class ConversationEncoder:
                 f"Sample {key!r}: expected a prompt of at most `max_length={self.max_length}`, got "
                 f"{len(encoded.ids)} positions; a cut prompt would ask something else. Raise it."
             )
-        question = turns[-1].human.replace(IMAGE_MARK, "").strip()
+        question = without_marks(turns[-1].human).strip()
         return self._sample(key, encoded, pixels, names, question, turns[-1].gpt)
 
     def length(self, turns: tuple[Turn, ...], tiles: tuple[int, ...] = ()) -> int:
@@ -169,8 +169,9 @@ class ConversationEncoder:
         disguise = Disguise(turns, self._controls)
         text, answers = answer_spans(self.spec.tokenizer, disguise.turns)
         text, breaks, moved = disguise.reveal(text)
-        if text.count(IMAGE_MARK) != sum(turn.human.count(IMAGE_MARK) for turn in turns):
-            raise UserError(f"Expected a chat template that keeps every `{IMAGE_MARK}` of the text, got: {text!r}.")
+        for mark in (IMAGE_MARK, SOUND_MARK):
+            if text.count(mark) != sum(turn.human.count(mark) for turn in turns):
+                raise UserError(f"Expected a chat template that keeps every `{mark}` of the text, got: {text!r}.")
         return Rendered(text, tuple((moved(start), moved(end)) for start, end in answers), breaks)
 
     def _forget(self) -> None:
@@ -189,28 +190,29 @@ class ConversationEncoder:
         return replace(encoded, labels=torch.full_like(encoded.ids, IGNORE_INDEX), supervised=False)
 
     def _expand(self, rendered: Rendered, tiles: tuple[int, ...], truncate: bool = True) -> Encoded:
-        """Tokenises the text between images, and puts placeholders where images are."""
+        """Tokenises the text between images and sounds, and puts placeholders where they are."""
         limit = self.max_length if truncate and self.max_length is not None else None
         ids: list[int] = []
         labels: list[int] = []
         owners: list[int] = []
         images = start = 0
-        for number, piece in enumerate(rendered.text.split(IMAGE_MARK)):
-            if number:
-                count = tiles[number - 1] if tiles else 1
-                places = self._places.ids(count)
+        for mark, piece in marked_pieces(rendered.text):
+            if mark:
+                is_sound, count = mark == SOUND_MARK, tiles[images] if tiles and mark == IMAGE_MARK else 1
+                places = self._places.sound() if is_sound else self._places.ids(count)
                 if limit is not None and len(ids) + len(places) > limit:
                     break  # a cut image would be noise: the text ends before it
                 ids += places
-                owners += self._places.owners(count, max(owners, default=0))
+                owners += [0] * len(places) if is_sound else self._places.owners(count, max(owners, default=0))
                 labels += [IGNORE_INDEX] * len(places)
-                images += 1
+                images += not is_sound
+            start += len(mark)
             answers = [(first - start, last - start) for first, last in rendered.answers]
             piece_ids, learned = self._tokenise(piece, answers, [place - start for place in rendered.breaks])
             ids += piece_ids
             owners += [0] * len(piece_ids)
             labels += [token if learn else IGNORE_INDEX for token, learn in zip(piece_ids, learned, strict=True)]
-            start += len(piece) + len(IMAGE_MARK)
+            start += len(piece)
             if limit is not None and len(ids) >= limit:
                 break
         supervised = any(label != IGNORE_INDEX for label in labels[:limit])

@@ -1,6 +1,7 @@
 """What a step must know of a batch in Python, found while the batch is on the host: a GPU is asked for no value.
 
-Shapes: B batch, S sequence, A learned positions, P image placeholders, M most images of a row.
+Shapes: B batch, S sequence, A learned positions, P image placeholders, Q sound placeholders, M most images of a
+row.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def with_host_facts(batch: Batch, image_token_id: int) -> Batch:
         images=is_image(batch, image_token_id).flatten().nonzero().squeeze(-1),
         tokens=int(batch["attention_mask"].sum()),
         looked=torch.stack(looked_at(batch, image_token_id)) if "tiles" in batch else None,
+        sounds=is_sound(batch, image_token_id).flatten().nonzero().squeeze(-1),
     )
     return {**batch, "known": known}
 
@@ -47,6 +49,27 @@ def with_host_facts(batch: Batch, image_token_id: int) -> Batch:
 def is_image(batch: Batch, image_token_id: int) -> Tensor:
     """Returns which tokens stand for images, (B, S): their placeholders, or tags where all images are looked at."""
     return batch["tiles"] > 0 if "tiles" in batch else batch["input_ids"] == image_token_id
+
+
+def is_sound(batch: Batch, image_token_id: int) -> Tensor:
+    """Returns which tokens stand for sounds, (B, S)."""
+    return batch["input_ids"] == image_token_id + 1
+
+
+def sensed(batch: Batch, image_token_id: int, routing: str) -> tuple[Tensor, int | None]:
+    """Returns which tokens stand for what masked routing asks for, (B, S), and how many there are, if it is known.
+
+    Args:
+        batch: Any.
+        image_token_id: Id of image placeholders.
+        routing: Of an extension plan.
+    """
+    known = batch.get("known")
+    if routing == "masked_sound":
+        places = None if known is None else known.sounds
+        count = None if known is None else 0 if places is None else len(places)
+        return is_sound(batch, image_token_id), count
+    return is_image(batch, image_token_id), None if known is None else len(known.images)
 
 
 def tiles_by_row(tiles_BS: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from moextend_pl.contracts import UserError
-from moextend_pl.samples.turns import IMAGE_MARK, Turn
+from moextend_pl.samples.turns import IMAGE_MARK, SOUND_MARK, Turn, without_marks
 
 Picture = Image.Image | str | Path
 """A picture, or where it lies: a file, an `https` or a `data:` address."""
@@ -145,8 +145,8 @@ def _content(message: Mapping[str, Any], pictures: list[Picture]) -> str:
 def _check_text(text: str) -> None:
     if not text.strip():
         raise UserError("Expected a question, got an empty text.")
-    if IMAGE_MARK in text:
+    if without_marks(text) != text:
         raise UserError(
-            f"Expected a question without {IMAGE_MARK}, got {text!r}. Leave the mark out: pictures are put before the "
-            "question, or in messages where their part stands."
+            f"Expected a question without {IMAGE_MARK} and {SOUND_MARK}, got {text!r}. Leave the mark out: pictures "
+            "are put before the question, or in messages where their part stands."
         )

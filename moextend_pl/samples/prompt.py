@@ -36,6 +36,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         batch[name] = batch[name].to(device)
     if "tiles" in batch:
         batch["tiles"] = batch["tiles"].to(device)
+    if "sounds" in batch:
+        batch["sounds"] = batch["sounds"].to(device)
     return batch
 
 

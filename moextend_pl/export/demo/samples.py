@@ -16,7 +16,7 @@ from moextend_pl.contracts import UserError
 from moextend_pl.inference.pictures import MAX_BYTES
 from moextend_pl.runs.plain_yaml import read_yaml
 from moextend_pl.samples.pixels import open_image
-from moextend_pl.samples.turns import IMAGE_FORMATS, IMAGE_MARK
+from moextend_pl.samples.turns import IMAGE_FORMATS, IMAGE_MARK, SOUND_MARK
 
 CONFIG = "config.yaml"
 SPLITS = ("test", "val", "train")
@@ -106,4 +106,5 @@ def _question(data: bytes) -> str:
         asked = body["conversations"][0]["value"]
     except (ValueError, LookupError, TypeError):
         return ""
-    return asked.replace(IMAGE_MARK, "").strip() if isinstance(asked, str) else ""
+    heard = not isinstance(asked, str) or SOUND_MARK in asked
+    return "" if heard else asked.replace(IMAGE_MARK, "").strip()

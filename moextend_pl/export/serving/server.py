@@ -25,6 +25,7 @@ from moextend_pl.export.serving.small_requests import SmallRequests
 from moextend_pl.export.serving.wishes import LENGTHS, check_wishes, ended, stop_words
 from moextend_pl.inference.device import named_device
 from moextend_pl.models.moextend import MoExtend
+from moextend_pl.runs.manifest import read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def read(run: Path, base: str | None, task: str, device: str) -> tuple[Any, Any]
             raise UserError(f"{run} is an exported folder, which holds its base and task. Leave --base and --task out.")
         model: Any = AutoModelForImageTextToText.from_pretrained(run, local_files_only=True)
         return model.to(place).eval(), AutoProcessor.from_pretrained(run, local_files_only=True)
+    read_manifest(run).check_hears_not("the server")
     whole = MoExtend.load(run, base)
     model = exported(whole, task)
     return model.to(place).eval(), processor_of(whole.sample_spec())

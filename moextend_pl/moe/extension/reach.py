@@ -22,9 +22,9 @@ def reachable(
     """Returns which tokens may reach the new experts of an extension.
 
     Args:
-        routing: `open`, `masked` or `masked_tokens`, see `contracts.ExtensionPlan`.
+        routing: Of the plan, see `contracts.ExtensionPlan`.
         task: The plan's task, or empty.
-        is_image_BS: True on image placeholders.
+        is_image_BS: True on image placeholders, on those of sounds for `masked_sound`.
         tasks: Names of tasks, one a sample; None if the samples have none.
         documents_BS: Which sample each token belongs to, counted from 1; None where a row is one sample.
 
@@ -52,7 +52,7 @@ def is_reachable(routing: str, task: str, tasks: Sequence[str] | None, image_pla
         routing: As in `reachable`.
         task: As in `reachable`.
         tasks: As in `reachable`.
-        image_places: Number of image placeholders.
+        image_places: Number of placeholders.
 
     Returns:
         False only if the mask of `reachable` is False everywhere.
@@ -72,7 +72,8 @@ def check_task(plans: Sequence[ExtensionPlan], task: str, has_image: bool) -> No
         UserError: If the model was extended for no such task, or for tasks only and none is named.
     """
     known = sorted({plan.task for plan in plans if plan.routing != "open"} - {""})
-    needed = has_image and bool(plans) and all(plan.task and plan.routing != "open" for plan in plans)
+    seeing = [plan for plan in plans if plan.routing != "masked_sound"]
+    needed = has_image and bool(seeing) and all(plan.task and plan.routing != "open" for plan in seeing)
     if (known and task not in known) if task else needed:
         raise UserError(f"Expected `task` to be one of {known}, for which the model was extended, got {task!r}.")
 

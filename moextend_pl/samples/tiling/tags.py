@@ -1,13 +1,18 @@
-"""What stands in a text where a picture does: for each tile its tag, written as text, and its placeholders."""
+"""What stands in a text where a picture does: for each tile its tag, written as text, and its placeholders.
+
+And where a sound does: placeholders, as many for each, under an id of their own.
+"""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
 from moextend_pl.contracts import SampleSpec, UserError
 from moextend_pl.samples.tiling.tiles import Tiling
+from moextend_pl.samples.turns import IMAGE_MARK, SOUND_MARK
 
 THUMBNAIL_TAG = "<tile_global_thumbnail>"
 
@@ -41,6 +46,7 @@ class PicturePlaces:
         self.placeholders = [spec.image_token_id] * spec.tokens_per_image
         self.thumbnail = spec.thumbnail
         self.looked_at = bool(self.tiling.most) and (self.thumbnail or not self.placeholders)
+        self.sounds = (spec.image_token_id + 1,) * spec.tokens_per_sound
         self.ids = cache(self._ids)
         self._tags: dict[str, list[int]] = {}
         if self.tiling.most and self.tiling.tagged:
@@ -64,6 +70,19 @@ class PicturePlaces:
             return tuple(self.placeholders * squares)
         return tuple(token for tag in self._named(squares) for token in (*self._tags[tag], *self.placeholders))
 
+    def sound(self) -> tuple[int, ...]:
+        """Returns the ids of a sound.
+
+        Raises:
+            UserError: If the model does not hear.
+        """
+        if not self.sounds:
+            raise UserError(
+                f"Expected text and pictures for a model that does not hear, got a `{SOUND_MARK}`. Give the model "
+                "`hearing`, or leave the sample out."
+            )
+        return self.sounds
+
     def owners(self, squares: int, before: int) -> list[int]:
         """Returns the number of the tile that each of a picture's ids stands for.
 
@@ -86,6 +105,16 @@ def tag_table(tokenizer: PreTrainedTokenizerBase, tiling: Tiling) -> list[list[i
     rows = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in tags]
     longest = max(map(len, rows), default=0)
     return [row + [-1] * (longest - len(row)) for row in rows]
+
+
+def marked_pieces(text: str) -> list[tuple[str, str]]:
+    """Cuts a text at the marks of images and sounds.
+
+    Returns:
+        Each piece with the mark before it; the first has none.
+    """
+    first, *rest = re.split(f"({IMAGE_MARK}|{SOUND_MARK})", text)
+    return [("", first), *zip(rest[::2], rest[1::2], strict=True)]
 
 
 def tile_names(name: str, squares: int) -> list[str]:

@@ -19,7 +19,7 @@ from moextend_pl.export.folder import write_model
 from moextend_pl.export.travelling_code import AUTO_MAP, STAND_INS, travelling_files
 from moextend_pl.samples.messages import ask
 
-BYTES, FILES = 250_000, 41
+BYTES, FILES = 255_000, 41
 ROOT = Path(__file__).parents[4]
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "tiles")
 PICTURES = ask(QUESTION, [photo(SIZES[1]), photo(SIZES[0])])

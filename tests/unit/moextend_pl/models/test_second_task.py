@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_a_question_names_a_task_that_the_model_was_extended_for(tiny_world: Tin
     for task, picture in (("color", image), ("color", None), ("", image)):
         with pytest.raises(UserError, match=rf"one of \['colour', 'shape'\], .* got '{task}'"):
             second.generate(picture, QUESTION, task)
-    mixed = extended(tiny_world, run_a, PLAN_B.with_options(task=""))
+    mixed = extended(tiny_world, run_a, replace(PLAN_B, task=""))
     assert isinstance(mixed.generate(image, QUESTION), str)
 
 
@@ -145,7 +146,7 @@ def test_both_extensions_are_saved_and_loaded_again(tiny_world: TinyWorld, run_a
 
 
 def test_same_plan_again_goes_on_with_the_extension_it_made(tiny_world: TinyWorld, run_a: Path) -> None:
-    again = extended(tiny_world, run_a, PLAN_A.with_options(report={"rule": "another"}))
+    again = extended(tiny_world, run_a, replace(PLAN_A, report={"rule": "another"}))
     assert again.plans == (PLAN_A,)
     batch = batch_of(tiny_world, again, "shape")
     assert torch.equal(logits(again, batch), logits(MoExtend.load(run_a), batch))

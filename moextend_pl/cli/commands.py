@@ -31,6 +31,7 @@ STAGE_COMMANDS = {
 TOOL_COMMANDS = {
     "plan": ("moextend_pl.plan.command", "memory, hours and cost of a stage, without its weights"),
     "quickstart": ("moextend_pl.quickstart.command", "run the whole method on easy-VQA and write a report"),
+    "real": ("moextend_pl.quickstart.real", "let SmolLM2-135M learn to see, and measure what it still knows"),
     "extend": (
         "moextend_pl.extend.command",
         "from your own data to an extended model: write three stages and run them",
@@ -115,7 +116,7 @@ def main(argv: list[str]) -> int:
         )
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        goes_on = argv[:1] in (["fit"], ["quickstart"], ["predict"]) or argv[:3] in (
+        goes_on = argv[:1] in (["fit"], ["quickstart"], ["real"], ["predict"]) or argv[:3] in (
             ["shards", "build", "llava"],
             ["shards", "build", "data"],
         )
@@ -141,7 +142,7 @@ def run(argv: list[str]) -> MoExtendCLI | int:
         sys.stdout.write(overview())
         return 0
     configure_logging()
-    if command in (*STAGE_COMMANDS, "quickstart", "shards", "plan"):
+    if command in (*STAGE_COMMANDS, "quickstart", "real", "shards", "plan"):
         check_neighbours()
     if command in STAGE_COMMANDS:
         with listening() as notes:

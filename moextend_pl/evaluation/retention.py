@@ -21,6 +21,7 @@ from moextend_pl.models.base_model import logits_of
 from moextend_pl.models.language import MoELanguageModel
 from moextend_pl.moe.usage import RouterRecord
 from moextend_pl.samples.packing import attention_inputs
+from moextend_pl.training.half_precision import default_dtype
 
 if TYPE_CHECKING:
     from moextend_pl.models.moextend import MoExtend
@@ -114,9 +115,12 @@ def keeps_base(model: MoExtend) -> bool:
 
 def base_logits(model: MoExtend) -> Logits:
     """Returns the base of a trained model: the model itself with closed experts, or a fresh one where it learned."""
+    return closed_logits(model.language) if keeps_base(model) else untouched_logits(model)
+
+
+def untouched_logits(model: MoExtend) -> Logits:
+    """Returns the base of a trained model as its files hold it, read anew, in the model's type."""
     language = model.language
-    if keeps_base(model):
-        return closed_logits(language)
     base = MoELanguageModel(
         base=str(language.base),
         tokenizer=language.tokenizer_path,
@@ -124,7 +128,9 @@ def base_logits(model: MoExtend) -> Logits:
         dense=language.dense or language.upcycle_spec is not None,
         compute=language.compute,
     )
-    base.configure_model()
+    # Built in its type, so that what stays in fp32 there does so here.
+    with default_dtype(model.dtype):
+        base.configure_model()
     return extended_logits(base.to(device=model.device, dtype=model.dtype).eval())
 
 
@@ -242,17 +248,20 @@ def _is_new(record: RouterRecord, added: int) -> Tensor:
     return (record.indices >= record.num_experts - added).any(dim=-1)
 
 
-def measure(model: MoExtend, texts: Sequence[TextSet], length: int = LENGTH) -> list[Retention]:
+def measure(
+    model: MoExtend, texts: Sequence[TextSet], length: int = LENGTH, base: Logits | None = None
+) -> list[Retention]:
     """Measures base and extended model on texts.
 
     Args:
         model: A trained model.
         texts: Files.
         length: Most tokens of a text that are predicted in a row.
+        base: What the model is compared with; None for its own base.
     """
     language, found = model.language, []
     with evaluating(model):
-        base = base_logits(model)
+        base = base or base_logits(model)
         for each in texts:
             before = know(each, language.tokenizer, base, model.device, length)
             after = know(each, language.tokenizer, extended_logits(language), model.device, length)

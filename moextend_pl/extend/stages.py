@@ -14,7 +14,7 @@ from moextend_pl.cli.commands import run
 from moextend_pl.contracts import UserError
 from moextend_pl.extend.own_data import INDEX
 from moextend_pl.extend.stage_files import STAGES, Wish, stage_files
-from moextend_pl.quickstart.command import DIGEST, stage_is_finished
+from moextend_pl.quickstart.runner import DIGEST, stage_is_finished
 from moextend_pl.runs.atomic import read_json, write_json, write_text
 from moextend_pl.runs.manifest import ROAD_FILE
 

@@ -41,6 +41,9 @@ OURS = (FROZEN_EXPERTS, KERNEL_EXPERTS, PARALLEL_EXPERTS)
 # 512 was fastest or level for 8 wide experts (`benchmarks/block.py`).
 CHUNK_SLOTS = 512
 
+# Rows by which the groups of a product in 16 bits grow on a CPU.
+STEP_ROWS = 64
+
 
 def use(model: PreTrainedModel, implementation: str) -> None:
     """Sets how a model computes its experts; makes `moextend` known to transformers first.
@@ -228,7 +231,27 @@ class _FrozenExperts(torch.autograd.Function):
 
 def _project(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
     """Multiplies each group of rows by its expert's matrix, or by the matrix transposed."""
-    return F.grouped_mm(x.to(weight.dtype), weight.transpose(-2, -1) if transposed else weight, offs=offsets)
+    x, matrices = x.to(weight.dtype), weight.transpose(-2, -1) if transposed else weight
+    if x.device.type == "cpu" and x.dtype.itemsize == 2:
+        return _by_steps(x, matrices, offsets)
+    return F.grouped_mm(x, matrices, offs=offsets)
+
+
+def _by_steps(x_RD: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    """Multiplies groups in whole steps of rows, those of the next group with them, which are left out again.
+
+    In 16 bits oneDNN makes a kernel for every number of rows, and groups are hardly ever twice as long.
+    """
+    out, row = x_RD.new_empty(len(x_RD), matrices.shape[-1]), 0
+    for end, matrix in zip(offsets.tolist(), matrices, strict=True):
+        whole = -(-(end - row) // STEP_ROWS) * STEP_ROWS
+        rows = x_RD[row : row + whole]
+        if len(rows) < whole:
+            rows = F.pad(rows, (0, 0, 0, whole - len(rows)))
+        if whole:
+            out[row:end] = (rows @ matrix)[: end - row]
+        row = end
+    return out
 
 
 def sum_slots(rows_RD: Tensor, slots_TK: Tensor, weights_TK: Tensor | None) -> Tensor:

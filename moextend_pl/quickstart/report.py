@@ -81,11 +81,11 @@ def _same_logits(model: MoExtend, stock: Any, batch: Batch) -> bool:
 
 def base_is_unchanged(run_directory: Path, base: Path) -> bool:
     """Returns whether the frozen tensors of a run are those of the base's files, bit for bit."""
-    frozen = read_manifest(run_directory).frozen
+    manifest = read_manifest(run_directory)
     prefix = "language.model."
-    stock = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype=manifest.torch_dtype)
     expected = {prefix + name: sha for name, sha in fingerprints(dict(stock.named_parameters())).items()}
-    return all(frozen.get(name) == sha for name, sha in expected.items())
+    return all(manifest.frozen.get(name) == sha for name, sha in expected.items())
 
 
 def measure_extended(out: Path, configs: Path) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def measure_full_finetune(configs: Path) -> dict[str, Any]:
     }
 
 
-def _once(out: Path, name: str, delta: Path, measure: Any) -> dict[str, Any]:
+def once(out: Path, name: str, delta: Path, measure: Any) -> dict[str, Any]:
     """Measures, or reads what was measured of the same weights before."""
     path = out / MEASURED
     known = read_json(path)
@@ -148,13 +148,13 @@ def peak_memory_gb(out: Path) -> float:
     return max([now, *(float(receipt.get("peak_memory_gb", 0.0)) for receipt in receipts)])
 
 
-def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> None:
-    """Measures what is there and writes `report.json`, `report.md` and the plots."""
+def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> Path:
+    """Measures what is there, writes `report.json`, `report.md` and the plots, and returns the place of the second."""
     extended = out / "3_extend" / DELTA_FILE
-    data = _once(out, "extended", extended, lambda: measure_extended(out, configs))
+    data = once(out, "extended", extended, lambda: measure_extended(out, configs))
     full = out / "full_finetune" / DELTA_FILE
     if full.is_file():
-        data["full_finetune"] = _once(out, "full_finetune", full, lambda: measure_full_finetune(configs))
+        data["full_finetune"] = once(out, "full_finetune", full, lambda: measure_full_finetune(configs))
         data["full_finetune"]["seconds"] = seconds.get("full_finetune", 0.0)
     data["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
     data["peak_memory_gb"] = peak_memory_gb(out)
@@ -173,3 +173,4 @@ def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> None:
         "pictures %.3f, text %.3f (base %.3f)",
         *(data[f"{n}"] for n in ("vqa_accuracy", "text_accuracy_extended", "text_accuracy_base")),
     )
+    return out / REPORT

@@ -12,7 +12,7 @@ import pytest
 from source import ROOMS, ROOT, imports
 
 # The extras that a run names when it needs one.
-BY_USERS = ("quantize", "gpu", "streaming", "parquet", "serve", "demo", "gguf", "sound")
+BY_USERS = ("quantize", "gpu", "streaming", "parquet", "serve", "demo", "gguf", "sound", "real")
 BY_TORCH = {"triton"}  # comes with torch, under other names for other cards; done without where it is not there
 BESIDE_THE_PACKAGES = ("tests", "benchmarks")
 

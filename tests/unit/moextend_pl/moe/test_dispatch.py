@@ -126,6 +126,19 @@ def test_half_precision_gradients_are_as_near_to_single_precision_as_those_of_tr
         assert (value.float() - reference).norm() < 1.5 * (other.float() - reference).norm()
 
 
+def test_products_in_16_bits_have_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: set[int] = set()
+    monkeypatch.setattr(dispatch, "STEP_ROWS", 16)
+    multiply = Tensor.__matmul__
+    monkeypatch.setattr(Tensor, "__matmul__", lambda one, other: rows.add(len(one)) or multiply(one, other))
+    groups = torch.tensor([5, 5, 40, 61])
+    x, weight = torch.randn(61, WIDTH).bfloat16(), torch.randn(4, WIDTH, INNER).bfloat16()
+    found = dispatch._project(x, weight, groups.to(torch.int32), transposed=False)
+    assert rows == {16, 32, 48}
+    monkeypatch.undo()
+    assert torch.equal(found, F.grouped_mm(x, weight, offs=groups.to(torch.int32)))
+
+
 @pytest.mark.parametrize("needed", [(True, False), (False, True)], ids=["tokens only", "weights only"])
 def test_what_needs_no_gradient_gets_none(needed: tuple[bool, bool]) -> None:
     experts, (x, indices, weights) = toy_experts(), routed(sentinels=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from moextend_pl.contracts import UserError
 from moextend_pl.quickstart import command as quickstart
-from moextend_pl.quickstart.command import RECEIPT, SECONDS, Quickstart, stage_is_finished
+from moextend_pl.quickstart.runner import RECEIPT, SECONDS, Runner, stage_is_finished
 from moextend_pl.reports.report_text import markdown
 from moextend_pl.runs.atomic import read_json, write_json
 from moextend_pl.runs.fingerprints import file_sha256
@@ -31,10 +32,9 @@ def test_stage_with_a_damaged_receipt_is_not_finished(tmp_path: Path, damage: by
     assert not stage_is_finished(tmp_path)
 
 
-def test_damaged_record_of_seconds_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_record_of_seconds_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / SECONDS).write_text('{"data": 3')
-    monkeypatch.setattr(quickstart, "STEPS", ())
-    run = Quickstart(tmp_path)
+    run = Runner(replace(quickstart.RECIPE, steps=()), tmp_path)
     run.run()
     run._add_seconds("data", 2.0)
     assert read_json(tmp_path / SECONDS) == {"data": 2.0}
@@ -58,7 +58,7 @@ def test_options_of_the_trainer_are_taken_in_both_forms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], given: list[str] | None
 ) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(Quickstart, "run", lambda self, _: seen.append(self.overrides))
+    monkeypatch.setattr(Runner, "run", lambda self, _: seen.append(self.overrides))
     if given is None:
         with pytest.raises(UserError, match="quickstart does not accept"):
             quickstart.main(["--out", str(tmp_path), *words])

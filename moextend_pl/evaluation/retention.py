@@ -120,7 +120,7 @@ def base_logits(model: MoExtend) -> Logits:
 
 def untouched_logits(model: MoExtend) -> Logits:
     """Returns the base of a trained model as its files hold it, read anew, in the model's type."""
-    language = model.language
+    language, dtype = model.language, next(model.language.model.parameters()).dtype
     base = MoELanguageModel(
         base=str(language.base),
         tokenizer=language.tokenizer_path,
@@ -129,9 +129,9 @@ def untouched_logits(model: MoExtend) -> Logits:
         compute=language.compute,
     )
     # Built in its type, so that what stays in fp32 there does so here.
-    with default_dtype(model.dtype):
+    with default_dtype(dtype):
         base.configure_model()
-    return extended_logits(base.to(device=model.device, dtype=model.dtype).eval())
+    return extended_logits(base.to(device=model.device, dtype=dtype).eval())
 
 
 @contextmanager

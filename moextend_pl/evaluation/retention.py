@@ -26,7 +26,7 @@ from moextend_pl.training.half_precision import default_dtype
 if TYPE_CHECKING:
     from moextend_pl.models.moextend import MoExtend
 
-LENGTH, BATCH_TOKENS = 512, 2048
+LENGTH, BATCH_TOKENS = 512, 512  # logits of 2048 tokens of a large vocabulary would take gigabytes
 Logits = Callable[[Tensor, Tensor], Tensor]
 """From ids and mask (B, S) to logits (B, S, V)."""
 

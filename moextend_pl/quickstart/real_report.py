@@ -113,6 +113,7 @@ def measure_extended(out: Path, configs: Path) -> dict[str, Any]:
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "delta_bytes": (out / "3_extend" / DELTA_FILE).stat().st_size,
         "layers": [growth.layer for growth in plan.layers],
+        "layers_of_model": len(model.language.num_experts),
         "source_experts": [list(growth.sources) for growth in plan.layers],
     }
     del command, model

@@ -97,7 +97,7 @@ Perplexity of held-out prose (lower is better), accuracy of questions whose righ
 
 ## Which layers were extended
 
-{layers} of {of_layers}.
+{count_layers}: {layers}.
 
 ![shift](plots/shift.png)
 
@@ -145,7 +145,7 @@ def markdown(data: Mapping[str, Any], instructions: Sequence[str], shown: Sequen
         rates=_rates(data),
         answers=answers_table(data, instructions),
         layers=", ".join(map(str, data["layers"])),
-        of_layers=f"{len(data['layers'])} layers, a new expert each",
+        count_layers=f"{len(data['layers'])} of {data['layers_of_model']}, a new expert each",
         seconds="\n".join(_row(name, f"{value:.0f}") for name, value in data["seconds"].items()),
         memory=data["peak_memory_gb"],
     )

@@ -116,6 +116,8 @@ def test_prediction_holds_for_the_families_of_the_recipes(family: str, tmp_path:
     step = make_step(world, PARTS["extension"], torch.bfloat16)
     _, activations = saved_bytes(step.model, step.batch)
     assert memory(step.shape, step.run).activations == pytest.approx(activations, rel=0.04)
+    # In 32 bits: a CPU's products of experts in 16 bits are of whole steps of rows.
+    step = make_step(world, PARTS["extension"], torch.float32)
     with counter() as counted:
         step.model(step.batch).loss.backward()
     assert operations(step.shape, step.run).total == pytest.approx(counted.get_total_flops(), rel=0.02)

@@ -54,18 +54,18 @@ class QueryBlock(nn.Module):
         super().__init__()
         heads = math.gcd(channels, HEADS)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
-        self.own = nn.MultiheadAttention(channels, heads, batch_first=True)
-        self.cross = nn.MultiheadAttention(channels, heads, batch_first=True)
+        self.own = nn.MultiheadAttention(channels, heads)
+        self.cross = nn.MultiheadAttention(channels, heads)
         inner = channels * WIDER
         self.mlp = nn.Sequential(nn.Linear(channels, inner), nn.GELU(), nn.Linear(inner, channels))
 
-    def forward(self, queries_NTC: Tensor, features_NFC: Tensor) -> Tensor:
-        """Returns the queries, (N, T, C)."""
-        x = self.norms[0](queries_NTC)
-        queries_NTC = queries_NTC + self.own(x, x, x, need_weights=False)[0]
-        x = self.norms[1](queries_NTC)
-        queries_NTC = queries_NTC + self.cross(x, features_NFC, features_NFC, need_weights=False)[0]
-        return queries_NTC + self.mlp(self.norms[2](queries_NTC))
+    def forward(self, queries_TNC: Tensor, features_FNC: Tensor) -> Tensor:
+        """Returns the queries, (T, N, C)."""
+        x = self.norms[0](queries_TNC)
+        queries_TNC = queries_TNC + self.own(x, x, x, need_weights=False)[0]
+        x = self.norms[1](queries_TNC)
+        queries_TNC = queries_TNC + self.cross(x, features_FNC, features_FNC, need_weights=False)[0]
+        return queries_TNC + self.mlp(self.norms[2](queries_TNC))
 
 
 class QFormer(nn.Module):
@@ -87,11 +87,12 @@ class QFormer(nn.Module):
 
     def forward(self, features_NFC: Tensor) -> Tensor:
         """Returns (N, T, D)."""
-        features_NFC = self.norm(features_NFC)
-        queries_NTC = self.queries.weight.expand(len(features_NFC), -1, -1)
+        # Contiguous: for what is not, torch's products are other ones, with other last bits, once weights are frozen.
+        features_FNC = self.norm(features_NFC).transpose(0, 1).contiguous()
+        queries_TNC = self.queries.weight.unsqueeze(1).expand(-1, len(features_NFC), -1).contiguous()
         for block in self.blocks:
-            queries_NTC = block(queries_NTC, features_NFC)
-        out_NTD: Tensor = self.out(queries_NTC)
+            queries_TNC = block(queries_TNC, features_FNC)
+        out_NTD: Tensor = self.out(queries_TNC.transpose(0, 1).contiguous())
         return out_NTD
 
 

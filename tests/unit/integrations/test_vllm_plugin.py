@@ -109,9 +109,10 @@ def test_network_computes_what_the_exported_model_does_and_masks_matter(exported
     plans = [plan for plan, _ in network.extensions]
     for inputs in asked:
         logits_SV = whole.language_model.lm_head(_hidden(network, plans, inputs))
-        assert torch.equal(logits_SV, whole(**inputs).logits[0])
+        torch.testing.assert_close(logits_SV, whole(**inputs).logits[0], rtol=1e-4, atol=1e-5)
     shut = [make_plan(task="another")]
-    assert not torch.equal(_hidden(network, shut, asked[1]), _hidden(network, plans, asked[1]))
+    apart = _hidden(network, shut, asked[1]) - _hidden(network, plans, asked[1])
+    assert apart.abs().max() > 0.01
 
 
 def _hidden(network: MoExtendModel, plans: list[Any], inputs: Any) -> torch.Tensor:

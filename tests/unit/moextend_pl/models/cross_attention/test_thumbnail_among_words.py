@@ -80,7 +80,7 @@ def with_thumbnails_alone(model: MoExtend, base: str, batch: Batch, pictures: Se
 def test_it_begins_as_the_decoder_with_thumbnails_and_texts_stay_so_while_gates_learn(
     tiny_world: TinyWorld, base: str
 ) -> None:
-    model = built(tiny_world, base, planned=True)
+    model = built(tiny_world, base)
     spec = model.sample_spec()
     pictures = collate_training([sample(spec, 1), sample(spec), sample(spec, 0), sample(spec, 2, 0, 3)], 0)
     shown = (1, 0, 2, 0, 3)
@@ -94,12 +94,16 @@ def test_it_begins_as_the_decoder_with_thumbnails_and_texts_stay_so_while_gates_
     perturb(list(model.projector.gated.parameters()), 0.3)
     moved, expected = logits(model, pictures), with_thumbnails_alone(model, base, pictures, shown)
     assert not torch.equal(moved[0], expected[0])
-    # A text, and a picture that is its own thumbnail, never enter the cross-attention, nor what stands before tiles.
+    # A text, and a picture that is its own thumbnail, never enter the cross-attention, nor what stands before tiles;
+    # the last bits of experts' products may depend on the company of their tokens.
     first = int((pictures["tiles"][0] > 0).int().argmax())
-    assert torch.equal(moved[0, :first], expected[0, :first])
-    assert torch.equal(moved[1:3], expected[1:3])
+    torch.testing.assert_close(moved[0, :first], expected[0, :first], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved[1:3], expected[1:3], rtol=1e-4, atol=1e-5)
     texts = collate_training([sample(spec), sample(spec)], 0)
-    assert torch.equal(logits(model, texts), with_thumbnails_alone(model, base, texts, ()))
+    grown = built(tiny_world, base, planned=True)  # new experts, which pictures reach and texts do not
+    perturb(list(grown.projector.gated.parameters()), 0.3)
+    for each in (model, grown):
+        assert torch.equal(logits(each, texts), with_thumbnails_alone(each, base, texts, ()))
     alone = collate_training([sample(spec, 0)], 0)
     loss = model(alone).loss
     loss.backward()  # layers that nothing is shown to take part with a zero

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import threading
@@ -160,13 +159,13 @@ class Heartbeat:
         step: Optimizer steps it had taken.
         notes: Hooks it had come to since; the same number at the same place of every rank.
         place: The same in words.
-        time: When it said so, in seconds since 1970; before everything if it never did.
+        told: How often it had said so, if ever.
     """
 
     step: int = -1
     notes: int = 0
     place: str = ""
-    time: float = -math.inf
+    told: int = 0
 
 
 class Heartbeats:
@@ -182,60 +181,70 @@ class Heartbeats:
 
     def __init__(self, run: Path, rank: int, ranks: int) -> None:
         self.folder, self.rank, self.ranks = run / HEARTBEATS, rank, ranks
+        self._told = 0
 
     def tell(self, beat: Heartbeat) -> None:
         """Says where this rank stands; in vain where nothing can be written, which is no reason to end a run."""
-        new = self._file(self.rank).with_suffix(".new")
+        self._told += 1
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            new.write_text(json.dumps({**asdict(beat), "time": time.time()}))
-            new.replace(self._file(self.rank))
+            self._new.write_text(json.dumps(asdict(replace(beat, told=self._told))))
+            self._new.replace(self._file(self.rank))
 
     def suspects(self, own: Heartbeat, silence: float) -> str:
-        """Returns a sentence on the ranks that others wait for, in a few seconds also where a file system hangs.
+        """Returns a sentence on the ranks that others wait for, some seconds late also where a file system hangs.
+
+        Clocks of nodes differ: silent is who says nothing between two looks.
 
         Args:
             own: Where this rank stands.
-            silence: Seconds after which a rank that said nothing more is silent.
+            silence: Seconds between the looks, in which every rank that is alive says something.
         """
         said: list[str] = []
 
         def listen() -> None:
-            now = time.time()
-            with contextlib.suppress(OSError):
-                beats = {rank: Heartbeat(**read_json(self._file(rank))) for rank in range(self.ranks)}
-                said.append(waited_for({**beats, self.rank: replace(own, time=now)}, now, silence))
+            with contextlib.suppress(OSError, TypeError):  # no such folder, or the words of another version
+                before = self._read()
+                time.sleep(silence)
+                said.append(waited_for(before, {**self._read(), self.rank: replace(own, told=-1)}))
 
         listens = threading.Thread(target=listen, daemon=True)
         listens.start()
-        listens.join(OTHERS_SAY)
+        listens.join(silence + OTHERS_SAY)
         return said[0] if said else f"Where other ranks stand could not be read in {self.folder}. "
 
     def end(self) -> None:
         """Removes what this rank said, and the last one the folder."""
         with contextlib.suppress(OSError):
+            self._new.unlink(missing_ok=True)
             self._file(self.rank).unlink(missing_ok=True)
             self.folder.rmdir()
+
+    def _read(self) -> dict[int, Heartbeat]:
+        return {rank: Heartbeat(**read_json(self._file(rank))) for rank in range(self.ranks)}
+
+    @property
+    def _new(self) -> Path:
+        return self._file(self.rank).with_suffix(".new")
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}.json"
 
 
-def waited_for(beats: Mapping[int, Heartbeat], now: float, silence: float) -> str:
+def waited_for(before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat]) -> str:
     """Says which ranks others wait for: those that say nothing, else those that are behind.
 
     Args:
-        beats: What each rank said last.
-        now: Seconds since 1970.
-        silence: Seconds after which a rank that said nothing more is silent: stopped, or its node lost.
+        before: What each rank had said last.
+        after: The same a while later; who said nothing since is silent: stopped, or its node lost.
     """
-    silent = {rank: beat for rank, beat in beats.items() if now - beat.time > silence}
+    silent = {rank: beat for rank, beat in after.items() if beat.told == before[rank].told}
     if silent:
-        last = {rank: f"for {now - beat.time:.0f} s; it {beat.place}" for rank, beat in silent.items() if beat.place}
+        last = {rank: f"it {beat.place}" for rank, beat in silent.items() if beat.place}
         return f"No sign of life from {_ranks({rank: last.get(rank, 'nothing is known of it') for rank in silent})}. "
-    least = min((beat.step, beat.notes) for beat in beats.values())
-    behind = {rank: f"it {beat.place}" for rank, beat in beats.items() if (beat.step, beat.notes) == least}
-    return "All ranks stand there. " if len(behind) == len(beats) else f"The others wait for {_ranks(behind)}. "
+    least = min((beat.step, beat.notes) for beat in after.values())
+    behind = {rank: f"it {beat.place}" for rank, beat in after.items() if (beat.step, beat.notes) == least}
+    return "All ranks stand there. " if len(behind) == len(after) else f"The others wait for {_ranks(behind)}. "
 
 
 def _ranks(told: Mapping[int, str]) -> str:

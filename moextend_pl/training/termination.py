@@ -257,20 +257,27 @@ class Watchdog(Callback):
         self._at = Heartbeat(step, notes, f"{doing} step {step}")
         self._moved = time.monotonic()
 
+    @property
+    def _tells_every(self) -> float:
+        return min(30.0, self.timeout / 8)
+
     def _tell(self, beats: Heartbeats) -> None:
         beats.tell(self._at)
-        while not self._over.wait(min(30.0, self.timeout / 8)):
+        while not self._over.wait(self._tells_every):
             beats.tell(self._at)
         beats.end()
 
     def _watch(self, rank: int) -> None:
         while not self._over.wait(min(1.0, self.timeout / 4)):
             if not self._last and time.monotonic() - self._moved > self.timeout:
-                others = self._beats.suspects(self._at, self.timeout / 2) if self._beats else ""
+                at = self._at
+                others = self._beats.suspects(at, 1.5 * self._tells_every) if self._beats else ""
+                if self._at is not at:
+                    continue  # it has gone on meanwhile
                 log.error(
                     "rank %d stands still: for %.0f s it %s; its last samples: %s. %sThe run ends; the same command "
                     "continues from its last checkpoint",
-                    *(rank, self.timeout, self._at.place, self._keys or "(none)", others),
+                    *(rank, self.timeout, at.place, self._keys or "(none)", others),
                 )
                 self._kill()
                 os._exit(EXIT_TOLD)

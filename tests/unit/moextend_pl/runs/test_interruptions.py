@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,19 +97,23 @@ def test_a_process_whose_command_is_over_ends_with_its_own_exit_code_whatever_it
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 2
 
 
+SILENT = 3
+"""How often a rank had told where it stands that says nothing more."""
+
+
 @pytest.mark.parametrize(
     ("others", "told"),
     [
-        ({1: Heartbeat(7, 0, "was in step 7", 99), 2: Heartbeat(7, 0, "was in step 7", 98)}, "All ranks stand there. "),
+        ({1: Heartbeat(7, 0, "was in step 7", 9), 2: Heartbeat(7, 0, "was in step 7", 8)}, "All ranks stand there. "),
         (
-            {1: Heartbeat(7, 0, "was in step 7", 60), 2: Heartbeat()},
-            "No sign of life from rank 1 (for 40 s; it was in step 7), rank 2 (nothing is known of it). ",
+            {1: Heartbeat(7, 0, "was in step 7", SILENT), 2: Heartbeat()},
+            "No sign of life from rank 1 (it was in step 7), rank 2 (nothing is known of it). ",
         ),
         (
-            {1: Heartbeat(6, 9, "waited for the next batch after step 6", 98), 2: Heartbeat(7, 1, "is on", 99)},
+            {1: Heartbeat(6, 9, "waited for the next batch after step 6", 8), 2: Heartbeat(7, 1, "is on", 9)},
             "The others wait for rank 1 (it waited for the next batch after step 6). ",
         ),
-        ({1: Heartbeat(7, 1, "wrote a checkpoint of step 7", 99)}, "The others wait for rank 0 (it was in step 7). "),
+        ({1: Heartbeat(7, 1, "wrote a checkpoint of step 7", 9)}, "The others wait for rank 0 (it was in step 7). "),
         (
             dict.fromkeys(range(1, 12), Heartbeat()),
             f"No sign of life from {', '.join(f'rank {n} (nothing is known of it)' for n in range(1, 9))} and 3 more. ",
@@ -116,18 +122,29 @@ def test_a_process_whose_command_is_over_ends_with_its_own_exit_code_whatever_it
     ids=["nobody", "two that are silent", "one that is behind", "the one that asks", "many"],
 )
 def test_ranks_that_say_nothing_are_named_else_those_that_are_behind(others: dict[int, Heartbeat], told: str) -> None:
-    assert waited_for({0: Heartbeat(7, 0, "was in step 7", 100), **others}, now=100, silence=15) == told
+    after = {0: Heartbeat(7, 0, "was in step 7", 10), **others}
+    still = {SILENT, 0}
+    before = {rank: replace(beat, told=beat.told - (beat.told not in still)) for rank, beat in after.items()}
+    assert waited_for(before, after) == told
 
 
 def test_ranks_hear_of_each_other_by_files_and_leave_none(tmp_path: Path) -> None:
     one, two = (Heartbeats(tmp_path, rank, 2) for rank in (0, 1))
     ahead, behind = Heartbeat(3, 1, "was in step 3"), Heartbeat(3, 0, "waited for the next batch after step 3")
-    one.tell(ahead)
-    assert two.suspects(behind, 15) == "The others wait for rank 1 (it waited for the next batch after step 3). "
-    assert "No sign of life from rank 1 (nothing is known of it)" in one.suspects(ahead, 15)
+    over = threading.Event()
+
+    def talk() -> None:
+        while not over.wait(0.05):
+            one.tell(ahead)
+
+    talks = threading.Thread(target=talk)
+    talks.start()
+    assert two.suspects(behind, 0.5) == "The others wait for rank 1 (it waited for the next batch after step 3). "
+    assert "No sign of life from rank 1 (nothing is known of it)" in one.suspects(ahead, 0.5)
     two.tell(behind)
-    assert one.suspects(ahead, 15) == two.suspects(behind, 15)
-    assert "No sign of life from rank 1 (for 0 s; it waited" in one.suspects(ahead, 0)
+    assert "No sign of life from rank 1 (it waited for the next batch after step 3)" in one.suspects(ahead, 0.5)
+    over.set()
+    talks.join()
     one.end()
     two.end()
     assert list(tmp_path.iterdir()) == []
@@ -140,4 +157,4 @@ def test_a_rank_that_cannot_write_or_read_ends_no_run(tmp_path: Path, monkeypatc
     beats.end()
     monkeypatch.setattr("moextend_pl.runs.interruptions.OTHERS_SAY", 0.1)
     monkeypatch.setattr("moextend_pl.runs.interruptions.read_json", lambda _: time.sleep(0.3) or {})
-    assert "Where other ranks stand could not be read in" in beats.suspects(Heartbeat(), 15)
+    assert "Where other ranks stand could not be read in" in beats.suspects(Heartbeat(), 0.1)

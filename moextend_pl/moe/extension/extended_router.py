@@ -22,6 +22,9 @@ from moextend_pl.moe.families import ARGUMENT, RouterFacts, tensor_named
 from moextend_pl.moe.routing import Selection, family_table, family_winners, join_gates, seat_winners, select, weigh
 from moextend_pl.moe.touch import touch
 
+STEP_ROWS = 8
+"""Rows by which the product with a router's rows grows; in 32 bits a CPU may round what is left over otherwise."""
+
 
 class ExtendedRouter(nn.Module):
     """A router with rows for new experts.
@@ -121,12 +124,14 @@ class ExtendedRouter(nn.Module):
             hidden_states: (T, D), or any shape with D last.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        # One product for old and new rows: a fresh copy then ties with its source exactly, whatever the number of
-        # tokens, and not by how two products of different shapes happen to round.
+        # One product for old and new rows, whole steps of them: a fresh copy then ties with its source exactly, whatever
+        # the number of tokens, and not by how two products, or the last columns of one, happen to round.
         rows_MD = self.rows(self.facts.weight)
         dtype = torch.float32 if self.facts.in_fp32 or rows_MD.dtype == torch.float32 else x_TD.dtype
-        bias_M = self.rows(self.facts.logit_bias).to(dtype) if self.facts.logit_bias else None
-        logits_TM = F.linear(x_TD.to(dtype), rows_MD.to(dtype), bias_M)
+        missing = -len(rows_MD) % STEP_ROWS
+        bias_M = F.pad(self.rows(self.facts.logit_bias).to(dtype), (0, missing)) if self.facts.logit_bias else None
+        logits_TM = F.linear(x_TD.to(dtype), F.pad(rows_MD.to(dtype), (0, 0, 0, missing)), bias_M)
+        logits_TM = logits_TM[:, : len(rows_MD)].contiguous()
         cap = self.facts.softcap
         return cap * (logits_TM.float() / cap).tanh() if cap else logits_TM
 

@@ -102,6 +102,22 @@ def test_base_parameters_get_no_gradient_and_new_ones_do() -> None:
     assert sum(gradients.values()) == 5
 
 
+@pytest.mark.parametrize("experts", [4, 6, 8, 60])
+@pytest.mark.parametrize("tokens", [1, 17, 256])
+def test_a_fresh_copy_ties_with_its_source_exactly_so_that_it_wins_every_place_of_it(experts: int, tokens: int) -> None:
+    model, reach = tiny_mixtral(num_local_experts=experts).requires_grad_(False), Reach()
+    grow(model, make_plan([0], (1, 2), init="preserving"), reach)
+    router = model.model.layers[0].mlp.gate
+    x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(tokens))
+    logits = router.logits(x)
+    assert logits.shape == (tokens, experts + 2)
+    assert torch.equal(logits[:, experts:], logits[:, 1:3])
+    reach.set(torch.ones(1, dtype=torch.bool))
+    _, _, indices = router(x)
+    _, _, old = router.base(x)
+    assert torch.equal(indices, torch.where((old == 1) | (old == 2), old + experts - 1, old))
+
+
 def test_new_expert_that_no_token_reaches_has_zero_gradients() -> None:
     block, reach = grown_block()
     reach.set(torch.ones(2, dtype=torch.bool))

@@ -40,6 +40,8 @@ RUN_ELSEWHERE = {
     "python -m moextend_pl demo": "tests/unit/moextend_pl/export/demo/test_demo_page.py",
     "python -m moextend_pl report runs/mine": "tests/stages/test_strangers_road.py",
     "python -m moextend_pl merge": "tests/unit/moextend_pl/export/test_share.py",
+    "python benchmarks/claims.py": "tests/unit/test_claims.py",  # hours
+    "python benchmarks/distillation.py": "tests/unit/test_distilled_students.py",
     "python -m moextend_pl assemble": "tests/unit/moextend_pl/export/test_assemble.py",
     "sbatch configs/slurm/train.sbatch": "tests/architecture/test_configs.py",
 }

@@ -63,7 +63,7 @@ class Jobs:
         for name, queue in QUEUES.items():
             # SLURM looks at the time twice a minute: USR1 comes between 60 and 90 seconds after the start.
             limits = ["--time", "2", "--grace", "30"] if name == "out of time" else []
-            pace = {"whole": 0.0, "out of time": 5.0}.get(name, 2.0)
+            pace = {"whole": 0.0, "out of time": 5.0}.get(name, 4.0 if name.startswith("preempted") else 2.0)
             script = batch_script(world, folder / name, "--partition", queue, *limits, pace=pace)
             self.numbers[name] = cluster.submit(script)
         self.facts: dict[str, dict[str, str]] = {}

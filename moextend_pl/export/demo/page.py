@@ -104,14 +104,24 @@ def serve(page: gr.Blocks, host: str, port: int, limit: int) -> None:
     app = application(page, host, limit)
     # An open page holds a connection that never ends.
     how: dict[str, Any] = {"host": host, "port": port, "log_level": "warning", "timeout_graceful_shutdown": PATIENCE}
-    _Server(uvicorn.Config(app, **how)).run()
+    server = _Server(uvicorn.Config(app, **how))
+    server.run()
+    if server.interrupted:  # where the loop had ended before it was told
+        raise KeyboardInterrupt
 
 
 class _Server(uvicorn.Server):
-    """Ends without telling of every open page that it no longer waits for."""
+    """Ends without telling of every open page that it no longer waits for.
+
+    Attributes:
+        interrupted: Whether that was by SIGINT.
+    """
+
+    interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        self.interrupted |= sig == signal.SIGINT
         super().handle_exit(sig, frame)
 
 

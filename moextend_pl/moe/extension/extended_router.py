@@ -124,8 +124,8 @@ class ExtendedRouter(nn.Module):
             hidden_states: (T, D), or any shape with D last.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        # One product for old and new rows, whole steps of them: a fresh copy then ties with its source exactly, whatever
-        # the number of tokens, and not by how two products, or the last columns of one, happen to round.
+        # One product for old and new rows, in whole steps: a fresh copy then ties with its source exactly, whatever the
+        # number of tokens, and not by how two products, or the last columns of one, happen to round.
         rows_MD = self.rows(self.facts.weight)
         dtype = torch.float32 if self.facts.in_fp32 or rows_MD.dtype == torch.float32 else x_TD.dtype
         missing = -len(rows_MD) % STEP_ROWS

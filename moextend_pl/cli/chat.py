@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 HELP = """\
 Each line is a question. /image PLACE shows a picture with the next question: a file or an https address.
+/sound PLACE lets a model that hears hear one with it.
 /new begins a new conversation, /quit ends.
 """
+COMMANDS = "/image PLACE, /sound PLACE, /new, /quit"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,39 +43,44 @@ def main(argv: Sequence[str]) -> int:
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         sys.stdout.write(HELP)
-    converse(chat, _typed() if at_terminal else sys.stdin, sys.stdout, options.image, forgiving=at_terminal)
+    lines = _typed() if at_terminal else sys.stdin
+    converse(chat, lines, sys.stdout, (options.image, options.sound), forgiving=at_terminal)
     return 0
 
 
-def converse(chat: Chat, lines: Iterable[str], out: TextIO, pictures: Sequence[str], forgiving: bool) -> None:
+def converse(
+    chat: Chat, lines: Iterable[str], out: TextIO, first: tuple[Sequence[str], Sequence[str]], forgiving: bool
+) -> None:
     """Answers line by line.
 
     Args:
         chat: The conversation.
         lines: Questions and commands.
         out: Where answers are written.
-        pictures: Places of what is shown with the first question.
+        first: Places of the pictures and of the sounds that come with the first question.
         forgiving: Whether a mistake is told and the next line read; else it ends the conversation.
 
     Raises:
         UserError: For a mistake, if it is not forgiven.
     """
-    shown = list(pictures)
+    shown, heard = map(list, first)
     for line in map(str.strip, lines):
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return
         try:
             if command == "/image":
-                shown += _existing(rest.strip())
+                shown += _existing(rest.strip(), "picture")
+            elif command == "/sound":
+                heard += _existing(rest.strip(), "sound")
             elif command == "/new":
                 chat.begin_anew()
-                shown = []
+                shown, heard = [], []
             elif command.startswith("/"):
-                raise UserError(f"There is no command {command}; choose one of /image PLACE, /new, /quit.")
+                raise UserError(f"There is no command {command}; choose one of {COMMANDS}.")
             elif line:
-                _answer(chat, line, shown, out)
-                shown = []
+                _answer(chat.ask(line, shown, heard), out)
+                shown, heard = [], []
         except UserError as error:
             if not forgiving:
                 raise
@@ -84,19 +91,20 @@ def converse(chat: Chat, lines: Iterable[str], out: TextIO, pictures: Sequence[s
             out.write("\n")  # an answer is cut short; the conversation goes on
 
 
-def _answer(chat: Chat, text: str, shown: Sequence[str], out: TextIO) -> None:
-    for piece in chat.ask(text, shown):
+def _answer(pieces: Iterable[str], out: TextIO) -> None:
+    for piece in pieces:
         out.write(piece)
         out.flush()
     out.write("\n")
     out.flush()
 
 
-def _existing(place: str) -> list[str]:
-    """Returns a picture's place, if it can be opened."""
+def _existing(place: str, kind: str) -> list[str]:
+    """Returns the place of a picture or sound, if it can be opened."""
     from moextend_pl.inference.pictures import open_picture
+    from moextend_pl.inference.sounds import open_sound
 
-    open_picture(place)
+    open_picture(place) if kind == "picture" else open_sound(place)
     return [place]
 
 

@@ -32,6 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", default="", help="task of the questions, where the model was extended for several")
     pictures = "picture to ask about: PNG, JPEG or WebP, a file or an https address; several are shown in their order"
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="PLACE", help=pictures)
+    sounds = "sound to ask about, of a model that hears: WAV, FLAC or MP3, a file or an https address"
+    parser.add_argument("--sound", nargs="+", action="extend", default=[], metavar="PLACE", help=sounds)
     for name, (kind, text) in GENERATION.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     parser.add_argument("--stop", nargs="+", action="extend", metavar="TEXT", help="an answer ends before this text")
@@ -66,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
     """Prints the answer to one question; on a terminal piece by piece.
 
     Raises:
-        UserError: If the run or a picture cannot be read, an option cannot be used, or the model was extended for
-            other tasks.
+        UserError: If the run, a picture or a sound cannot be read, an option cannot be used, or the model was extended
+            for other tasks.
     """
     parser = argparse.ArgumentParser(prog="python -m moextend_pl generate", description="Asks a trained model.")
     add_options(parser)
@@ -77,18 +79,21 @@ def main(argv: Sequence[str]) -> int:
     how = generation_options(options)
     # Imported when the arguments are known to be right: it takes seconds.
     from moextend_pl.inference.pictures import open_picture
+    from moextend_pl.inference.sounds import open_sound
 
     pictures = [open_picture(place) for place in options.image]
+    sounds = [open_sound(place)[0] for place in options.sound]
     model = load_model(options)
     begun = time.monotonic()
     if sys.stdout.isatty() and not options.json and how.get("beams", 1) == 1:
-        for piece in model.generate(pictures, options.prompt, options.task, stream=True, **how):
+        for piece in model.generate(pictures, options.prompt, options.task, sounds=sounds, stream=True, **how):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
         return 0
-    answer = model.generate(pictures, options.prompt, options.task, **how)
-    told = {"prompt": options.prompt, "images": options.image, "task": options.task, **how, "answer": answer}
+    answer = model.generate(pictures, options.prompt, options.task, sounds=sounds, **how)
+    asked = {"prompt": options.prompt, "images": options.image, "sounds": options.sound, "task": options.task}
+    told = {**asked, **how, "answer": answer}
     seconds = round(time.monotonic() - begun, 3)
     sys.stdout.write((json.dumps({**told, "seconds": seconds}) if options.json else str(answer)) + "\n")
     return 0

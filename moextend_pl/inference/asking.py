@@ -11,6 +11,7 @@ from moextend_pl.contracts import Batch, ExtensionPlan, SampleSpec, UserError
 from moextend_pl.inference.decoding import check_context
 from moextend_pl.inference.pictures import open_picture, opened
 from moextend_pl.inference.reduction import Reduction
+from moextend_pl.inference.sounds import check_hears, heard
 from moextend_pl.inference.spec import GenerationSpec
 from moextend_pl.inference.streaming import stream
 from moextend_pl.inference.token_merging import merged_count
@@ -54,6 +55,7 @@ class AskMixin(AnswerMixin):
         question: str | Sequence[str] | None = None,
         task: str = "",
         *,
+        sounds: Any = None,
         stream: bool = False,
         batch_size: int = BATCH_SIZE,
         **options: Any,
@@ -67,6 +69,8 @@ class AskMixin(AnswerMixin):
             question: The question, without any image mark. A list of questions is answered in batches; `asked` is then
                 one picture for all, or a list with an entry for each. Many conversations are a list of them in `asked`.
             task: Name of the task, where the model was extended for several.
+            sounds: With a question, and a model that hears: bytes of a sound's file, a path or address of one, a list
+                of them, or None. With many questions one sound for all, or a list with an entry for each.
             stream: Whether to return an iterator over the pieces of the answer, as they come; of one question.
             batch_size: How many are answered at a time; changes speed and memory, not the answers.
             options: What is to differ from the model's `generation`, see `GenerationSpec`.
@@ -84,7 +88,7 @@ class AskMixin(AnswerMixin):
             model.generate("shape.png", ["what color is the shape?", "is it a circle?"])
         """
         spec = self.generation.with_options(options)
-        questions, one = read_questions(asked, question)
+        questions, one = read_questions(asked, question, sounds)
         if stream:
             if not one:
                 raise UserError(f"Expected one question for `stream`, got {len(questions)}. Ask them one at a time.")
@@ -138,6 +142,7 @@ class AskMixin(AnswerMixin):
         for question in questions:
             check_task(self.plans, task, bool(question.pictures))
         spec = self.sample_spec()
+        check_hears(questions, spec)
         spec = replace(spec, tokens_per_image=merged_count(spec.tokens_per_image, Reduction.parse(how.reduce).rounds))
         encoder = ConversationEncoder(spec)
         questions, tiles = opened(questions, spec)
@@ -147,7 +152,8 @@ class AskMixin(AnswerMixin):
 
     def _batch(self, questions: Sequence[Question], encoder: ConversationEncoder, task: str) -> Batch:
         self.eval()
-        samples = [prompt_sample(encoder, one, [open_picture(place) for place in one.pictures]) for one in questions]
+        seen = [prompt_sample(encoder, one, [open_picture(place) for place in one.pictures]) for one in questions]
+        samples = [heard(sample, encoder.spec, one.sounds) for sample, one in zip(seen, questions, strict=True)]
         batch = collate_generation(samples, encoder.pad_id)
         batch["tasks"] = [task] * len(samples)
         return to_device(batch, self.device)

@@ -8,16 +8,20 @@ from typing import Any
 
 from moextend_pl.inference.asking import AskMixin
 from moextend_pl.inference.pictures import open_picture
-from moextend_pl.samples.messages import Picture, Question, ask
+from moextend_pl.inference.sounds import open_sound
+from moextend_pl.samples.messages import Picture, Question, Sound, ask
 
 
-def next_question(said: Question | None, text: str, pictures: Sequence[Picture] = ()) -> Question:
-    """Returns a question with all that was said and shown before; its pictures are opened once, for all turns to come.
+def next_question(
+    said: Question | None, text: str, pictures: Sequence[Picture] = (), sounds: Sequence[Sound] = ()
+) -> Question:
+    """Returns a question with all that was said and shown before; its files are opened once, for all turns to come.
 
     Raises:
-        UserError: If the question is empty or a picture cannot be read.
+        UserError: If the question is empty or a picture or sound cannot be read.
     """
-    return ask(text, [open_picture(picture) for picture in pictures], said)
+    shown, heard = [open_picture(picture) for picture in pictures], [open_sound(sound)[0] for sound in sounds]
+    return ask(text, shown, said, heard)
 
 
 def answered(question: Question, answer: str) -> Question:
@@ -47,17 +51,18 @@ class Chat:
         self.spec = model.generation.with_options(options)
         self.said: Question | None = None
 
-    def ask(self, text: str, pictures: Sequence[Picture] = ()) -> Iterator[str]:
+    def ask(self, text: str, pictures: Sequence[Picture] = (), sounds: Sequence[Sound] = ()) -> Iterator[str]:
         """Yields the answer piece by piece; it is part of the conversation when it was heard to its end.
 
         Args:
             text: The next question.
             pictures: Shown with it, before its words.
+            sounds: Heard with it, before its words.
 
         Raises:
             UserError: As `AskMixin.generate`; the conversation stays as it was.
         """
-        question = next_question(self.said, text, pictures)
+        question = next_question(self.said, text, pictures, sounds)
         if self.said is None and self.system:
             question = replace(question, turns=(replace(question.turns[0], system=self.system),))
         heard = []

@@ -1,4 +1,4 @@
-"""Pictures from wherever a question names them: files, web and `data:` addresses; read as the data reads them."""
+"""What a question names, from wherever: files, web and `data:` addresses; pictures are read as the data reads them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ MAX_BYTES = 20 * 2**20
 """Largest file that is fetched from an address."""
 
 PATIENCE = 30.0
-"""Seconds that fetching a picture may take in all."""
+"""Seconds that fetching one may take in all."""
+
+ACCEPTED = {"picture": "image/*", "sound": "audio/*"}
+"""What a server is asked for, by what is expected of it."""
 
 PIECE = 2**16
 THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
@@ -42,18 +45,29 @@ def open_picture(picture: Picture) -> Image.Image:
     """
     if isinstance(picture, Image.Image):
         return picture
-    place = str(picture)
+    return decode_image(*read_place(str(picture), "picture"))
+
+
+def read_place(place: str, kind: str) -> tuple[bytes, str]:
+    """Returns what lies at a place, and its name for messages.
+
+    Args:
+        place: A file, an `https` address or a `data:` address.
+        kind: What is expected there, one of `ACCEPTED`.
+
+    Raises:
+        UserError: If it cannot be read, or is too large or slow to come.
+    """
     if place.startswith("data:"):
-        return decode_image(_inline(place), "the `data:` address")
+        return _inline(place, kind), "the `data:` address"
     if "://" in place:
-        return decode_image(fetch(place), place)
+        return fetch(place, kind=kind), place
     try:
-        data = Path(place).read_bytes()
+        return Path(place).read_bytes(), place
     except FileNotFoundError as error:
-        raise UserError(f"Expected a picture at {place}, found no file. Correct the path.") from error
+        raise UserError(f"Expected a {kind} at {place}, found no file. Correct the path.") from error
     except OSError as error:
-        raise UserError(f"Expected a picture at {place}, got: {error.strerror}. Correct the path.") from error
-    return decode_image(data, place)
+        raise UserError(f"Expected a {kind} at {place}, got: {error.strerror}. Correct the path.") from error
 
 
 def opened(questions: Sequence[Question], spec: SampleSpec) -> tuple[Sequence[Question], list[tuple[int, ...]]]:
@@ -76,21 +90,22 @@ def opened(questions: Sequence[Question], spec: SampleSpec) -> tuple[Sequence[Qu
     return seen, [tuple(transform.squares(open_picture(image)) for image in q.pictures) for q in seen]
 
 
-def fetch(address: str, limit: int = MAX_BYTES, patience: float = PATIENCE) -> bytes:
+def fetch(address: str, limit: int = MAX_BYTES, patience: float = PATIENCE, kind: str = "picture") -> bytes:
     """Fetches a file from the web.
 
     Args:
         address: `https`, or `http` on this machine; so is every address that it leads on to.
         limit: Largest size, in bytes.
         patience: Seconds that all of it may take.
+        kind: What is expected there, one of `ACCEPTED`.
 
     Raises:
         UserError: If the address is of another kind, or the file does not come, is too large or too slow.
     """
-    _check_address(address)
+    _check_address(address, kind)
     come: queue.Queue[bytes | Exception] = queue.Queue()
     # Beside this thread: a server may send its headers byte by byte, for which urllib knows no end.
-    threading.Thread(target=_fetch, args=(address, limit, patience, come), daemon=True, name="picture").start()
+    threading.Thread(target=_fetch, args=(address, kind, limit, patience, come), daemon=True, name=kind).start()
     try:
         found = come.get(timeout=patience)
     except queue.Empty as error:
@@ -104,17 +119,17 @@ def fetch(address: str, limit: int = MAX_BYTES, patience: float = PATIENCE) -> b
     return found
 
 
-def _fetch(address: str, limit: int, patience: float, come: queue.Queue[bytes | Exception]) -> None:
+def _fetch(address: str, kind: str, limit: int, patience: float, come: queue.Queue[bytes | Exception]) -> None:
     """Puts a file from the web into a queue, or what went wrong."""
     end, data = time.monotonic() + patience, bytearray()
     try:
         # Some hosts refuse the name that Python gives itself.
-        request = Request(address, headers={"User-Agent": "moextend_pl", "Accept": "image/*"})
-        with build_opener(_SafeRedirects).open(request, timeout=patience) as answer:
+        request = Request(address, headers={"User-Agent": "moextend_pl", "Accept": ACCEPTED[kind]})
+        with build_opener(_SafeRedirects(kind)).open(request, timeout=patience) as answer:
             while (piece := answer.read1(PIECE)) and time.monotonic() < end:  # later nobody waits for it
                 data += piece
                 if len(data) > limit:
-                    raise UserError(f"{address}: expected a picture of at most {limit} bytes, got more. Shrink it.")
+                    raise UserError(f"{address}: expected a {kind} of at most {limit} bytes, got more. Shrink it.")
         come.put(bytes(data))
     except (OSError, HTTPException, ValueError) as error:
         come.put(error)
@@ -123,23 +138,26 @@ def _fetch(address: str, limit: int, patience: float, come: queue.Queue[bytes | 
 class _SafeRedirects(HTTPRedirectHandler):
     """Follows to addresses that could have been given in the first place."""
 
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Any:
-        _check_address(newurl)
+        _check_address(newurl, self.kind)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _check_address(address: str) -> None:
+def _check_address(address: str, kind: str) -> None:
     parts = urlsplit(address)
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in THIS_MACHINE):
         raise UserError(
-            f"Expected a picture as a file, an `https://` or a `data:` address, got {address[:80]!r}. Other kinds are "
+            f"Expected a {kind} as a file, an `https://` or a `data:` address, got {address[:80]!r}. Other kinds are "
             "never opened."
         )
 
 
-def _inline(address: str) -> bytes:
+def _inline(address: str, kind: str) -> bytes:
     """Returns what a `data:` address holds."""
     head, comma, body = address.partition(",")
     try:
@@ -147,4 +165,4 @@ def _inline(address: str) -> bytes:
             raise ValueError("it has no comma")
         return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
     except (ValueError, binascii.Error) as error:
-        raise UserError(f"Expected a `data:` address with a picture in base64, got: {error}. Correct it.") from error
+        raise UserError(f"Expected a `data:` address with a {kind} in base64, got: {error}. Correct it.") from error

@@ -175,7 +175,7 @@ class Manifest:
         if HEARING in self.model:
             raise UserError(
                 f"Expected a model that does not hear, got {self.run} with `hearing`: {what} has no place for sounds "
-                "yet. Ask it about pictures and texts by `generate` or `chat`, about sounds by a test set."
+                "yet. Ask it by `generate` or `chat`."
             )
 
     def with_folders(self, base: str | Path | None, tower: str | Path | None) -> Manifest:

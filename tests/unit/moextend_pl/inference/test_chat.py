@@ -72,20 +72,22 @@ def test_lines_are_questions_and_commands(model: MoExtend, tmp_path: Path) -> No
         "/quit\n",
         "never",
     ]
-    converse(Chat(model, max_new_tokens=3), lines, out, [], forgiving=False)
+    converse(Chat(model, max_new_tokens=3), lines, out, ([], []), forgiving=False)
     expected = [model.generate(about, QUESTION, max_new_tokens=3) for about in (shown(1), None)]
     assert out.getvalue().splitlines() == expected
 
 
 def test_a_person_may_put_a_mistake_right_and_a_script_may_not(model: MoExtend) -> None:
     out = io.StringIO()
-    converse(Chat(model, max_new_tokens=2), ["/imag a.png", "/image nowhere.png", QUESTION], out, [], forgiving=True)
+    converse(
+        Chat(model, max_new_tokens=2), ["/imag a.png", "/image nowhere.png", QUESTION], out, ([], []), forgiving=True
+    )
     told = out.getvalue().splitlines()
     assert told[0] == "error: There is no command /imag; choose one of /image PLACE, /new, /quit."
     assert "found no file" in told[1]
     assert told[2] == model.generate(None, QUESTION, max_new_tokens=2)
     with pytest.raises(UserError, match="found no file"):
-        converse(Chat(model), ["/image nowhere.png", QUESTION], out, [], forgiving=False)
+        converse(Chat(model), ["/image nowhere.png", QUESTION], out, ([], []), forgiving=False)
 
 
 def test_a_chat_runs_from_standard_input(

@@ -109,6 +109,11 @@ class Hearing(StageModule):
             width: D.
         """
         frames = self.frames  # also finds out that the files fit together
+        if self.maps and self.tokens > frames:
+            raise UserError(
+                f"Expected `hearing.tokens` of at most {frames}, the frames of a sound, for connector "
+                f"{self.connector_kind!r}, which joins them, got {self.tokens}. Lower it, or take `qformer`."
+            )
         self.encoder: Any = make_encoder(self.path, with_weights=not shapes_only())
         self.connector: nn.Module = (
             JoinedFrames(frames, self.tokens, self.channels, width, self.maps)

@@ -65,13 +65,15 @@ def count_frames(folder: str, shape: tuple[int, ...]) -> int:
         shape: Of the features of one sound.
 
     Raises:
-        UserError: If the encoder does not take such features.
+        UserError: If the encoder cannot be built, or does not take such features.
     """
     with torch.device("meta"):
-        encoder = make_encoder(folder, with_weights=False).eval()
         try:
+            encoder = make_encoder(folder, with_weights=False).eval()
             return int(encoder(torch.zeros(1, *shape)).last_hidden_state.shape[1])
-        except (ValueError, RuntimeError) as error:
+        except UserError:
+            raise
+        except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
             raise UserError(
                 f"The encoder in {folder} does not take what its feature extractor makes, {shape} a sound "
                 f"({' '.join(str(error).split())[:160]}). Take config.json and preprocessor_config.json from one model."

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoFeatureExtractor
 
 from moextend_pl.contracts import Sample, SampleSpec, UserError
-from moextend_pl.samples.sound.waveform import read_sound
+from moextend_pl.samples.sound.waveform import MAX_RATE, read_sound
 
 PREPROCESSOR = "preprocessor_config.json"
 AST_HOP = 0.01
@@ -39,7 +39,8 @@ def read_extractor(folder: str) -> Any:
     """
     try:
         extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        int(extractor.sampling_rate)
+        if not 0 < int(extractor.sampling_rate) <= MAX_RATE:
+            raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"Expected the feature extractor of an audio model in {Path(folder) / PREPROCESSOR}, got "

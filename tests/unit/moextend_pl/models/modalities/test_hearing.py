@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,22 @@ def test_folders_that_hold_no_ears_are_refused(tiny_world: TinyWorld, whisper: P
     WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="does not take what its feature extractor makes"):
         hearing_model(tiny_world, tmp_path)
+
+
+def test_files_with_impossible_numbers_are_refused(tiny_world: TinyWorld, whisper: Path, tmp_path: Path) -> None:
+    for name, key, value, sentence in (
+        ("config.json", "d_model", 15, "does not take what its feature extractor makes"),
+        ("config.json", "encoder_attention_heads", 0, "does not take what its feature extractor makes"),
+        ("preprocessor_config.json", "sampling_rate", 0, "the feature extractor of an audio model in"),
+    ):
+        folder = tmp_path / f"{key}"
+        shutil.copytree(whisper, folder)
+        told = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**told, key: value}))
+        with pytest.raises(UserError, match=sentence):
+            hearing_model(tiny_world, folder)
+    with pytest.raises(UserError, match=r"`hearing.tokens` of at most 50, the frames of a sound, for connector"):
+        hearing_model(tiny_world, whisper, connector="linear", tokens=51)
 
 
 def test_a_model_that_does_not_hear_says_so(tiny_world: TinyWorld) -> None:

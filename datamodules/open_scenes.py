@@ -27,8 +27,8 @@ from moextend_pl.samples.turns import IMAGE_MARK
 
 IMAGES, MIN_IMAGES, MAX_IMAGES = 6000, 20, 100_000
 """Pictures of all splits together: usual, fewest (every split has one) and most."""
-ROW_QUESTIONS, ROWS_OF_PICTURE = 5, 2
-"""Questions of a training conversation, and conversations of a picture; elsewhere each question stands alone."""
+ROWS_OF_PICTURE = 2
+"""Training conversations of a picture; elsewhere each question stands alone."""
 THINGS = (2, 4)
 """Fewest and most things of a scene."""
 DESCRIBE = "Describe the picture."
@@ -150,22 +150,38 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-KINDS: dict[str, Callable[[Scene], list[Pair]]] = {
-    "color": lambda scene: [(f"What color is the {t.shape}?", _sentence(t.colour)) for t in scene],
-    "shape": lambda scene: [(f"What is the {t.colour} shape?", _sentence(f"a {t.shape}")) for t in scene],
-    "thing": lambda scene: [(f"What is {t.where}?", _sentence(t.name)) for t in scene],
-    "place": lambda scene: [(f"Where is the {t.shape}?", _sentence(t.where)) for t in scene],
-    "count": lambda scene: [("How many shapes are there?", _sentence(NUMBERS[len(scene)]))],
+KINDS: dict[str, Callable[[Thing], Pair]] = {
+    "color": lambda t: (f"What color is the {t.shape}?", _sentence(t.colour)),
+    "shape": lambda t: (f"What is the {t.colour} shape?", _sentence(f"a {t.shape}")),
+    "thing": lambda t: (f"What is {t.where}?", _sentence(t.name)),
+    "place": lambda t: (f"Where is the {t.shape}?", _sentence(t.where)),
 }
-"""Kind of question -> all questions of that kind that a scene answers."""
+"""Kind of question -> that question about a thing."""
+assert len(KINDS) >= THINGS[1]
 
 
-def ask(picture: Picture) -> list[list[Pair]]:
-    """Draws conversations about a picture, each with a question of every kind, in any order; none comes twice."""
+def count(scene: Scene) -> Pair:
+    """Asks how many things there are."""
+    return "How many shapes are there?", _sentence(NUMBERS[len(scene)])
+
+
+def ask(picture: Picture) -> list[Pair]:
+    """Draws a question of every kind about a picture, in any order."""
     rng = picture.chance("ask")
-    of_kind = {kind: rng.sample(found, len(found)) for kind, found in ((k, f(picture.scene)) for k, f in KINDS.items())}
-    rows = [[found[row] for found in of_kind.values() if row < len(found)] for row in range(ROWS_OF_PICTURE)]
-    return [rng.sample(row, len(row)) for row in rows]
+    found = [*(kind(rng.choice(picture.scene)) for kind in KINDS.values()), count(picture.scene)]
+    return rng.sample(found, len(found))
+
+
+def converse(picture: Picture) -> list[list[Pair]]:
+    """Draws conversations about a picture; none of their answers can be read off another one of the same conversation.
+
+    Each thing is asked about once in a conversation, in another way each time, and the number of things before them.
+    """
+    rng = picture.chance("converse")
+    things, kinds = rng.sample(picture.scene, len(picture.scene)), rng.sample(list(KINDS.values()), len(KINDS))
+    turned = [kinds[row:] + kinds[:row] for row in range(ROWS_OF_PICTURE)]
+    rows = [[kind(thing) for kind, thing in zip(order, things, strict=False)] for order in turned]
+    return [[count(picture.scene), *rows[0]], *(rng.sample(row, len(row)) for row in rows[1:])]
 
 
 def caption(scene: Scene) -> str:
@@ -208,13 +224,12 @@ def _entries(split: str, shown: list[Picture]) -> dict[str, list[Entry]]:
     for picture in shown:
         image, told = (paint(picture),), caption(picture.scene)
         sets["captions"].append(Entry(picture.key, conversation((f"{IMAGE_MARK}\n{DESCRIBE}", told)), image))
-        rows = ask(picture)
         # What is measured is one question at a time, of which a picture that is not trained on has each kind once.
-        for number, row in enumerate(rows if split == "train" else [[pair] for pair in rows[0]]):
+        for number, row in enumerate(converse(picture) if split == "train" else [[pair] for pair in ask(picture)]):
             (first, answer), *others = row
             turns = conversation((f"{IMAGE_MARK}\n{first}", answer), *others)
             sets["vqa"].append(Entry(f"{picture.key}-{number}", turns, image))
-        sets["text"].append(Entry(picture.key, conversation(*((f"{told} {q}", a) for q, a in rows[0]))))
+        sets["text"].append(Entry(picture.key, conversation(*((f"{told} {q}", a) for q, a in ask(picture)))))
     return sets
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from datamodules.command import main
 from datamodules.compare import Comparison, compare
-from datamodules.open_scenes import PAINTS, PLACES, SHAPES, build_open_scenes, caption, paint, pictures
+from datamodules.open_scenes import PAINTS, PLACES, SHAPES, build_open_scenes, caption, converse, paint, pictures
 from datamodules.reader import ShardReader
 from datamodules.shards import Entry, conversation, write_shards
 from moextend_pl.contracts import UserError
@@ -60,6 +60,29 @@ def test_every_answer_follows_from_the_caption(built: Path, split: str) -> None:
             assert answer(things, question) == turn.gpt.lower()
             asked[question.split()[0]] += 1
     assert set(asked) == {"What", "Where", "How"}
+
+
+def test_no_answer_of_a_conversation_can_be_read_off_another() -> None:
+    kinds = Counter()
+    for picture in pictures(200, seed=3):
+        rows = converse(picture)
+        assert len({pair for row in rows for pair in row}) == sum(map(len, rows))
+        for row in rows:
+            thing_of = {}
+            for place, (question, reply) in enumerate(row):
+                words = question.rstrip("?").split()
+                if words[0] == "How":
+                    assert place == 0  # else the number of questions before it would tell
+                    continue
+                said = f"{question} {reply}".lower()
+                named = (*words, question.rstrip("?").partition("at the ")[2])
+                (thing,) = [t for t in picture.scene if {t.shape, t.colour, " ".join(t.place)} & set(named)]
+                thing_of.setdefault(thing, said)
+                assert thing_of[thing] == said
+                kinds[" ".join(words[:2]) + words[-1] * (words[-1] == "shape")] += 1
+            assert len(thing_of) == len(picture.scene)
+    assert len(kinds) == 4
+    assert min(kinds.values()) > 0.15 * kinds.total()
 
 
 def test_pictures_show_each_thing_in_its_paint_at_its_place() -> None:

@@ -196,7 +196,7 @@ class Watchdog(Callback):
     def __init__(self, timeout: float = 1800.0) -> None:
         if timeout <= 0:
             raise UserError(f"Expected `timeout` of Watchdog above 0 seconds, got {timeout}.")
-        self.timeout = timeout
+        self.timeout, self._tells_every = timeout, min(30.0, timeout / 8)
         self._moved = time.monotonic()
         self._at, self._keys, self._over = Heartbeat(), "", threading.Event()
         self._last = False
@@ -256,10 +256,6 @@ class Watchdog(Callback):
         notes = self._at.notes + 1 if self._at.step == step else 0
         self._at = Heartbeat(step, notes, f"{doing} step {step}")
         self._moved = time.monotonic()
-
-    @property
-    def _tells_every(self) -> float:
-        return min(30.0, self.timeout / 8)
 
     def _tell(self, beats: Heartbeats) -> None:
         beats.tell(self._at)

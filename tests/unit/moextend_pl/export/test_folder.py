@@ -227,7 +227,8 @@ def test_mistakes_are_told(tiny_world: TinyWorld, tmp_path: Path) -> None:
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for content, sentence in (
         (f"<image> {QUESTION}", "without <image>"),
-        ([{"type": "audio", "audio": "a.wav"}], "or a list of parts of the types"),
+        ([{"type": "video", "video": "a.mp4"}], "or a list of parts of the types"),
+        ([{"type": "audio", "audio": "a.wav"}], "for a model that does not hear, got a `<sound>`"),
         ([{"type": "image", "path": str(tmp_path / "no.png")}], "Expected a picture at"),
         ([{"type": "image", "url": "data:image/png;base64,?"}], "Expected a `data:` address"),
     ):

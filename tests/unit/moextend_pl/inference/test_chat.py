@@ -83,7 +83,7 @@ def test_a_person_may_put_a_mistake_right_and_a_script_may_not(model: MoExtend) 
         Chat(model, max_new_tokens=2), ["/imag a.png", "/image nowhere.png", QUESTION], out, ([], []), forgiving=True
     )
     told = out.getvalue().splitlines()
-    assert told[0] == "error: There is no command /imag; choose one of /image PLACE, /new, /quit."
+    assert told[0] == "error: There is no command /imag; choose one of /image PLACE, /sound PLACE, /new, /quit."
     assert "found no file" in told[1]
     assert told[2] == model.generate(None, QUESTION, max_new_tokens=2)
     with pytest.raises(UserError, match="found no file"):

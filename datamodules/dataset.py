@@ -23,7 +23,7 @@ from datamodules.workers import worker_options
 from moextend_pl.contracts import Batch, Sample, UserError
 from moextend_pl.samples.collate import collate_generation, collate_packed, collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
-from moextend_pl.samples.pixels import PixelTransform, decode_image, open_image
+from moextend_pl.samples.pixels import PixelTransform, content_name, decode_image, open_image
 from moextend_pl.samples.sound.features import SoundTransform, with_sounds
 
 TURNS = ("together", "single")
@@ -162,7 +162,7 @@ class ConversationDataset(Dataset[Sample]):
 
     def _sample(self, unit: int) -> Sample:
         raw = self.read(unit)
-        names, heard = _names(raw.images), _names(raw.sounds)
+        names, heard = list(map(content_name, raw.images)), list(map(content_name, raw.sounds))
         pixels = [self._pixels(name, data, raw.origin) for name, data in zip(names, raw.images, strict=True)]
         encode = self.encoder.encode_prompt if self.generation else self.encoder.encode
         sample = replace(encode(raw.key, raw.turns, pixels, names), task=self.table.task(unit))
@@ -227,11 +227,6 @@ class ConversationDataset(Dataset[Sample]):
         except MemoryError as error:
             return _failure(error)
         return Delivery(batch, bad_samples_of(itertools.chain(*samples) if self.packed else samples))
-
-
-def _names(files: Sequence[bytes]) -> list[str]:
-    """Names files by content: the same picture has the same name in whatever sample it lies."""
-    return [hashlib.blake2b(data, digest_size=8).hexdigest() for data in files]
 
 
 def _bytes_of_features(features: np.ndarray) -> int:

@@ -150,13 +150,13 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-KINDS: dict[str, Callable[[Thing], Pair]] = {
-    "color": lambda t: (f"What color is the {t.shape}?", _sentence(t.colour)),
-    "shape": lambda t: (f"What is the {t.colour} shape?", _sentence(f"a {t.shape}")),
-    "thing": lambda t: (f"What is {t.where}?", _sentence(t.name)),
-    "place": lambda t: (f"Where is the {t.shape}?", _sentence(t.where)),
-}
-"""Kind of question -> that question about a thing."""
+KINDS: tuple[Callable[[Thing], Pair], ...] = (
+    lambda t: (f"What color is the {t.shape}?", _sentence(t.colour)),
+    lambda t: (f"What is the {t.colour} shape?", _sentence(f"a {t.shape}")),
+    lambda t: (f"What is {t.where}?", _sentence(t.name)),
+    lambda t: (f"Where is the {t.shape}?", _sentence(t.where)),
+)
+"""Kinds of questions about one thing."""
 assert len(KINDS) >= THINGS[1]
 
 
@@ -168,7 +168,7 @@ def count(scene: Scene) -> Pair:
 def ask(picture: Picture) -> list[Pair]:
     """Draws a question of every kind about a picture, in any order."""
     rng = picture.chance("ask")
-    found = [*(kind(rng.choice(picture.scene)) for kind in KINDS.values()), count(picture.scene)]
+    found = [*(kind(rng.choice(picture.scene)) for kind in KINDS), count(picture.scene)]
     return rng.sample(found, len(found))
 
 
@@ -178,7 +178,7 @@ def converse(picture: Picture) -> list[list[Pair]]:
     Each thing is asked about once in a conversation, in another way each time, and the number of things before them.
     """
     rng = picture.chance("converse")
-    things, kinds = rng.sample(picture.scene, len(picture.scene)), rng.sample(list(KINDS.values()), len(KINDS))
+    things, kinds = rng.sample(picture.scene, len(picture.scene)), rng.sample(KINDS, len(KINDS))
     turned = [kinds[row:] + kinds[:row] for row in range(ROWS_OF_PICTURE)]
     rows = [[kind(thing) for kind, thing in zip(order, things, strict=False)] for order in turned]
     return [[count(picture.scene), *rows[0]], *(rng.sample(row, len(row)) for row in rows[1:])]
@@ -224,12 +224,13 @@ def _entries(split: str, shown: list[Picture]) -> dict[str, list[Entry]]:
     for picture in shown:
         image, told = (paint(picture),), caption(picture.scene)
         sets["captions"].append(Entry(picture.key, conversation((f"{IMAGE_MARK}\n{DESCRIBE}", told)), image))
+        each = ask(picture)
         # What is measured is one question at a time, of which a picture that is not trained on has each kind once.
-        for number, row in enumerate(converse(picture) if split == "train" else [[pair] for pair in ask(picture)]):
+        for number, row in enumerate(converse(picture) if split == "train" else [[pair] for pair in each]):
             (first, answer), *others = row
             turns = conversation((f"{IMAGE_MARK}\n{first}", answer), *others)
             sets["vqa"].append(Entry(f"{picture.key}-{number}", turns, image))
-        sets["text"].append(Entry(picture.key, conversation(*((f"{told} {q}", a) for q, a in ask(picture)))))
+        sets["text"].append(Entry(picture.key, conversation(*((f"{told} {q}", a) for q, a in each))))
     return sets
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from datamodules.members import Member, image_order, is_image, is_sound, is_used
 from moextend_pl.contracts import Sample, UserError
 from moextend_pl.samples.collate import collate_training
 from moextend_pl.samples.conversation import ConversationEncoder
-from moextend_pl.samples.pixels import PixelTransform, decode_image, decoded
+from moextend_pl.samples.pixels import PixelTransform, content_name, decode_image, decoded
 from moextend_pl.samples.sound.features import SoundTransform, with_sounds
 from moextend_pl.samples.turns import parse_turns
 
@@ -78,10 +77,10 @@ class PipelineSamples(IterableDataset[Any]):
     def _encode(self, sample: Mapping[str, Any], key: str, origin: str) -> Sample:
         pictures, sounds = pictures_of(sample), sounds_of(sample, origin)
         images = [decode_image(p, origin) if isinstance(p, bytes) else decoded(p, origin) for p in pictures]
-        names = [_content_name(*pair) for pair in zip(pictures, images, strict=True)]
+        names = [_picture_name(*pair) for pair in zip(pictures, images, strict=True)]
         turns = parse_turns(conversations_of(texts_of(sample), len(images), origin), len(images), origin, len(sounds))
         encoded = self.encoder.encode(key, turns, [self.transform(image) for image in images], names)
-        heard = [hashlib.blake2b(data, digest_size=8).hexdigest() for data in sounds]
+        heard = [content_name(data) for data in sounds]
         return with_sounds(encoded, self.encoder.spec, [self.listen(data, origin) for data in sounds], heard)
 
     def collate(self, samples: list[Any]) -> Delivery | Failure:
@@ -121,10 +120,10 @@ def sounds_of(sample: Mapping[str, Any], origin: str) -> list[bytes]:
     return found
 
 
-def _content_name(picture: bytes | Image.Image, image_HW3: Image.Image) -> str:
+def _picture_name(picture: bytes | Image.Image, image_HW3: Image.Image) -> str:
     """Names a picture by all that makes its pixels: of one that comes decoded, the bytes alone have no shape."""
     content = picture if isinstance(picture, bytes) else f"{image_HW3.size}".encode() + image_HW3.tobytes()
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
+    return content_name(content)
 
 
 def texts_of(sample: Mapping[str, Any]) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from moextend_pl.cli.generate import add_options, generation_options, load_model
@@ -64,23 +64,22 @@ def converse(
         UserError: For a mistake, if it is not forgiven.
     """
     shown, heard = map(list, first)
+    coming = {"/image": shown, "/sound": heard}
     for line in map(str.strip, lines):
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return
         try:
-            if command == "/image":
-                shown += _existing(rest.strip(), "picture")
-            elif command == "/sound":
-                heard += _existing(rest.strip(), "sound")
+            if command in coming:
+                coming[command].append(_usable(chat, command, rest.strip()))
             elif command == "/new":
                 chat.begin_anew()
-                shown, heard = [], []
+                _forget(coming)
             elif command.startswith("/"):
                 raise UserError(f"There is no command {command}; choose one of {COMMANDS}.")
             elif line:
                 _answer(chat.ask(line, shown, heard), out)
-                shown, heard = [], []
+                _forget(coming)
         except UserError as error:
             if not forgiving:
                 raise
@@ -99,13 +98,21 @@ def _answer(pieces: Iterable[str], out: TextIO) -> None:
     out.flush()
 
 
-def _existing(place: str, kind: str) -> list[str]:
-    """Returns the place of a picture or sound, if it can be opened."""
-    from moextend_pl.inference.pictures import open_picture
-    from moextend_pl.inference.sounds import open_sound
+def _forget(coming: Mapping[str, list[str]]) -> None:
+    for places in coming.values():
+        places.clear()
 
-    open_picture(place) if kind == "picture" else open_sound(place)
-    return [place]
+
+def _usable(chat: Chat, command: str, place: str) -> str:
+    """Returns the place of a picture or sound that can be read: a question with another would never be answered."""
+    from moextend_pl.inference.pictures import open_picture
+    from moextend_pl.inference.sounds import check_sound
+
+    if command == "/image":
+        open_picture(place)
+    else:
+        check_sound(place, chat.model.sample_spec())
+    return place
 
 
 def _typed() -> Iterator[str]:

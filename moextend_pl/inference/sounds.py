@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from moextend_pl.contracts import Sample, SampleSpec, UserError
 from moextend_pl.inference.pictures import read_place
 from moextend_pl.samples.messages import Question, Sound
+from moextend_pl.samples.pixels import content_name
 from moextend_pl.samples.sound.features import SoundTransform, with_sounds
+from moextend_pl.samples.sound.waveform import sound_suffix
 
 
 def check_hears(questions: Sequence[Question], spec: SampleSpec) -> None:
@@ -30,9 +31,20 @@ def open_sound(sound: Sound) -> tuple[bytes, str]:
         sound: Its bytes, a file, an `https` address or a `data:` address.
 
     Raises:
-        UserError: If it cannot be read, is too large, or takes too long to come.
+        UserError: If it cannot be read, is of another kind by its first bytes, is too large, or takes too long to come.
     """
-    return (sound, "the sound") if isinstance(sound, bytes) else read_place(str(sound), "sound")
+    data, origin = (sound, "the sound") if isinstance(sound, bytes) else read_place(str(sound), "sound")
+    sound_suffix(data, origin)
+    return data, origin
+
+
+def check_sound(sound: Sound, spec: SampleSpec) -> None:
+    """Refuses a sound that a model cannot be asked about.
+
+    Raises:
+        UserError: If it cannot be read, is damaged or too long, or the model does not hear.
+    """
+    SoundTransform(spec)(*open_sound(sound))
 
 
 def heard(sample: Sample, spec: SampleSpec, sounds: Sequence[Sound]) -> Sample:
@@ -47,6 +59,5 @@ def heard(sample: Sample, spec: SampleSpec, sounds: Sequence[Sound]) -> Sample:
         UserError: If one cannot be read.
     """
     transform, opened = SoundTransform(spec), [open_sound(sound) for sound in sounds]
-    # Named by content, as in the data: what was heard is kept by name.
-    names = [hashlib.blake2b(data, digest_size=8).hexdigest() for data, _ in opened]
-    return with_sounds(sample, spec, [transform(data, origin) for data, origin in opened], names)
+    features = [transform(data, origin) for data, origin in opened]
+    return with_sounds(sample, spec, features, [content_name(data) for data, _ in opened])

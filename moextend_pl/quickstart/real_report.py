@@ -40,6 +40,8 @@ INSTRUCTIONS = (
     "Translate 'good morning' into Spanish.",
     "Why is the sky blue?",
 )
+EXAMPLES = 12
+"""Questions that are shown, spread over the test set."""
 WORDS = 32
 """Most tokens of an answer to an instruction."""
 COMPARED = 256
@@ -141,10 +143,18 @@ def measure_baseline(out: Path, config: Path) -> dict[str, Any]:
     }
 
 
-def examples(out: Path, count: int = 12) -> list[dict[str, Any]]:
-    """Returns questions about held-out pictures with the answers of the extended model, spread over the test set."""
+def answered(out: Path) -> list[dict[str, Any]]:
+    """Returns the questions about held-out pictures with the answers of the extended model."""
     lines = (out / "3_extend" / "predictions_vqa.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:: max(len(lines) // count, 1)][:count]]
+    return [json.loads(line) for line in lines]
+
+
+def by_beginning(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the share of right answers to the questions that begin alike, by their first three words."""
+    kinds: dict[str, list[bool]] = {}
+    for row in rows:
+        kinds.setdefault(" ".join(row["prompt"].split()[:3]), []).append(row["correct"])
+    return {kind: sum(right) / len(right) for kind, right in sorted(kinds.items())}
 
 
 def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> Path:
@@ -161,7 +171,9 @@ def write(out: Path, configs: Path, seconds: Mapping[str, float]) -> Path:
         plots.plot_losses(runs, out / "plots" / "losses.png")
     for run, name in (("2_probe", "shift"), ("3_extend", "usage")):
         shutil.copyfile(out / run / "plots" / f"{name}.png", out / "plots" / f"{name}.png")
+    rows = answered(out)
+    data["vqa_by_beginning"] = by_beginning(rows)
     write_json(out / REPORT_DATA, data)
-    write_text(out / REPORT, markdown(data, INSTRUCTIONS, examples(out)))
+    write_text(out / REPORT, markdown(data, INSTRUCTIONS, rows[:: max(len(rows) // EXAMPLES, 1)][:EXAMPLES]))
     log.info("pictures %.3f (blind %.3f)", data["vqa_accuracy"], data["blind"]["blind_accuracy"])
     return out / REPORT

@@ -81,6 +81,8 @@ training split.
 
 {examples}
 
+{kinds}
+
 ## Nothing was forgotten
 
 - Logits of every token of every text below are bit-identical to the upcycled base's: **{identical}**
@@ -136,6 +138,10 @@ def markdown(data: Mapping[str, Any], instructions: Sequence[str], shown: Sequen
         shared=data["blind"]["shared_pictures"],
         count=data["blind"]["pictures"],
         examples=_table(("asked", "answered", "right"), examples),
+        kinds=_table(
+            ("questions that begin with", "right"),
+            [(kind, f"{share:.3f}") for kind, share in data["vqa_by_beginning"].items()],
+        ),
         identical=_yes(data["text_logits_identical"]),
         unchanged=_yes(data["frozen_unchanged"]),
         apart=data["upcycling"]["largest_difference"],

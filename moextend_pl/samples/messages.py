@@ -134,18 +134,18 @@ def read_messages(messages: Any) -> Question:
 
 
 def _pictures(given: Any) -> list[Picture]:
-    listed = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    for picture in listed:
-        if not isinstance(picture, Image.Image | str | Path):
-            raise UserError(f"Expected {PICTURES_OR_NONE}, got {type(picture).__name__}.")
-    return listed
+    return _listed(given, (Image.Image, str, Path), PICTURES_OR_NONE)
 
 
 def _sounds(given: Any) -> list[Sound]:
+    return _listed(given, (bytes, str, Path), SOUNDS_OR_NONE)
+
+
+def _listed(given: Any, types: tuple[type, ...], expected: str) -> list[Any]:
     listed = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    for sound in listed:
-        if not isinstance(sound, bytes | str | Path):
-            raise UserError(f"Expected {SOUNDS_OR_NONE}, got {type(sound).__name__}.")
+    for each in listed:
+        if not isinstance(each, types):
+            raise UserError(f"Expected {expected}, got {type(each).__name__}.")
     return listed
 
 
@@ -177,8 +177,8 @@ def _content(message: Mapping[str, Any], pictures: list[Picture], sounds: list[S
 
 def _sound_of(part: Mapping[str, Any]) -> Any:
     inline = part.get("input_audio")
-    if isinstance(inline, Mapping):
-        return f"data:audio/{inline.get('format', 'wav')};base64,{inline.get('data')}"
+    if isinstance(inline, Mapping) and isinstance(inline.get("data"), str):
+        return f"data:audio/{inline.get('format', 'wav')};base64,{inline['data']}"
     return next((part[name] for name in ("audio", "url", "path") if part.get(name)), None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from moextend_pl.contracts import Batch, Sample, SampleSpec
 from moextend_pl.samples.collate import collate_generation
 from moextend_pl.samples.conversation import ConversationEncoder
 from moextend_pl.samples.messages import Question, ask
-from moextend_pl.samples.pixels import PixelTransform, to_rgb
+from moextend_pl.samples.pixels import PixelTransform, content_name, to_rgb
 
 
 def prompt_sample(encoder: ConversationEncoder, question: Question, images: Sequence[Image.Image]) -> Sample:
@@ -26,7 +25,7 @@ def prompt_sample(encoder: ConversationEncoder, question: Question, images: Sequ
     transform = PixelTransform(encoder.spec)
     pixels = [transform(to_rgb(image)) for image in images]
     # Named by content, as in the data: features are kept by name.
-    names = [hashlib.blake2b(values.numpy().tobytes(), digest_size=8).hexdigest() for values in pixels]
+    names = [content_name(values.numpy().tobytes()) for values in pixels]
     return encoder.encode_prompt("prompt", question.turns, pixels, names)
 
 

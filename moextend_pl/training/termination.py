@@ -268,8 +268,8 @@ class Watchdog(Callback):
             if not self._last and time.monotonic() - self._moved > self.timeout:
                 at = self._at
                 others = self._beats.suspects(at, 1.5 * self._tells_every) if self._beats else ""
-                if self._at is not at:
-                    continue  # it has gone on meanwhile
+                if self._at is not at or self._over.is_set():
+                    continue  # it has gone on meanwhile, or come to its end
                 log.error(
                     "rank %d stands still: for %.0f s it %s; its last samples: %s. %sThe run ends; the same command "
                     "continues from its last checkpoint",

@@ -14,6 +14,7 @@ from moextend_pl import cli
 from moextend_pl.contracts import UserError
 from moextend_pl.models.moextend import MoExtend
 from moextend_pl.quickstart import real
+from moextend_pl.quickstart.real_report import by_beginning
 from moextend_pl.quickstart.runner import RECEIPT, stage_is_finished
 from moextend_pl.runs.atomic import read_json, write_json
 from moextend_pl.runs.fingerprints import file_sha256
@@ -76,6 +77,9 @@ def test_real_goes_from_its_wheels_to_a_report_with_its_receipts(
     text = (out / "report.md").read_text()
     assert "bit-identical to the upcycled base's: **yes**" in text
     assert "| text | dense model | upcycled base | **extended** | full fine-tuning | LoRA |" in text
+    beginnings = {"How many shapes", "What color is", "What is at", "What is the", "Where is the"}
+    assert set(data["vqa_by_beginning"]) == beginnings
+    assert "| questions that begin with | right |" in text
     assert "ask it about a picture" in caplog.text
     assert isinstance(MoExtend.load(out / "3_extend").generate(out / "example.png", real.QUESTION), str)
     # A second call finds all there; weights, data and stages stay as they are.
@@ -84,6 +88,12 @@ def test_real_goes_from_its_wheels_to_a_report_with_its_receipts(
     assert all(stage_is_finished(out / name) for name in steps)
     assert cli.run([*command, "--skip-full-finetune"]) == 0
     assert before == {name: (out / name / RECEIPT).stat().st_mtime_ns for name in steps}
+
+
+def test_answers_are_counted_by_how_their_questions_begin() -> None:
+    asked = {"What is at the top?": [True, False, False, True], "What is at the left?": [True], "Where is it?": [False]}
+    rows = [{"prompt": question, "correct": right} for question, all_ in asked.items() for right in all_]
+    assert by_beginning(rows) == {"What is at": 0.6, "Where is it?": 0.0}
 
 
 def test_wheels_that_cannot_be_had_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

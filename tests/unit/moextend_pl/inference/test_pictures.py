@@ -14,7 +14,8 @@ import pytest
 from helpers.tiny_world import picture
 
 from moextend_pl.contracts import UserError
-from moextend_pl.inference.pictures import fetch, open_picture
+from moextend_pl.inference.pictures import fetch, open_picture, read_place
+from moextend_pl.inference.sounds import open_sound
 from moextend_pl.samples.pixels import decode_image
 
 
@@ -70,6 +71,14 @@ def test_one_picture_is_the_same_from_wherever_it_comes(server: str, tmp_path: P
     places = (tmp_path / "picture.png", str(tmp_path / "picture.png"), inline, f"{server}/a.png", f"{server}/to//a.png")
     for place in places:
         assert open_picture(place).tobytes() == expected
+
+
+def test_what_is_fetched_is_named_by_what_was_expected(server: str) -> None:
+    assert read_place(f"{server}/to//tone.wav", "sound") == (picture(1), f"{server}/to//tone.wav")
+    with pytest.raises(UserError, match="Expected a sound as a file, an `https://` or a `data:` address"):
+        read_place(f"{server}/to/http://example.invalid/a.wav", "sound")
+    with pytest.raises(UserError, match=r"a\.png: expected a sound as WAV, FLAC, MP3; it begins as none of them"):
+        open_sound(f"{server}/a.png")
 
 
 def test_other_kinds_of_addresses_are_never_opened_not_even_on_the_way(server: str, tmp_path: Path) -> None:

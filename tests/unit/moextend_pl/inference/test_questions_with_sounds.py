@@ -8,10 +8,20 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.sounds import both_entry, hearing_batch, hearing_model, sound_entry, tiny_whisper, tone
+from helpers.sounds import (
+    both_entry,
+    hearing_batch,
+    hearing_model,
+    sound_entry,
+    sound_file,
+    tiny_whisper,
+    tone,
+    wave,
+)
 from helpers.tiny_world import QUESTION, TinyWorld, make_plan, perturb, picture
 
 from moextend_pl import cli
+from moextend_pl.cli.chat import converse
 from moextend_pl.contracts import UserError
 from moextend_pl.inference.chat import Chat
 from moextend_pl.inference.pictures import open_picture
@@ -101,17 +111,31 @@ def test_the_commands_take_a_sound(
     assert capsys.readouterr().out.strip() == expected[2]
 
 
+def test_a_damaged_sound_is_told_at_once_and_in_the_way_of_no_question(model: MoExtend, tmp_path: Path) -> None:
+    (tmp_path / "damaged.wav").write_bytes(tone(1)[:20])
+    (tmp_path / "long.wav").write_bytes(sound_file(wave(1, 1.5)))
+    out = io.StringIO()
+    lines = [f"/sound {tmp_path / name}.wav" for name in ("damaged", "long")]
+    converse(Chat(model, max_new_tokens=3), [*lines, QUESTION], out, ([], []), forgiving=True)
+    damaged, long, answer = out.getvalue().splitlines()
+    assert "damaged.wav: expected a sound as WAV, FLAC, MP3; libsndfile says" in damaged
+    assert "long.wav: expected a sound of at most 1 seconds, got a longer one" in long
+    assert answer == model.generate(None, QUESTION, max_new_tokens=3)
+
+
 def test_what_cannot_be_heard_is_refused_in_a_sentence(model: MoExtend, tiny_world: TinyWorld, tmp_path: Path) -> None:
     deaf = tiny_world.model(make_plan())
     with pytest.raises(UserError, match="for a model that does not hear, got a sound. Ask a model with `hearing`"):
         deaf.generate(None, QUESTION, sounds=tone(1))
     with pytest.raises(UserError, match="Expected a sound at .*none.wav, found no file"):
         model.generate(None, QUESTION, sounds=tmp_path / "none.wav")
-    with pytest.raises(UserError, match="expected a sound as WAV, FLAC, MP3; libsndfile says"):
+    with pytest.raises(UserError, match="expected a sound as WAV, FLAC, MP3; it begins as none of them"):
         model.generate(None, QUESTION, sounds=b"no sound at all")
     with pytest.raises(UserError, match="as many entries of sounds as questions, got 1 for 2"):
         model.generate(None, [QUESTION] * 2, sounds=[tone(1)])
     with pytest.raises(UserError, match="Expected sounds as parts of the messages"):
         model.generate([{"role": "user", "content": QUESTION}], sounds=tone(1))
+    with pytest.raises(UserError, match="a list of them, or None, got NoneType"):
+        model.generate([{"role": "user", "content": [{"type": "input_audio", "input_audio": {"format": "wav"}}]}])
     with pytest.raises(UserError, match="bytes of a sound's file, a path or address of one, a list of them, or None"):
         model.generate(None, QUESTION, sounds=3)

@@ -23,7 +23,7 @@ from callbacks.outputs import StageReceipt
 from callbacks.train_only import TrainOnly
 from moextend_pl.contracts import UserError
 from moextend_pl.models.moextend import MoExtend
-from moextend_pl.runs.interruptions import EXIT_TOLD, Notes, Told, listening
+from moextend_pl.runs.interruptions import EXIT_TOLD, Heartbeat, Notes, Told, listening
 from moextend_pl.runs.metrics_log import RunLogger
 from moextend_pl.training.termination import EndTogether, EqualSteps, Watchdog
 
@@ -276,6 +276,26 @@ def test_a_run_that_moves_is_left_alone_and_watched_no_longer_than_it_lasts(
     assert codes == []
     with pytest.raises(UserError, match="`timeout` of Watchdog above 0 seconds, got 0"):
         Watchdog(0)
+
+
+@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "comes to its end"])
+def test_a_run_is_not_ended_that_moves_while_others_are_asked(monkeypatch: pytest.MonkeyPatch, goes_on: bool) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    dog, asked = Watchdog(0.05), []
+
+    def suspects(*_: Any) -> str:
+        asked.append(1)
+        if goes_on and len(asked) == 1:
+            dog._at = Heartbeat(1)
+        else:
+            dog._over.set()
+        return ""
+
+    dog._beats = SimpleNamespace(suspects=suspects)
+    dog._watch(0)
+    assert len(asked) == 1 + goes_on
+    assert codes == []
 
 
 @pytest.mark.parametrize(("step", "ends"), [(1, True), (2, False)], ids=["in the middle", "after the last step"])

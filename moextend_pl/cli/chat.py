@@ -108,6 +108,8 @@ def _usable(chat: Chat, command: str, place: str) -> str:
     from moextend_pl.inference.pictures import open_picture
     from moextend_pl.inference.sounds import check_sound
 
+    if not place:
+        raise UserError(f"Expected a file or an https address after {command}, got nothing. Name one.")
     if command == "/image":
         open_picture(place)
     else:

@@ -79,13 +79,13 @@ def test_lines_are_questions_and_commands(model: MoExtend, tmp_path: Path) -> No
 
 def test_a_person_may_put_a_mistake_right_and_a_script_may_not(model: MoExtend) -> None:
     out = io.StringIO()
-    converse(
-        Chat(model, max_new_tokens=2), ["/imag a.png", "/image nowhere.png", QUESTION], out, ([], []), forgiving=True
-    )
+    lines = ["/imag a.png", "/image nowhere.png", "/sound", QUESTION]
+    converse(Chat(model, max_new_tokens=2), lines, out, ([], []), forgiving=True)
     told = out.getvalue().splitlines()
     assert told[0] == "error: There is no command /imag; choose one of /image PLACE, /sound PLACE, /new, /quit."
     assert "found no file" in told[1]
-    assert told[2] == model.generate(None, QUESTION, max_new_tokens=2)
+    assert told[2] == "error: Expected a file or an https address after /sound, got nothing. Name one."
+    assert told[3] == model.generate(None, QUESTION, max_new_tokens=2)
     with pytest.raises(UserError, match="found no file"):
         converse(Chat(model), ["/image nowhere.png", QUESTION], out, ([], []), forgiving=False)
 
